@@ -1,0 +1,40 @@
+# Two commands: `make demo` and `make test`. Both make .venv first.
+MODEL ?= bert
+PYTHON ?= python3
+PY := .venv/bin/python
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+install: .venv/.installed ## Make .venv and install the pinned requirements
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: install ## Pretrain, fine-tune and report on the built-in corpus (MODEL=bert or gpt)
+	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
+	./run_finetune.sh runs/quickstart-$(MODEL) --recipe recipes/quickstart/finetune.yaml
+	$(PY) scripts/report.py runs/quickstart-$(MODEL)
+
+test: install ## Run the tests (no network)
+	$(PY) -m pytest
+
+test-slow: install ## Run the tests that take minutes
+	$(PY) -m pytest -m slow
+
+lint: install ## Check style
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: install ## Format the code
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## Remove the environment and caches of the tools, not runs/
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

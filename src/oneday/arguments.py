@@ -1,0 +1,154 @@
+"""Every setting, as dataclasses. Help text lives here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+class SettingError(ValueError):
+    """A setting that cannot work. The message is one sentence: which setting, which value, what to do."""
+
+
+def setting(default: object, help: str, **metadata: object) -> object:
+    """A dataclass field with its help text; lists and dicts become default factories."""
+    metadata["help"] = help
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_config: str = setting(
+        "model_configs/quickstart-bert.json",
+        "A transformers config JSON; the model is built from it with random weights.",
+    )
+    position_encoding: str | None = setting(None, "learned, sinusoidal or rotary; empty keeps what the config says.")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset_name: str | list[str] = setting(
+        "python-docs",
+        "python-docs (built in), a Hub id, or a file, directory or glob of .txt .jsonl .csv .parquet "
+        "(also .gz .xz .zst); several, comma-separated, make a mixture.",
+    )
+    dataset_weights: list[float] | None = setting(
+        None, "Weights of a mixture, comma-separated, by documents; empty: in proportion to size."
+    )
+    dataset_config_name: str | None = setting(None, "Configuration of a Hub data set, say 20231101.en.")
+    dataset_split: str = setting("train", "Split of a Hub data set to train on.")
+    text_column: str = setting("text", "Column that holds the text.")
+    streaming: bool = setting(False, "Read a Hub data set as a stream instead of downloading it first.")
+    max_train_documents: int | None = setting(None, "Use only this many documents.")
+    validation_name: str | None = setting(
+        None, "Held-out text, in the same forms as dataset_name; empty: a part of dataset_name is held out."
+    )
+    validation_fraction: float = setting(0.005, "Fraction of documents held out when validation_name is empty.")
+    tokenizer_name: str | None = setting(
+        None, "An existing tokenizer (directory or Hub id); empty: one is trained on the corpus."
+    )
+    tokenizer_type: str = setting(
+        "wordpiece", "Tokenizer to train: wordpiece, bpe (byte-level) or unigram (byte-level)."
+    )
+    vocab_size: int = setting(8192, "Vocabulary of the tokenizer to train, in tokens.")
+    lowercase: bool = setting(True, "Lower-case and strip accents (wordpiece only).")
+    tokenizer_train_bytes: int = setting(50_000_000, "Train the tokenizer on at most this many bytes of text.")
+    max_seq_length: int = setting(128, "Length of a packed row, in tokens; longer documents are split.")
+    packing_strategy: str = setting(
+        "best_fit", "best_fit (best-fit-decreasing; documents never see each other) or padded (one document a row)."
+    )
+    cache_dir: str | None = setting(
+        None, "Where prepared corpora and packed rows are kept; empty: $ONEDAY_CACHE or ~/.cache/oneday."
+    )
+    max_validation_bytes: int = setting(2_000_000, "Hold out at most this many bytes of text, in whole documents.")
+
+
+# Settings of the parent class that a budget decides; each with what to set instead.
+REPLACED_SETTINGS = {
+    "max_steps": "budget_steps",
+    "num_train_epochs": "budget_tokens",
+    "gradient_accumulation_steps": "batch_size_tokens and micro_batch_tokens",
+    "per_device_train_batch_size": "micro_batch_tokens",
+    "per_device_eval_batch_size": "micro_batch_tokens",
+    "lr_scheduler_type": "lr_shape",
+    "lr_scheduler_kwargs": "warmup_fraction and decay_fraction",
+    "warmup_steps": "warmup_fraction",
+    "eval_strategy": "num_evaluations or eval_steps",
+    "save_strategy": "save_minutes or save_steps",
+    "auto_find_batch_size": "micro_batch_tokens",
+}
+
+
+@dataclass
+class BudgetTrainingArguments(TrainingArguments):
+    """How it is trained: the budget and everything that follows it."""
+
+    output_dir: str = setting("runs/pretrain", "Run directory; the same command continues the run that is in it.")
+
+    budget_hours: float | None = setting(None, "Wall-clock budget, in hours.")
+    budget_minutes: float | None = setting(None, "Wall-clock budget, in minutes.")
+    budget_tokens: float | None = setting(None, "Budget of training tokens, padding not counted.")
+    budget_flops: float | None = setting(None, "Budget of floating-point operations executed, forward and backward.")
+    budget_steps: int | None = setting(None, "Budget of optimizer steps.")
+    budget_usd: float | None = setting(None, "Budget of money, in US dollars; needs usd_per_hour.")
+    usd_per_hour: float | None = setting(None, "Price of this machine, in US dollars an hour.")
+    budget_kwh: float | None = setting(None, "Budget of energy, in kilowatt-hours; needs stated_watts.")
+    stated_watts: float | None = setting(None, "Power this machine draws, in watts.")
+
+    objective: str = setting("mlm", "What is predicted: mlm (masked tokens) or clm (the next token).")
+    mlm_probability: float = setting(0.25, "Fraction of the tokens predicted, for mlm.")
+    mlm_probability_end: float | None = setting(
+        None, "Fraction at the end of the budget, reached linearly; empty: stays at mlm_probability."
+    )
+    mask_replacement: str = setting(
+        "mask",
+        "What stands at a predicted position: mask (always [MASK]) or bert (80 % [MASK], 10 % random, 10 % kept).",
+    )
+
+    batch_size_tokens: int = setting(16_384, "Tokens of one optimizer step, over all processes.")
+    batch_size_tokens_start: int | None = setting(
+        None, "Tokens of a step at the start; grows linearly to batch_size_tokens. Empty: constant."
+    )
+    batch_ramp_fraction: float = setting(0.6, "Fraction of the budget at which the batch has its full size.")
+    micro_batch_tokens: int = setting(16_384, "Tokens of one forward and backward pass on one process.")
+
+    optim: str = setting("muon", "adamw, adamw_8bit, lion_8bit, ademamix_8bit or muon.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of everything that Muon does not train.")
+    muon_learning_rate: float = setting(5e-3, "Peak learning rate of the hidden matrices under muon.")
+    weight_decay: float = setting(0.01, "Decoupled weight decay of matrices.")
+    adam_beta2: float = setting(0.98, "Second-moment decay of AdamW.")
+    adam_epsilon: float = setting(1e-8, "Epsilon of AdamW.")
+    lr_shape: str = setting("trapezoid", "trapezoid, linear, cosine, one_minus_sqrt, triangle or constant.")
+    warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
+    decay_fraction: float = setting(
+        0.5, "Fraction of the budget over which trapezoid and one_minus_sqrt fall to zero."
+    )
+
+    num_evaluations: int = setting(5, "Held-out evaluations during the run, at equal parts of the budget.")
+    eval_steps: int | None = setting(None, "Evaluate every this many steps instead.")
+    save_minutes: float = setting(20.0, "Minutes between checkpoints.")
+    save_steps: int | None = setting(None, "Checkpoint every this many steps instead.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept.")
+    logging_steps: int = setting(10, "Steps between reports to the trackers.")
+    report_to: str | list[str] = setting("none", "Trackers: tensorboard, trackio, wandb or none.")
+    bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
+    num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")
+
+    def __post_init__(self) -> None:
+        """Give the parent what it accepts; keep this project's own choices beside it."""
+        self.optimizer_name = self.optim
+        self.use_bf16 = self.bf16
+        self.optim, self.bf16 = "adamw_torch", False
+        self.remove_unused_columns = False
+        self.ignore_data_skip = True
+        self.logging_nan_inf_filter = False
+        self.eval_strategy = self.save_strategy = "no"
+        self.max_steps = self.budget_steps or 2**31
+        super().__post_init__()

@@ -1,0 +1,273 @@
+"""What may be spent (Budget) and what has been (BudgetClock). Knows nothing of training.
+
+Every kind of budget drives one number, `progress`, from 0 at the first step to 1 at the last. Wall clock, money and
+energy at a stated power are one clock read in different units; tokens, FLOPs and steps are counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+
+JOULES_PER_KWH = 3.6e6
+SECONDS_PER_HOUR = 3600.0
+# Where the seconds of a run go; `idle` is what no other entry claims.
+LEDGER = ("steps", "data", "evaluation", "checkpoints", "lost", "other")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a run; None is no limit. The first one used up ends the run.
+
+    Attributes:
+        seconds: Wall clock from the first training step to the final model on disk.
+        tokens: Tokens trained on, padding not counted.
+        flops: Floating-point operations executed, forward and backward.
+        steps: Optimizer steps.
+        usd: US dollars, at `usd_per_hour`.
+        kwh: Kilowatt-hours, at `stated_watts`.
+    """
+
+    seconds: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    steps: float | None = None
+    usd: float | None = None
+    kwh: float | None = None
+    usd_per_hour: float | None = None
+    stated_watts: float | None = None
+
+    @classmethod
+    def from_arguments(cls, args: BudgetTrainingArguments) -> Budget:
+        """The budget that the settings state.
+
+        Raises:
+            SettingError: When none is stated, one is not positive, or a price or power is missing.
+        """
+        names = ("hours", "minutes", "tokens", "flops", "steps", "usd", "kwh")
+        given = {name: getattr(args, f"budget_{name}") for name in names}
+        for name, value in given.items():
+            if value is not None and not value > 0:
+                raise SettingError(f"The setting budget_{name} is {value:g}; a budget must be above zero.")
+        if all(value is None for value in given.values()):
+            raise SettingError("No budget is set; set one of " + ", ".join(f"budget_{name}" for name in names) + ".")
+        for name, rate in (("usd", "usd_per_hour"), ("kwh", "stated_watts")):
+            if given[name] is not None and not (getattr(args, rate) or 0) > 0:
+                raise SettingError(f"budget_{name} is set but {rate} is {getattr(args, rate)}; set {rate} above zero.")
+        minutes = given["hours"] * 60 if given["hours"] is not None else given["minutes"]
+        return cls(
+            seconds=None if minutes is None else minutes * 60,
+            **{name: given[name] for name in ("tokens", "flops", "steps", "usd", "kwh")},
+            usd_per_hour=args.usd_per_hour,
+            stated_watts=args.stated_watts,
+        )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by kind."""
+        kinds = ("seconds", "tokens", "flops", "steps", "usd", "kwh")
+        return {kind: float(getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None}
+
+    @property
+    def clock_limit_seconds(self) -> float | None:
+        """The wall-clock limit that time, money and energy together set, in seconds."""
+        limits = [self.seconds]
+        if self.usd is not None:
+            limits.append(self.usd / self.usd_per_hour * SECONDS_PER_HOUR)
+        if self.kwh is not None:
+            limits.append(self.kwh * JOULES_PER_KWH / self.stated_watts)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def describe(self) -> str:
+        """The limits in words: `300 s, 1,000,000 tokens`."""
+        units = {"seconds": "s", "usd": "USD", "kwh": "kWh"}
+        return ", ".join(f"{limit:,.6g} {units.get(kind, kind)}" for kind, limit in self.limits.items())
+
+
+@dataclass
+class BudgetClock:
+    """What has been spent. Reads a monotonic clock, so setting the system's clock does no harm.
+
+    Attributes:
+        budget: The limits.
+        now: Returns seconds on a monotonic clock.
+        carried_seconds: Budget seconds that earlier processes of this run spent.
+        reserve_seconds: Kept for the final evaluation and save; may be re-estimated at any time.
+    """
+
+    budget: Budget
+    now: Callable[[], float] = time.monotonic
+    carried_seconds: float = 0.0
+    reserve_seconds: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    steps: int = 0
+    ledger: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0.0))
+    _started: float | None = None
+    _stopped: float | None = None
+    _progress: float = 0.0
+    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
+
+    def start(self, since: float | None = None) -> None:
+        """Start counting: now, or at the reading `since` (a resumed process counts its start-up)."""
+        if self._started is None:
+            self._started = self.now() if since is None else since
+
+    def stop(self) -> None:
+        """Stop counting: the final model is on disk."""
+        self._stopped = self.now()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Budget seconds spent so far, earlier processes included."""
+        if self._started is None:
+            return self.carried_seconds
+        end = self.now() if self._stopped is None else self._stopped
+        return self.carried_seconds + end - self._started
+
+    def count_step(self, tokens: int, flops: float, seconds: float) -> None:
+        """Count one optimizer step: its tokens (padding not counted), executed FLOPs and wall seconds."""
+        self.tokens += tokens
+        self.flops += flops
+        self.steps += 1
+        self.ledger["steps"] += seconds
+        self._step_seconds.append(seconds)
+
+    @contextmanager
+    def account(self, entry: str) -> Iterator[None]:
+        """Book the seconds spent inside under one entry of the ledger."""
+        begun = self.now()
+        try:
+            yield
+        finally:
+            if self._started is not None:
+                self.ledger[entry] += self.now() - begun
+
+    @property
+    def expected_step_seconds(self) -> float:
+        """What the next step will probably take: the median of the last twenty."""
+        return median(self._step_seconds) if self._step_seconds else 0.0
+
+    def fractions(self, more_tokens: float = 0, more_flops: float = 0, more_steps: float = 0) -> dict[str, float]:
+        """Fraction of each kind used once `more` is added; the clock's is of its limit less the reserve."""
+        spent = {
+            "tokens": self.tokens + more_tokens,
+            "flops": self.flops + more_flops,
+            "steps": self.steps + more_steps,
+        }
+        used = {kind: spent[kind] / limit for kind, limit in self.budget.limits.items() if kind in spent}
+        limit = self.budget.clock_limit_seconds
+        if limit is not None:
+            seconds = self.elapsed_seconds + more_steps * self.expected_step_seconds
+            used["seconds"] = seconds / max(limit - self.reserve_seconds, 1e-9)
+        return used
+
+    def step_progress(self, tokens: int, flops: float) -> float:
+        """Progress at the middle of the step about to be taken, never below an earlier reading.
+
+        Args:
+            tokens: Tokens of the coming step.
+            flops: FLOPs of the coming step.
+        """
+        reached = max(self.fractions(tokens / 2, flops / 2, 0.5).values())
+        self._progress = min(1.0, max(self._progress, reached))
+        return self._progress
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the budget spent, in [0, 1], never below an earlier reading."""
+        self._progress = min(1.0, max(self._progress, *self.fractions().values()))
+        return self._progress
+
+    def fits(self, tokens: int, flops: float) -> bool:
+        """Whether one more step of this size ends inside every limit, even if it is one of the slow ones."""
+        counts_fit = all(fraction <= 1.0 + 1e-9 for fraction in self.fractions(tokens, flops, 1).values())
+        return counts_fit and self.fits_seconds(self.slow_step_seconds)
+
+    def fits_seconds(self, seconds: float) -> bool:
+        """Whether this much more time leaves the reserve whole."""
+        limit = self.budget.clock_limit_seconds
+        return limit is None or self.elapsed_seconds + seconds + self.reserve_seconds <= limit
+
+    @property
+    def slow_step_seconds(self) -> float:
+        """The second slowest of the last twenty steps: one outlier does not end a run early."""
+        return sorted(self._step_seconds)[-2:][0] if self._step_seconds else 0.0
+
+    def spent(self) -> dict[str, float]:
+        """What has been used, of each kind."""
+        hours = self.elapsed_seconds / SECONDS_PER_HOUR
+        spent = {"seconds": self.elapsed_seconds, "tokens": self.tokens, "flops": self.flops, "steps": self.steps}
+        if self.budget.usd_per_hour:
+            spent["usd"] = hours * self.budget.usd_per_hour
+        if self.budget.stated_watts:
+            spent["kwh"] = hours * self.budget.stated_watts / 1000
+        return spent
+
+    def used_fraction(self) -> float:
+        """Fraction used of the limit that is nearest, the clock's taken without the reserve."""
+        spent = self.spent()
+        return max(spent[kind] / limit for kind, limit in self.budget.limits.items())
+
+    def balanced_ledger(self) -> dict[str, float]:
+        """The ledger with `other` set so that its entries add up to the seconds spent."""
+        booked = sum(seconds for entry, seconds in self.ledger.items() if entry != "other")
+        return {**self.ledger, "other": max(0.0, self.elapsed_seconds - booked)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later process needs to go on counting."""
+        return {
+            "elapsed_seconds": self.elapsed_seconds,
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "steps": self.steps,
+            "progress": self._progress,
+            "reserve_seconds": self.reserve_seconds,
+            "ledger": dict(self.ledger),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; the seconds spent since then by a killed process are added as `lost`."""
+        lost = max(0.0, self.carried_seconds - state["elapsed_seconds"])
+        self.carried_seconds = max(self.carried_seconds, state["elapsed_seconds"])
+        self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
+        self._progress, self.reserve_seconds = state["progress"], state["reserve_seconds"]
+        self.ledger.update(state["ledger"])
+        self.ledger["lost"] += lost
+
+    def write(self, path: str | Path, status: str) -> None:
+        """Write limit, spent and ledger as `budget.json`, whole or not at all."""
+        report = {
+            "status": status,
+            "limit": self.budget.limits,
+            "spent": self.spent(),
+            "used_fraction": self.used_fraction(),
+            "ledger_seconds": self.balanced_ledger(),
+        }
+        write_whole(path, json.dumps(report, indent=2) + "\n")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file aside and rename it, so that a reader or a crash never meets half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_carried_seconds(path: str | Path) -> float:
+    """Budget seconds that the last process of this run had spent by its last `budget.json`."""
+    try:
+        return float(json.loads(Path(path).read_text())["spent"]["seconds"])
+    except (OSError, ValueError, KeyError):
+        return 0.0

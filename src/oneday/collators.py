@@ -1,0 +1,206 @@
+"""Packed rows -> model inputs: one collator an objective.
+
+Every random choice is a hash of (seed, sample index, position), not the next number of a generator: what a sample
+looks like depends neither on the number of processes nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from oneday.attention import packed_inputs
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        inputs: Keyword arguments of the model; `input_ids` is (rows, row_length).
+        positions: (num_predicted,) int64, places in the flattened (rows * row_length) tokens that are predicted.
+        labels: (num_predicted,) int64, what stands there.
+        num_tokens: Tokens in documents, special tokens included, padding not.
+        sum_squared_lengths: Sum of the squared document lengths, for counting attention's FLOPs.
+    """
+
+    inputs: dict[str, torch.Tensor | int]
+    positions: torch.Tensor
+    labels: torch.Tensor
+    num_tokens: int
+    sum_squared_lengths: int
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        if device.type == "cpu":
+            return self
+        move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+        return Batch(
+            {key: move(value) for key, value in self.inputs.items()},
+            move(self.positions),
+            move(self.labels),
+            self.num_tokens,
+            self.sum_squared_lengths,
+            {key: move(value) for key, value in self.extra.items()},
+        )
+
+
+class Collator(Protocol):
+    """Turns packed rows into a batch."""
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """Collate.
+
+        Args:
+            rows: (rows, row_length) token ids.
+            doc_lengths: Lengths of each row's documents; they need not fill the row.
+            sample_indices: (rows,) index of each sample in the run, the key of its random choices.
+            progress: Fraction of the budget spent.
+        """
+
+
+def hash_uniform(seed: int, sample_indices: np.ndarray, row_length: int, stream: int) -> np.ndarray:
+    """(rows, row_length) float64 uniform on [0, 1), a function of its arguments alone (SplitMix64 finaliser).
+
+    Args:
+        seed: Seed of the run.
+        sample_indices: (rows,) sample indices.
+        row_length: Numbers a row.
+        stream: Which of several independent draws for the same sample.
+    """
+    with np.errstate(over="ignore"):
+        key = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(stream) * np.uint64(0x2545F4914F6CDD1D)
+        rows = mix(sample_indices.astype(np.uint64) + mix(np.atleast_1d(key)))
+        return (mix(rows[:, None] + np.arange(row_length, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+
+
+def mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64 bits that looks random."""
+    with np.errstate(over="ignore"):
+        value = value * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def document_places(doc_lengths: list[np.ndarray], row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Position in its document, and whether it is in one, of every token: two (rows, row_length) arrays.
+
+    The padded tail of a row counts as a document of its own, so that every token is in one.
+    """
+    positions = np.empty((len(doc_lengths), row_length), dtype=np.int64)
+    in_document = np.ones((len(doc_lengths), row_length), dtype=bool)
+    ramp = np.arange(row_length)
+    for row, lengths in enumerate(doc_lengths):
+        end = 0
+        for length in lengths.tolist():
+            positions[row, end : end + length] = ramp[:length]
+            end += length
+        positions[row, end:] = ramp[: row_length - end]
+        in_document[row, end:] = False
+    return positions, in_document
+
+
+@dataclass
+class PackedCollator:
+    """What every objective's collator shares: documents, positions and the attention's layout."""
+
+    tokenizer: PreTrainedTokenizerBase
+    seed: int = 0
+    position_offset: int = 0
+
+    def __post_init__(self) -> None:
+        """Special ids and the range of random replacements come from the tokenizer."""
+        self.special_ids = np.array(sorted(set(self.tokenizer.all_special_ids)), dtype=np.int64)
+        self.ordinary_ids = np.setdiff1d(np.arange(len(self.tokenizer)), self.special_ids)
+        self.is_special = np.isin(np.arange(len(self.tokenizer)), self.special_ids)
+
+    def finish(
+        self,
+        tokens: np.ndarray,
+        doc_lengths: list[np.ndarray],
+        positions: np.ndarray,
+        predicted: np.ndarray,
+        labels: np.ndarray,
+    ) -> Batch:
+        """Assemble a batch from arrays."""
+        num_tokens = int(sum(int(lengths.sum()) for lengths in doc_lengths))
+        squares = sum(int((lengths.astype(np.int64) ** 2).sum()) for lengths in doc_lengths)
+        inputs = {
+            "input_ids": torch.from_numpy(tokens),
+            "position_ids": torch.from_numpy(positions + self.position_offset),
+            **packed_inputs(doc_lengths, tokens.shape[1]),
+        }
+        return Batch(inputs, torch.from_numpy(predicted), torch.from_numpy(labels), num_tokens, squares)
+
+
+@dataclass
+class MaskedCollator(PackedCollator):
+    """Masked language modelling: a fixed number of tokens a row is hidden and predicted.
+
+    Attributes:
+        probability: Fraction of a row's tokens that are predicted.
+        probability_end: The same at the end of the budget; None keeps it.
+        replacement: `mask`: always the mask token; `bert`: 80 % mask, 10 % a random token, 10 % itself.
+    """
+
+    probability: float = 0.15
+    probability_end: float | None = None
+    replacement: str = "mask"
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. Special tokens and padding are never predicted."""
+        tokens = rows.astype(np.int64)
+        positions, in_document = document_places(doc_lengths, tokens.shape[1])
+        eligible = in_document & ~self.is_special[tokens]
+        predicted = np.flatnonzero(self.choose(eligible, sample_indices, progress))
+        labels = tokens.ravel()[predicted]
+        tokens.ravel()[predicted] = self.replace(labels, predicted, sample_indices, tokens.shape[1])
+        return self.finish(tokens, doc_lengths, positions, predicted, labels)
+
+    def choose(self, eligible: np.ndarray, sample_indices: np.ndarray, progress: float) -> np.ndarray:
+        """(rows, row_length) bool: in each row, the same share of its eligible tokens, at least one."""
+        end = self.probability if self.probability_end is None else self.probability_end
+        rate = self.probability + (end - self.probability) * progress
+        draw = np.where(eligible, hash_uniform(self.seed, sample_indices, eligible.shape[1], 0), 2.0)
+        counts = np.maximum(np.round(rate * eligible.sum(1)), eligible.any(1)).astype(np.int64)
+        order = np.argsort(draw, axis=1, kind="stable")
+        chosen = np.zeros_like(eligible)
+        np.put_along_axis(chosen, order, np.arange(eligible.shape[1]) < counts[:, None], axis=1)
+        return chosen
+
+    def replace(self, labels: np.ndarray, predicted: np.ndarray, samples: np.ndarray, row_length: int) -> np.ndarray:
+        """What stands at the predicted places in the input."""
+        masked = np.full_like(labels, self.tokenizer.mask_token_id)
+        if self.replacement == "mask":
+            return masked
+        kind = hash_uniform(self.seed, samples, row_length, 1).ravel()[predicted]
+        pick = hash_uniform(self.seed, samples, row_length, 2).ravel()[predicted]
+        random_tokens = self.ordinary_ids[(pick * len(self.ordinary_ids)).astype(np.int64)]
+        return np.where(kind < 0.8, masked, np.where(kind < 0.9, random_tokens, labels))
+
+
+@dataclass
+class CausalCollator(PackedCollator):
+    """Next-token prediction: every token is predicted from those before it in its document, special ones never."""
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. The first token of a document (`bos`) has nothing before it and is not predicted."""
+        tokens = rows.astype(np.int64)
+        positions, in_document = document_places(doc_lengths, tokens.shape[1])
+        target = in_document & (positions > 0) & ~self.is_special[tokens]
+        places = np.flatnonzero(target)
+        return self.finish(tokens, doc_lengths, positions, places - 1, tokens.ravel()[places])

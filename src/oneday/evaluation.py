@@ -1,0 +1,76 @@
+"""Held-out loss and bits a byte, on packed rows with fixed masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import nn
+
+from oneday.collators import Collator
+from oneday.objectives import Objective
+from oneday.packed_dataset import PackedDataset
+
+
+@torch.no_grad()
+def evaluate_objective(
+    model: nn.Module,
+    objective: Objective,
+    dataset: PackedDataset,
+    micro_batch_tokens: int,
+    precision: Callable[[], AbstractContextManager],
+    position_offset: int = 0,
+    rank: int = 0,
+    num_processes: int = 1,
+    reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+) -> dict[str, float]:
+    """Mean held-out losses a predicted token, in nats, under each of the objective's evaluation collators.
+
+    Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
+
+    Args:
+        model: The stock model, after `objective.attach`.
+        objective: What is predicted.
+        dataset: Packed held-out rows.
+        micro_batch_tokens: Tokens of one forward pass.
+        precision: Opens the autocast context.
+        position_offset: First position id of the architecture.
+        rank: This process; it takes every `num_processes`-th micro-batch.
+        num_processes: All of them.
+        reduce_sum: Sums a tensor over the processes.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows = max(1, micro_batch_tokens // dataset.row_length)
+    parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
+    metrics = {}
+    for name, collator in objective.evaluation_collators(position_offset).items():
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for part in parts:
+            with precision():
+                total += sum_part(model, objective, dataset, collator, part, device)
+        nats, predicted = reduce_sum(total).tolist()
+        metrics[name] = nats / max(predicted, 1)
+        if objective.kind == "decoder":
+            metrics["eval_bits_per_byte"] = nats / math.log(2) / dataset.num_bytes_text
+    model.train(training)
+    return metrics
+
+
+def sum_part(
+    model: nn.Module,
+    objective: Objective,
+    dataset: PackedDataset,
+    collator: Collator,
+    part: np.ndarray,
+    device: torch.device,
+) -> torch.Tensor:
+    """(nats, predicted tokens) of some rows, float64."""
+    token_rows, doc_lengths = dataset.get_rows(part)
+    batch = collator(token_rows, doc_lengths, part).to(device)
+    loss = objective.summed_loss(model, batch).double()
+    return torch.stack([loss, torch.tensor(float(len(batch.labels)), dtype=torch.float64, device=device)])

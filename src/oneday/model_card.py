@@ -1,0 +1,250 @@
+"""Results, model card and curve of a finished run, all from its directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from oneday import run_directory as rundir
+from oneday.arguments import DataArguments, ModelArguments
+from oneday.budget import write_whole
+from oneday.curves import draw_curve
+from oneday.modeling import count_parameters
+from oneday.throughput import describe_environment, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from oneday.preparation import PreparedData
+    from oneday.trainer import BudgetTrainer
+
+ROLES = {"encoder": ("AutoModelForMaskedLM", "fill-mask"), "decoder": ("AutoModelForCausalLM", "text-generation")}
+
+
+def write_reports(
+    trainer: BudgetTrainer,
+    data: PreparedData,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    metrics: dict[str, float],
+) -> None:
+    """Write results.json, environment.json, the curve and the card; results.json last, as the sign of the end."""
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    write_json(folder / rundir.ENVIRONMENT, describe_environment(trainer.args.device))
+    results = collect_results(trainer, data, model_args, data_args, metrics)
+    draw_curve(folder)
+    write_whole(folder / rundir.CARD, format_card(folder, results))
+    write_json(folder / rundir.RESULTS, results)
+
+
+def collect_results(
+    trainer: BudgetTrainer,
+    data: PreparedData,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """The machine-readable result of a run (contract: `results.json`)."""
+    clock, args = trainer.clock, trainer.args
+    parameters, without_embeddings = count_parameters(trainer.model)
+    before = next((event for event in rundir.read_metrics(args.output_dir) if event["event"] == "eval"), {})
+    before = {key: value for key, value in before.items() if key.startswith("eval_") and before["step"] == 0}
+    seconds = clock.ledger["steps"]
+    return {
+        "eval_loss": metrics["eval_loss"],
+        **{key.removeprefix("eval_") if key == "eval_bits_per_byte" else key: value for key, value in metrics.items()},
+        "before": before,
+        "objective": trainer.objective.name,
+        "kind": trainer.objective.kind,
+        "model_config": Path(model_args.model_config).name,
+        "num_parameters": parameters,
+        "num_parameters_without_embeddings": without_embeddings,
+        "corpus": data.corpus.name,
+        "corpus_hash": data.corpus.corpus_hash,
+        "train_tokens_available": data.train.num_tokens,
+        "epochs": trainer.loader.epoch,
+        "packing_efficiency": data.train.index.packing_efficiency,
+        "max_seq_length": data_args.max_seq_length,
+        "seed": args.seed,
+        "threads": describe_environment(args.device)["threads"],
+        "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
+        "optim": args.optimizer_name,
+        "tokens_seen": clock.tokens,
+        "steps": clock.steps,
+        "flops": clock.flops,
+        "train_seconds": seconds,
+        "preparation_seconds": data.seconds,
+        "budget_used": clock.used_fraction(),
+        "tokens_per_second": clock.tokens / seconds if seconds else 0.0,
+        "mfu": trainer.mfu,
+        "peak_flops_measured": trainer.peak_flops,
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def format_card(folder: Path, results: dict[str, Any]) -> str:
+    """The model card: Hub metadata, then what was trained on what, for how much, with what result."""
+    budget, environment = rundir.read_json(folder / rundir.BUDGET), rundir.read_json(folder / rundir.ENVIRONMENT)
+    sections = [
+        f"---\n{yaml.safe_dump(card_metadata(folder, results), sort_keys=False)}---",
+        f"# {folder.name}",
+        describe_model(results),
+        "## How to use it\n\n" + usage(results),
+        "## Results\n\n" + results_table(results) + glue_section(folder),
+        f"![Training curve]({rundir.CURVE})",
+        "## Budget\n\n" + budget_table(budget),
+        "## Data\n\n" + describe_data(results),
+        "## Training\n\n" + training_table(folder, results, environment),
+        "## Limits\n\n" + LIMITS,
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+LIMITS = (
+    "A small model trained for a short time: it knows little, repeats what its corpus says, biases included, and is "
+    "meant for study and as a start for fine-tuning. Held-out losses compare only at an equal corpus hash and "
+    "tokenizer; scores of different protocols do not compare."
+)
+
+
+def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """The YAML head that the Hub reads, with the results as `model-index`."""
+    metrics = [{"type": "loss", "value": round(results["eval_loss"], 4), "name": "held-out loss, nats a token"}]
+    if "bits_per_byte" in results:
+        metrics.append({"type": "bits_per_byte", "value": round(results["bits_per_byte"], 4), "name": "bits a byte"})
+    task = ROLES[results["kind"]][1]
+    index = {"task": {"type": task}, "dataset": {"name": results["corpus"], "type": "text"}, "metrics": metrics}
+    return {
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "license": "apache-2.0",
+        "tags": ["oneday", "pretrained-from-scratch", results["objective"]],
+        "model-index": [{"name": folder.name, "results": [index]}],
+    }
+
+
+def describe_model(results: dict[str, Any]) -> str:
+    """The first paragraph."""
+    style = "A BERT-style encoder" if results["kind"] == "encoder" else "A GPT-style decoder"
+    return (
+        f"{style} (`{results['model_config']}`) of {results['num_parameters'] / 1e6:.1f} M parameters "
+        f"({results['num_parameters_without_embeddings'] / 1e6:.1f} M without embeddings), trained from random "
+        f"weights on {results['tokens_seen'] / 1e6:.1f} M tokens in {results['train_seconds'] / 60:.1f} minutes of "
+        "steps with oneday."
+    )
+
+
+def usage(results: dict[str, Any]) -> str:
+    """Code that loads the model."""
+    name, task = ROLES[results["kind"]]
+    call = 'pipe("The function returns a [MASK] of values.")'
+    if results["kind"] == "decoder":
+        call = 'pipe("The function returns", max_new_tokens=40)'
+    return (
+        "```python\n"
+        f"from transformers import AutoTokenizer, {name}, pipeline\n\n"
+        f'model = {name}.from_pretrained("PATH_OR_ID")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")\n'
+        f'pipe = pipeline("{task}", model=model, tokenizer=tokenizer)\n'
+        f"print({call})\n```"
+    )
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Held-out numbers before and after."""
+    names = {
+        "eval_loss": "held-out loss, nats a predicted token",
+        "eval_mlm_loss": "the same at 15 % masks, all [MASK]",
+        "eval_bits_per_byte": "bits a byte",
+    }
+    rows = []
+    for key, name in names.items():
+        after = results.get(key)
+        if after is not None:
+            before = results["before"].get(key)
+            rows.append((name, "" if before is None else f"{before:.3f}", f"{after:.3f}"))
+    return markdown_table(("held out", "random weights", "trained"), rows)
+
+
+def glue_section(folder: Path) -> str:
+    """The fine-tuning scores, when there are some."""
+    glue = rundir.read_json(folder / "glue" / "glue_results.json")
+    if not glue:
+        return ""
+    rows = []
+    for name, task in glue["tasks"].items():
+        random = task.get("random_weights", {}).get("median")
+        rows.append(
+            (
+                name,
+                task["metric"],
+                f"{task['median']:.1f}",
+                "" if random is None else f"{random:.1f}",
+                len(task["scores"]),
+            )
+        )
+    table = markdown_table(("task", "metric", "median", "random weights", "seeds"), rows)
+    return f"\n\n## Fine-tuning\n\nProtocol: {glue['protocol']}.\n\n{table}"
+
+
+def budget_table(budget: dict[str, Any]) -> str:
+    """Asked, spent, and where the seconds went."""
+    spent = budget["spent"]
+    rows = [
+        (kind, "" if kind not in budget["limit"] else f"{budget['limit'][kind]:,.6g}", f"{value:,.6g}")
+        for kind, value in spent.items()
+    ]
+    ledger = [(entry, f"{seconds:.1f}") for entry, seconds in budget["ledger_seconds"].items()]
+    return (
+        markdown_table(("budget", "asked", "spent"), rows)
+        + f"\n\n{100 * budget['used_fraction']:.1f} % used. Where the seconds went:\n\n"
+        + markdown_table(("entry", "seconds"), ledger)
+    )
+
+
+def describe_data(results: dict[str, Any]) -> str:
+    """What it was trained on."""
+    return (
+        f"Corpus `{results['corpus']}` (content hash `{results['corpus_hash']}`), {results['epochs']:.2f} passes over "
+        f"{results['train_tokens_available'] / 1e6:.1f} M tokens, packed at {results['max_seq_length']} tokens with "
+        f"{100 * results['packing_efficiency']:.2f} % efficiency; documents in one row do not see each other. "
+        "The held-out documents were never trained on."
+    )
+
+
+def training_table(folder: Path, results: dict[str, Any], environment: dict[str, Any]) -> str:
+    """Settings, hardware and versions."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    rows = [
+        ("objective", results["objective"]),
+        ("optimizer", results["optim"]),
+        ("precision", results["precision"]),
+        ("steps", f"{results['steps']:,}"),
+        ("tokens a second", f"{results['tokens_per_second']:,.0f}"),
+        ("MFU", f"{100 * results['mfu']:.1f} % of {results['peak_flops_measured'] / 1e12:.2f} TFLOP/s measured"),
+        ("peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        ("seed", results["seed"]),
+        ("hardware", f"{environment['device']}, {environment['threads']} threads of {environment['cores']} cores"),
+        ("versions", f"Python {environment['python']}, {packages}"),
+        ("commit", environment["commit"]),
+    ]
+    return (
+        markdown_table(("", ""), rows)
+        + f"\n\nEvery setting stands in [`{rundir.RECIPE}`]({rundir.RECIPE}); feeding it back repeats the run."
+    )
+
+
+def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *[list(row) for row in rows]]
+    text = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])

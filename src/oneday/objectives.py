@@ -1,0 +1,163 @@
+"""What is predicted and how it is scored. One class an objective and one entry in OBJECTIVES.
+
+The loss is a sum over predicted positions, never a mean: the trainer divides by the number predicted in the whole
+optimizer step, so that any split into micro-batches and processes gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.collators import Batch, CausalCollator, Collator, MaskedCollator
+
+# Rows of logits held at once in float32 while the loss is taken, in elements.
+LOGIT_CHUNK_ELEMENTS = 2**25
+# Held-out masks do not depend on the run's own seed, so that runs compare.
+EVALUATION_SEED = 20_240_229
+STANDARD_MLM_PROBABILITY = 0.15
+
+
+class SelectedPositions:
+    """Lets a stock model's head see only chosen positions.
+
+    A forward hook on the base model replaces its (rows, row_length, width) output by the (1, num_predicted, width)
+    rows that are predicted; the stock head then runs on those alone, whatever the architecture's head is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.positions: torch.Tensor | None = None
+        model.base_model.register_forward_hook(self.select)
+
+    def select(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook; does nothing while no positions are set."""
+        if self.positions is not None:
+            hidden = output.last_hidden_state
+            output.last_hidden_state = hidden.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
+        return output
+
+
+class Objective:
+    """What every objective has: a model class, a collator for training and those it is evaluated by, and a loss."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    auto_class: ClassVar[type]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BudgetTrainingArguments) -> None:
+        self.tokenizer = tokenizer
+        self.args = args
+
+    def training_collator(self, position_offset: int) -> Collator:
+        """The collator of the training batches."""
+        raise NotImplementedError
+
+    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
+        """Collators of the held-out losses, by metric name; the first is the objective's own `eval_loss`."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module) -> None:
+        """Prepare a model for `summed_loss`; called once, before any wrapping."""
+        model.selected_positions = SelectedPositions(model)
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the predicted positions, in nats, float32 scalar.
+
+        Args:
+            model: The stock model, wrapped or not, after `attach`.
+            batch: A batch of this objective's collator.
+        """
+        selected = find_selected(model)
+        selected.positions = batch.positions
+        try:
+            logits = model(**batch.inputs).logits[0]
+        finally:
+            selected.positions = None
+        return summed_cross_entropy(logits, batch.labels)
+
+
+def find_selected(model: nn.Module) -> SelectedPositions:
+    """The hook that `attach` put on a model, through any wrapper (DDP, compiled)."""
+    while not hasattr(model, "selected_positions"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model.selected_positions
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of -log softmax(logits)[label] in float32, in chunks that bound the memory of the upcast.
+
+    Args:
+        logits: (num_predicted, vocabulary), any floating type.
+        labels: (num_predicted,) int64.
+    """
+    if logits.shape[0] == 0:
+        return logits.sum().float()
+    rows = max(1, LOGIT_CHUNK_ELEMENTS // logits.shape[-1])
+    pairs = zip(logits.split(rows), labels.split(rows))
+    return torch.stack([F.cross_entropy(part.float(), label, reduction="sum") for part, label in pairs]).sum()
+
+
+class MaskedLanguageModeling(Objective):
+    """`mlm`: tokens are hidden and predicted from both sides (Devlin et al. 2019, arXiv 1810.04805)."""
+
+    name, kind, auto_class = "mlm", "encoder", AutoModelForMaskedLM
+
+    def training_collator(self, position_offset: int) -> Collator:
+        """Masks at the rate and with the replacement that the settings say."""
+        args = self.args
+        ends = [args.mlm_probability, args.mlm_probability_end]
+        for name, value in zip(("mlm_probability", "mlm_probability_end"), ends):
+            if value is not None and not 0.0 < value < 1.0:
+                raise SettingError(f"The setting {name} is {value:g}; it must lie between 0 and 1.")
+        if args.mask_replacement not in ("mask", "bert"):
+            raise SettingError(f"The setting mask_replacement is {args.mask_replacement!r}; it must be mask or bert.")
+        return MaskedCollator(self.tokenizer, args.seed, position_offset, *ends, args.mask_replacement)
+
+    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
+        """`eval_loss` at the run's final rate, and `eval_mlm_loss` at 15 % all-mask, which objectives share."""
+        args = self.args
+        rate = args.mlm_probability if args.mlm_probability_end is None else args.mlm_probability_end
+        common = (self.tokenizer, EVALUATION_SEED, position_offset)
+        return {
+            "eval_loss": MaskedCollator(*common, rate, None, args.mask_replacement),
+            "eval_mlm_loss": MaskedCollator(*common, STANDARD_MLM_PROBABILITY),
+        }
+
+
+class CausalLanguageModeling(Objective):
+    """`clm`: each token is predicted from those before it in its document."""
+
+    name, kind, auto_class = "clm", "decoder", AutoModelForCausalLM
+
+    def training_collator(self, position_offset: int) -> Collator:
+        """Every token of a document but its first."""
+        return CausalCollator(self.tokenizer, self.args.seed, position_offset)
+
+    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
+        """`eval_loss`: nats a predicted token."""
+        return {"eval_loss": CausalCollator(self.tokenizer, EVALUATION_SEED, position_offset)}
+
+
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (MaskedLanguageModeling, CausalLanguageModeling)}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The objective class of that name.
+
+    Raises:
+        SettingError: When there is none.
+    """
+    if name not in OBJECTIVES:
+        raise SettingError(f"The setting objective is {name!r}; it must be one of {', '.join(OBJECTIVES)}.")
+    return OBJECTIVES[name]
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
+    """bfloat16 autocast on a device, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

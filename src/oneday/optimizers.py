@@ -1,0 +1,179 @@
+"""Optimizers by name, and which parameters each one trains.
+
+Hidden matrices (every two-dimensional weight that is neither an embedding nor the output projection) go to the named
+optimizer. Embeddings, norms and biases always stay with AdamW in 32 bit: 8-bit states are unstable there, and Muon is
+not defined for them. To add one: write a builder and enter it in HIDDEN_OPTIMIZERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+
+# Below this many elements a block-wise 8-bit state saves nothing (bitsandbytes' own default).
+MIN_8BIT_ELEMENTS = 4096
+
+Builder = Callable[[list[nn.Parameter], BudgetTrainingArguments], Optimizer]
+
+
+class CompositeOptimizer(Optimizer):
+    """Several optimizers behind one: their parameter groups stay live, so that schedulers reach every one.
+
+    Args:
+        optimizers: Optimizers over disjoint parameters.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """Every parameter's state."""
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    @state.setter
+    def state(self, value: object) -> None:
+        """The parent sets an empty state; the parts keep their own."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step each part."""
+        loss = closure() if closure is not None else None
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of every part."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state dictionary a part."""
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load each part, then show its (new) groups here again."""
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters as (hidden matrices, embeddings and output projection, norms and biases)."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        embeddings.add(id(output.weight))
+    hidden, tables, vectors = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = tables if id(parameter) in embeddings else hidden if parameter.ndim == 2 else vectors
+        kind.append(parameter)
+    return hidden, tables, vectors
+
+
+def build_adamw(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """PyTorch's fused AdamW in 32 bit."""
+    return torch.optim.AdamW(parameters, **adam_settings(args), fused=True)
+
+
+def adam_settings(args: BudgetTrainingArguments) -> dict[str, Any]:
+    """Learning rate, betas, epsilon and weight decay as the settings say."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+
+
+def build_adamw_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861)."""
+    return import_bitsandbytes().AdamW8bit(parameters, **adam_settings(args), min_8bit_size=MIN_8BIT_ELEMENTS)
+
+
+def build_lion_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """Lion with 8-bit momentum; betas .9/.99 and a learning rate a tenth of AdamW's (arXiv 2302.06675)."""
+    settings = {"lr": args.learning_rate / 10, "betas": (0.9, 0.99), "weight_decay": args.weight_decay}
+    return import_bitsandbytes().Lion8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
+
+
+def build_ademamix_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """AdEMAMix with 8-bit moments (Pagliardini et al. 2024, arXiv 2409.03137)."""
+    settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    return import_bitsandbytes().AdEMAMix8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
+
+
+def build_muon(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """PyTorch's Muon, its update scaled to AdamW's root mean square (Liu et al. 2025, arXiv 2502.16982)."""
+    return torch.optim.Muon(
+        parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+HIDDEN_OPTIMIZERS: dict[str, Builder] = {
+    "adamw": build_adamw,
+    "adamw_8bit": build_adamw_8bit,
+    "lion_8bit": build_lion_8bit,
+    "ademamix_8bit": build_ademamix_8bit,
+    "muon": build_muon,
+}
+
+
+def import_bitsandbytes() -> Any:
+    """The optimizers of bitsandbytes, imported only when asked for (it prints on machines without a GPU).
+
+    Raises:
+        SettingError: When the library is not installed or does not load.
+    """
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingError(
+            f"An 8-bit optimizer needs bitsandbytes, which does not load here ({reason}); "
+            "pip install bitsandbytes, or set optim to adamw or muon."
+        ) from None
+    return bitsandbytes.optim
+
+
+def check_optimizer(name: str) -> None:
+    """Raise SettingError when the name is unknown or its library is missing."""
+    if name not in HIDDEN_OPTIMIZERS:
+        raise SettingError(f"The setting optim is {name!r}; it must be one of {', '.join(HIDDEN_OPTIMIZERS)}.")
+    if name.endswith("_8bit"):
+        import_bitsandbytes()
+
+
+def build_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> CompositeOptimizer:
+    """The optimizer that `args.optimizer_name` asks for.
+
+    Raises:
+        SettingError: When the name is unknown or its library is missing.
+    """
+    check_optimizer(args.optimizer_name)
+    hidden, tables, vectors = split_parameters(model)
+    undecayed = torch.optim.AdamW(tables + vectors, **{**adam_settings(args), "weight_decay": 0.0}, fused=True)
+    return CompositeOptimizer(
+        [HIDDEN_OPTIMIZERS[args.optimizer_name](hidden, args), undecayed] if hidden else [undecayed]
+    )
+
+
+def count_state_bytes(optimizers: Iterable[Optimizer]) -> int:
+    """Bytes that the optimizers' states hold."""
+    return sum(
+        value.numel() * value.element_size()
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    )

@@ -1,0 +1,102 @@
+"""From settings to what the trainer takes: tokenizer and packed rows, each kept in the cache under a content key."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from oneday.arguments import DataArguments
+from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
+from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
+from oneday.tokenization import load_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TEXTS_AT_ONCE = 1000
+
+
+@dataclass
+class PreparedData:
+    """What a run trains on.
+
+    Attributes:
+        corpus: Where the text came from.
+        tokenizer: Trained or loaded.
+        train: Packed training rows.
+        validation: Packed held-out rows.
+        seconds: Wall time of preparing, which no budget counts.
+    """
+
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedDataset
+    validation: PackedDataset
+    seconds: float
+
+
+def prepare_data(args: DataArguments, kind: str) -> PreparedData:
+    """Read the corpus, train or load the tokenizer, pack both splits.
+
+    Args:
+        args: Which text, tokenizer and packing.
+        kind: `encoder` or `decoder`; decides the special tokens around each document.
+
+    Raises:
+        SettingError: When the text or a setting cannot be used.
+    """
+    begun = time.monotonic()
+    corpus = load_corpus(args)
+    cache = resolve_cache_dir(args.cache_dir)
+    tokenizer = prepare_tokenizer(args, corpus, kind, cache)
+    packed = {
+        split: prepare_rows(args, texts, f"{corpus.corpus_hash}/{split}", tokenizer, kind, cache)
+        for split, texts in (("train", corpus.train), ("validation", corpus.validation))
+    }
+    return PreparedData(corpus, tokenizer, **packed, seconds=time.monotonic() - begun)
+
+
+def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Path) -> PreTrainedTokenizerBase:
+    """The named tokenizer, or one trained on the corpus (once a corpus and setting)."""
+    if args.tokenizer_name is not None:
+        return load_tokenizer(args.tokenizer_name)
+    settings = (args.tokenizer_type, args.vocab_size, args.lowercase, args.tokenizer_train_bytes, kind)
+    folder = cache / "tokenizers" / digest(corpus.corpus_hash, *settings)
+    if not (folder / "tokenizer.json").exists():
+        logger.info("Training a %s tokenizer of %d tokens.", args.tokenizer_type, args.vocab_size)
+        texts = take_bytes(corpus.train, args.tokenizer_train_bytes)
+        tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, args.lowercase, kind)
+        tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def prepare_rows(
+    args: DataArguments, texts: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, kind: str, cache: Path
+) -> PackedDataset:
+    """Packed rows of one split, from the cache when they are there."""
+    settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
+    key = packing_key(name, tokenizer, settings)
+    batches = (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
+    count = len(texts) if isinstance(texts, datasets.Dataset) else None
+    return pack_corpus(batches, tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, count, key)
+
+
+def take_bytes(texts: Iterable[dict[str, str]], limit: int) -> Iterator[str]:
+    """Texts from the start until `limit` bytes of UTF-8 are given."""
+    given = 0
+    for row in texts:
+        yield row["text"]
+        given += len(row["text"].encode())
+        if given >= limit:
+            return
+
+
+def digest(*parts: object) -> str:
+    """A short name for a combination of settings."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,279 @@
+"""Recipes: a YAML file (one level of `extends:`) and the command line become arguments.
+
+Later layers win: defaults < the recipe it extends < the recipe < the command line. `null` unsets a setting.
+This is the only module that reads the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oneday.arguments import REPLACED_SETTINGS, SettingError
+
+# Two spellings of one budget: given in one layer, either replaces the other from the layers below.
+SAME_KIND = (("budget_hours", "budget_minutes"),)
+
+Settings = dict[str, Any]
+
+
+def parse_recipe(
+    classes: tuple[type, ...],
+    argv: list[str] | None = None,
+    description: str = "",
+    example: str = "",
+    default_recipe: str | None = None,
+) -> tuple[Any, ...]:
+    """Read `[RECIPE.yaml] [--key value ...]` into one instance of each dataclass.
+
+    Args:
+        classes: Dataclasses whose fields are the settings; a field name occurs once.
+        argv: The command line without the program; `sys.argv[1:]` when None.
+        description: First lines of `--help`.
+        example: A command that works, shown by `--help`.
+        default_recipe: Recipe used when none is named.
+
+    Raises:
+        SettingError: On an unknown key, a value of the wrong type, or a file that cannot be read.
+    """
+    return build_arguments(classes, resolve_settings(classes, argv, description, example, default_recipe))
+
+
+def resolve_settings(
+    classes: tuple[type, ...],
+    argv: list[str] | None = None,
+    description: str = "",
+    example: str = "",
+    default_recipe: str | None = None,
+) -> Settings:
+    """The settings given by the recipe and the command line, merged and checked, without the defaults."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(format_help(classes, description, example))
+        raise SystemExit(0)
+    recipe, overrides = split_command_line(argv)
+    layers = read_layers(recipe or default_recipe) if (recipe or default_recipe) else []
+    known = fields_of(classes)
+    settings: Settings = {}
+    for place, layer in [*layers, ("the command line", overrides)]:
+        check_layer(place, layer, known)
+        for names in SAME_KIND:
+            if any(layer.get(name) is not None for name in names):
+                settings = {key: value for key, value in settings.items() if key not in names}
+        settings.update(layer)
+    return {key: coerce(key, value, known[key]) for key, value in settings.items()}
+
+
+def split_command_line(argv: list[str]) -> tuple[str | None, Settings]:
+    """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': True})`."""
+    recipe, overrides, position = None, {}, 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--"):
+            if recipe is not None:
+                raise SettingError(
+                    f"The command line names {word!r} beside the recipe {recipe!r}; give one recipe, then --key value."
+                )
+            recipe = word
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            has_value = position < len(argv) and not argv[position].startswith("--")
+            text = argv[position] if has_value else "true"
+            position += has_value
+        overrides[key.replace("-", "_")] = read_value(key, text)
+    return recipe, overrides
+
+
+def read_value(key: str, text: str) -> Any:
+    """One command-line value, read as YAML; text that is not YAML is a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, (dict,)) and not text.lstrip().startswith("{") else value
+
+
+def read_layers(path: str) -> list[tuple[str, Settings]]:
+    """The recipe and, before it, the one it extends: (file name, settings) pairs."""
+    layer = read_yaml(path)
+    parent = layer.pop("extends", None)
+    if parent is None:
+        return [(str(path), layer)]
+    parent_path = Path(path).parent / str(parent)
+    parent_layer = read_yaml(str(parent_path))
+    if "extends" in parent_layer:
+        raise SettingError(
+            f"{path} extends {parent}, which extends another recipe; one level of `extends:` is all there is."
+        )
+    return [(str(parent_path), parent_layer), (str(path), layer)]
+
+
+def read_yaml(path: str) -> Settings:
+    """A recipe file as a dictionary."""
+    try:
+        layer = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path, [str(p) for p in Path("recipes").rglob("*.yaml")], 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "see recipes/ for those that are there."
+        raise SettingError(f"There is no recipe {path}; {hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise SettingError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+    if layer is not None and not isinstance(layer, dict):
+        raise SettingError(f"The recipe {path} holds a {type(layer).__name__}; it must be lines of `key: value`.")
+    return layer or {}
+
+
+def check_layer(place: str, layer: Settings, known: dict[str, Any]) -> None:
+    """Refuse unknown keys (naming the nearest) and one budget spelled twice."""
+    for key in layer:
+        if key in REPLACED_SETTINGS:
+            raise SettingError(f"{place} sets {key}, which the budget decides; set {REPLACED_SETTINGS[key]} instead.")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, 0.4)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise SettingError(f"{place} has the unknown setting {key!r}{hint} (--help lists them).")
+    for names in SAME_KIND:
+        if sum(layer.get(name) is not None for name in names) > 1:
+            raise SettingError(f"{place} sets both {' and '.join(names)}, which are one budget; keep one of them.")
+
+
+def fields_of(classes: tuple[type, ...]) -> dict[str, Any]:
+    """Setting name -> its type, over all the dataclasses."""
+    known: dict[str, Any] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        known.update({field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init})
+    return known
+
+
+def coerce(key: str, value: Any, kind: Any) -> Any:
+    """Turn a YAML value into the field's type.
+
+    Raises:
+        SettingError: When it cannot be one.
+    """
+    if value is None:
+        return None
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    options = [option for option in (typing.get_args(kind) if union else (kind,)) if option is not type(None)]
+    for option in options:
+        try:
+            return coerce_one(value, option)
+        except (TypeError, ValueError):
+            continue
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise SettingError(f"The setting {key} is {value!r}; it must be {wanted}.")
+
+
+def coerce_one(value: Any, kind: Any) -> Any:
+    """`value` as `kind`; ValueError when it is not one. Kinds beyond the plain ones pass through."""
+    if typing.get_origin(kind) is list:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        (item_kind,) = typing.get_args(kind)
+        return [coerce_one(item.strip() if isinstance(item, str) else item, item_kind) for item in items]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(value)
+        return value
+    if kind is int:
+        if isinstance(value, bool) or float(value) != int(float(value)):
+            raise ValueError(value)
+        return int(float(value)) if isinstance(value, str) and "e" in value.lower() else int(value)
+    if kind is float:
+        if isinstance(value, bool):
+            raise ValueError(value)
+        return float(value)
+    if kind is str:
+        if isinstance(value, (list, dict)):
+            raise ValueError(value)
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return value
+
+
+def build_arguments(classes: tuple[type, ...], settings: Settings) -> tuple[Any, ...]:
+    """One instance a dataclass; a setting that is None keeps the default where the type has no None."""
+    built = []
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        names = {field.name for field in dataclasses.fields(cls) if field.init}
+        optional = {name for name in names if type(None) in typing.get_args(hints[name])}
+        given = {
+            key: value for key, value in settings.items() if key in names and (value is not None or key in optional)
+        }
+        built.append(cls(**given))
+    return tuple(built)
+
+
+def complete_settings(classes: tuple[type, ...], settings: Settings) -> Settings:
+    """The given settings over every default of this project, so that a later change of a default changes nothing."""
+    defaults = {
+        field.name: default_of(field)
+        for cls in classes
+        for field in dataclasses.fields(cls)
+        if field.name in cls.__annotations__ and "help" in field.metadata
+    }
+    return defaults | settings
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default value."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def format_help(classes: tuple[type, ...], description: str, example: str) -> str:
+    """The text of `--help`, 80 columns wide: every setting of this project, by group."""
+    lines = [*textwrap.wrap(description, 79), "", "Usage: [RECIPE.yaml] [--key value ...]", f"Example: {example}", ""]
+    inherited = []
+    for cls in classes:
+        lines += [f"{(cls.__doc__ or cls.__name__).strip().splitlines()[0]}", ""]
+        parent_names = {
+            field.name
+            for base in cls.__mro__[1:]
+            if dataclasses.is_dataclass(base)
+            for field in dataclasses.fields(base)
+        }
+        for field in dataclasses.fields(cls):
+            if field.name in parent_names and field.name not in cls.__annotations__:
+                inherited += [field.name] * (field.name not in REPLACED_SETTINGS)
+            elif field.init and field.name not in REPLACED_SETTINGS:
+                lines += format_setting(field)
+        lines.append("")
+    if inherited:
+        names = ", ".join(sorted(inherited))
+        lines += textwrap.wrap(f"Settings of transformers.TrainingArguments are known too: {names}.", 79)
+    return "\n".join(lines) + "\n"
+
+
+def format_setting(field: dataclasses.Field) -> list[str]:
+    """`--name` with its default, then its help, indented."""
+    default = default_of(field)
+    shown = "" if default is None else f" (default: {default})"
+    return [
+        f"  --{field.name}{shown}",
+        *textwrap.wrap(field.metadata.get("help", ""), 73, initial_indent="      ", subsequent_indent="      "),
+    ]
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        code = main()
+    except SettingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+    raise SystemExit(code or 0)

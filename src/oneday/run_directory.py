@@ -1,0 +1,154 @@
+"""The run directory: its files, who may write to it, its checkpoints, and the one reader of its metrics."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oneday.arguments import SettingError
+from oneday.budget import write_whole
+
+RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
+ENVIRONMENT, CARD, CURVE, STATE = "environment.json", "README.md", "training_curve.png", "oneday_state.json"
+STAGING = ".staging"
+
+# Settings that do not touch the training: they may change when a run goes on.
+FREE_SETTINGS = {
+    "output_dir", "save_minutes", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "run_name", "cache_dir",
+    "num_threads", "log_level",
+}  # fmt: skip
+
+
+def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
+    """Whether this run is `new`, to be `resumed`, or `finished`. Writes nothing.
+
+    Raises:
+        SettingError: When the directory holds another run, or files that are not a run's.
+    """
+    folder = Path(output_dir)
+    recipe = folder / RECIPE
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"The setting output_dir is {output_dir}, which is a file; name a directory.")
+    if not recipe.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
+        return "new"
+    differing = differing_settings(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, settings)
+    if differing:
+        raise SettingError(
+            f"The output_dir {output_dir} holds a run with other settings ({', '.join(differing)}); "
+            "name another output_dir, or give the same settings to go on with that run."
+        )
+    return "finished" if (folder / RESULTS).exists() else "resumed"
+
+
+def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
+    """Make the directory of a new run with the resolved recipe in it.
+
+    Raises:
+        SettingError: When it cannot be written.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RECIPE, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    except OSError as error:
+        raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
+
+
+def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """`name: old, now new` for each setting that differs and touches the training."""
+    names = sorted((before.keys() | after.keys()) - FREE_SETTINGS)
+    return [
+        f"{name}: {before.get(name)}, now {after.get(name)}" for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints from the oldest to the newest, by step; only whole ones have this name."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a staged directory into place after its bytes are on disk."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def publish_files(source: Path, target: Path) -> None:
+    """Move each file of a staged directory into an existing one."""
+    for path in sorted(source.iterdir()):
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
+@contextmanager
+def staging(output_dir: str | Path, name: str) -> Iterator[Path]:
+    """A directory to write into before publishing; whatever is left of it is removed.
+
+    Raises:
+        SettingError: When the disk is full.
+    """
+    folder = Path(output_dir) / STAGING / name
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SettingError(
+                f"The disk of output_dir {output_dir} is full; free some space and run again."
+            ) from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    with open(Path(output_dir) / METRICS, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(event) + "\n")
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The events that led to the weights: lines that a resume undid are left out, a torn last line too.
+
+    Args:
+        output_dir: A run directory.
+    """
+    path = Path(output_dir) / METRICS
+    events: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["event"] == "resume":
+            events = [old for old in events if old["step"] <= event["from_step"]]
+        events.append(event)
+    return events
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file, or {} when it is not there."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

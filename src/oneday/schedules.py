@@ -1,0 +1,76 @@
+"""Shapes over the budget: pure functions of progress, for learning rate, batch size and mask rate.
+
+A shape knows nothing of clocks or steps: `progress` in [0, 1] comes from the BudgetClock, whatever the budget is of.
+To add one, write the function and enter it in LR_SHAPES.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from oneday.arguments import SettingError
+
+Shape = Callable[[float, float, float], float]
+
+
+def trapezoid(progress: float, warmup: float, decay: float) -> float:
+    """Rise over `warmup`, stay at 1, fall linearly to 0 over the last `decay` of the budget (WSD)."""
+    return min(1.0, ramp(progress, warmup), (1.0 - progress) / max(decay, 1e-9))
+
+
+def one_minus_sqrt(progress: float, warmup: float, decay: float) -> float:
+    """As trapezoid, falling as 1 - sqrt(x) (Hägele et al. 2024, arXiv 2405.18392)."""
+    into = (progress - (1.0 - decay)) / max(decay, 1e-9)
+    return min(ramp(progress, warmup), 1.0 - math.sqrt(max(0.0, into)))
+
+
+def linear(progress: float, warmup: float, decay: float) -> float:
+    """Rise over `warmup`, then fall linearly to 0 at the end (Bergsma et al. 2025, arXiv 2502.15938)."""
+    return min(ramp(progress, warmup), (1.0 - progress) / max(1.0 - warmup, 1e-9))
+
+
+def cosine(progress: float, warmup: float, decay: float) -> float:
+    """Rise over `warmup`, then half a cosine to 0."""
+    into = max(0.0, progress - warmup) / max(1.0 - warmup, 1e-9)
+    return min(ramp(progress, warmup), 0.5 * (1.0 + math.cos(math.pi * into)))
+
+
+def triangle(progress: float, warmup: float, decay: float) -> float:
+    """From 25 % of the peak up to it at `1 - decay`, then to 0 (Geiping & Goldstein 2022, arXiv 2212.14034)."""
+    peak = 1.0 - decay
+    return 0.25 + 0.75 * progress / max(peak, 1e-9) if progress < peak else (1.0 - progress) / max(decay, 1e-9)
+
+
+def constant(progress: float, warmup: float, decay: float) -> float:
+    """Rise over `warmup`, then stay."""
+    return ramp(progress, warmup)
+
+
+def ramp(progress: float, until: float) -> float:
+    """From 0 to 1 over the first `until` of the budget."""
+    return 1.0 if until <= 0 else min(1.0, progress / until)
+
+
+LR_SHAPES: dict[str, Shape] = {
+    shape.__name__: shape for shape in (trapezoid, one_minus_sqrt, linear, cosine, triangle, constant)
+}
+
+
+def learning_rate_multiplier(shape: str, warmup_fraction: float, decay_fraction: float) -> Callable[[float], float]:
+    """A function of progress in [0, 1] that gives the multiplier of the peak learning rate, never below 0.
+
+    Raises:
+        SettingError: When the shape is unknown or a fraction is outside [0, 1].
+    """
+    if shape not in LR_SHAPES:
+        raise SettingError(f"The setting lr_shape is {shape!r}; it must be one of {', '.join(LR_SHAPES)}.")
+    for name, value in (("warmup_fraction", warmup_fraction), ("decay_fraction", decay_fraction)):
+        if not 0.0 <= value <= 1.0:
+            raise SettingError(f"The setting {name} is {value:g}; it must lie in 0 to 1.")
+    return lambda progress: max(0.0, LR_SHAPES[shape](min(1.0, progress), warmup_fraction, decay_fraction))
+
+
+def interpolate(start: float | None, end: float, progress: float, until: float = 1.0) -> float:
+    """From `start` (None: constant at `end`) linearly to `end`, reached at progress `until`."""
+    return end if start is None else start + (end - start) * ramp(progress, until)

@@ -1,0 +1,127 @@
+"""What the machine gives: threads, bf16, the measured peak, memory. Tokens and FLOPs a second against it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "oneday", "torch", "transformers", "datasets", "accelerate", "tokenizers", "evaluate", "bitsandbytes", "peft",
+)  # fmt: skip
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity and its cgroup quota, whichever is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def set_threads(num_threads: int | None = None) -> int:
+    """Give this process its share of the cores: `accelerate launch` without a config would leave it one.
+
+    Args:
+        num_threads: Threads to use; None: usable cores over the processes on this machine.
+    """
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, num_threads or share))
+    return torch.get_num_threads()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if device.type == "cpu" else False
+
+
+@functools.cache
+def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -> float:
+    """FLOPs a second of a square matrix product: 2048^3 on a CPU, 8192^3 on a GPU; the best of many.
+
+    Args:
+        device: Where to measure.
+        bf16: bfloat16 instead of float32.
+        seconds: How long to try.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in "ab")
+    best, end = float("inf"), time.perf_counter() + seconds
+    left @ right
+    while time.perf_counter() < end:
+        synchronize(device)
+        begun = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the GPU's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit: what a number needs beside it. Names no host, user or path."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "device_type": device.type,
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "commit": commit_of_source(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed package; None when it is not there."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit_of_source() -> str | None:
+    """Commit of the checkout this file is in, with `+changes` when the tree differs from it; None outside one."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

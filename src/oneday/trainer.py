@@ -1,0 +1,395 @@
+"""BudgetTrainer: the only place where budget, schedules, packing, objectives and optimizers meet."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from oneday import run_directory as rundir
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.budget import Budget, BudgetClock, read_carried_seconds, write_whole
+from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
+from oneday.collators import Batch
+from oneday.evaluation import evaluate_objective
+from oneday.loader import StepLoader, StepPlan, plan_rows
+from oneday.modeling import FlopCounter, position_offset
+from oneday.objectives import Objective, autocast
+from oneday.optimizers import build_optimizer, check_optimizer
+from oneday.packed_dataset import PackedDataset
+from oneday.schedules import interpolate, learning_rate_multiplier
+from oneday.throughput import has_fast_bf16, measure_peak_flops, synchronize
+
+logger = logging.getLogger(__name__)
+
+# The final save and evaluation may take this much longer than they did when measured.
+RESERVE_MARGIN = 1.25
+RESERVE_FLOOR_SECONDS = 0.25
+
+
+class ProgressScheduler(LRScheduler):
+    """Learning rates as a function of progress, set at the start of a step; the Trainer's own `step()` is inert."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float]) -> None:
+        self.multiplier, self.progress = multiplier, 0.0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """One learning rate a parameter group."""
+        return [base * self.multiplier(self.progress) for base in self.base_lrs]
+
+    def set_progress(self, progress: float) -> None:
+        """Apply the learning rates of this progress."""
+        self.progress = progress
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Called by the Trainer after each step; progress, not the number of calls, decides here."""
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Base rates and progress; the shape comes from the settings."""
+        return {"base_lrs": self.base_lrs, "progress": self.progress}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.base_lrs = state_dict["base_lrs"]
+        self.set_progress(state_dict["progress"])
+
+
+@dataclass
+class StepRecord:
+    """What one optimizer step was: global counts, the mean loss in nats, and when it began."""
+
+    begun: float
+    tokens: int
+    flops: float
+    num_predicted: int
+    progress: float
+    loss: torch.Tensor
+
+
+class BudgetTrainer(Trainer):
+    """Pretrains a stock model inside a budget.
+
+    One item of the data loader is a whole optimizer step: a list of micro-batches, whose summed losses are divided by
+    the number of predicted tokens of the step. Loss and gradient are therefore exact for every architecture and any
+    accumulation, and the batch may change its size from step to step.
+
+    Args:
+        model: A stock model with packed attention.
+        args: Settings; `args.budget_*` says what may be spent.
+        objective: What is predicted.
+        train_dataset: Packed rows.
+        eval_dataset: Packed held-out rows.
+        processing_class: The tokenizer, saved with the model.
+    """
+
+    args: BudgetTrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: BudgetTrainingArguments,
+        objective: Objective,
+        train_dataset: PackedDataset,
+        eval_dataset: PackedDataset,
+        processing_class: PreTrainedTokenizerBase,
+    ) -> None:
+        self.objective = objective
+        self.clock = BudgetClock(Budget.from_arguments(args))
+        self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
+        self.step_record: StepRecord | None = None
+        self.eval_seconds = self.save_seconds = 0.0
+        self.last_eval: dict[str, float] = {}
+        self.status = "running"
+        self.position_offset = position_offset(model.config)
+        check_optimizer(args.optimizer_name)
+        self.loader = self.build_loader(args, train_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        if args.n_gpu > 1:
+            raise SettingError(f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch`.")
+        objective.attach(model)
+        self.flop_counter = FlopCounter(model)
+        self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+        self.peak_flops = measure_peak_flops(args.device, self.bf16)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
+            self.add_callback(callback)
+
+    # ---- Data ----
+
+    def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset) -> StepLoader:
+        """The loader of this rank."""
+        return StepLoader(
+            dataset,
+            self.objective.training_collator(self.position_offset),
+            functools.partial(self.plan_step, args, dataset.row_length),
+            args.data_seed if args.data_seed is not None else args.seed,
+            args.process_index,
+            args.world_size,
+        )
+
+    def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
+        """Size of the next step, as the schedules say at the present progress."""
+        progress = self.clock.progress
+        tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
+        return StepPlan(*plan_rows(tokens, args.micro_batch_tokens, row_length, args.world_size), progress)
+
+    def get_train_dataloader(self) -> StepLoader:
+        """The loader as it is: it shards by rank itself, so accelerate must not."""
+        return self.loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """One item is one whole step."""
+        with self.clock.account("data"):
+            return [next(epoch_iterator)], None
+
+    # ---- One step ----
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: None = None
+    ) -> torch.Tensor:
+        """Forward and backward over the step's micro-batches; returns the mean loss a predicted token, in nats."""
+        begun = self.clock.now()
+        model.train()
+        tokens, squares, predicted = self.count_globally(inputs)
+        flops = self.flop_counter.step_flops(tokens, squares, predicted)
+        progress = self.clock.step_progress(tokens, flops)
+        self.lr_scheduler.set_progress(progress)
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs):
+            last = index == len(inputs) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                total += self.backward(model, batch.to(self.args.device), predicted)
+        loss = self.reduce_sum(total)
+        self.step_record = StepRecord(begun, tokens, flops, predicted, progress, loss)
+        return loss
+
+    def backward(self, model: torch.nn.Module, batch: Batch, num_predicted: int) -> torch.Tensor:
+        """Add one micro-batch's gradient; returns its share of the step's mean loss."""
+        with autocast(self.args.device, self.bf16):
+            loss = self.objective.summed_loss(model, batch) / max(num_predicted, 1)
+        # Data-parallel wrappers average gradients over processes; the sum is wanted.
+        self.accelerator.backward(loss * self.args.world_size)
+        return loss.detach()
+
+    def count_globally(self, step: list[Batch]) -> tuple[int, int, int]:
+        """(tokens, squared document lengths, predicted tokens) of a step over all processes."""
+        counts = [
+            sum(batch.num_tokens for batch in step),
+            sum(batch.sum_squared_lengths for batch in step),
+            sum(len(batch.labels) for batch in step),
+        ]
+        if self.args.world_size > 1:
+            counts = self.reduce_sum(torch.tensor(counts, device=self.args.device)).tolist()
+        return counts[0], counts[1], counts[2]
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
+        """As the parent, and remembered for metrics.jsonl."""
+        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.grad_norm
+
+    def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
+
+    def next_step_fits(self) -> bool:
+        """Whether the coming step ends inside the budget; rank 0 decides for all."""
+        step = self.loader.peek()
+        tokens, squares, predicted = self.count_globally(step)
+        fits = self.clock.fits(tokens, self.flop_counter.step_flops(tokens, squares, predicted))
+        if self.args.world_size == 1:
+            return fits
+        flag = torch.tensor(int(fits), device=self.args.device)
+        torch.distributed.broadcast(flag, 0)
+        return bool(flag.item())
+
+    def floating_point_ops(self, inputs: list[Batch]) -> float:
+        """Executed FLOPs of the step just taken, for `total_flos`."""
+        return self.step_record.flops / self.args.world_size
+
+    # ---- Optimizer and schedule ----
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the settings name."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """A scheduler that follows the budget."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = ProgressScheduler(optimizer or self.optimizer, self.multiplier)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Held-out losses; see `evaluation.evaluate_objective`. Its seconds count."""
+        begun = time.monotonic()
+        with self.clock.account("evaluation"):
+            metrics = evaluate_objective(
+                self.model,
+                self.objective,
+                self.eval_dataset,
+                self.args.micro_batch_tokens,
+                functools.partial(autocast, self.args.device, self.bf16),
+                self.position_offset,
+                self.args.process_index,
+                self.args.world_size,
+                self.reduce_sum,
+            )
+            synchronize(self.args.device)
+        self.eval_seconds = time.monotonic() - begun
+        self.last_eval = metrics
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.update_reserve()
+        return metrics
+
+    def update_reserve(self) -> None:
+        """Keep for the end what the last evaluation and save took, with a margin."""
+        measured = self.eval_seconds + self.save_seconds
+        self.clock.reserve_seconds = RESERVE_MARGIN * measured + RESERVE_FLOOR_SECONDS
+
+    # ---- Saving ----
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
+        """Write a checkpoint aside and rename it: a directory of that name is always whole."""
+        name, begun = f"checkpoint-{self.state.global_step}", time.monotonic()
+        with self.clock.account("checkpoints"), rundir.staging(self.args.output_dir, "checkpoint") as folder:
+            self._staging_dir = folder
+            super()._save_checkpoint(model, trial)
+            self._staging_dir = None
+            if self.args.should_save:
+                self.write_state(folder / name)
+                rundir.publish(folder / name, Path(self.args.output_dir) / name)
+                self.remove_old_checkpoints()
+        self.save_seconds = max(self.save_seconds, time.monotonic() - begun)
+        self.update_reserve()
+        rundir.append_metrics(self.args.output_dir, {"event": "checkpoint", **self.describe_place()})
+
+    _staging_dir: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the parent writes checkpoints: the staging directory while one is being written."""
+        return str(self._staging_dir or self.args.output_dir)
+
+    def write_state(self, folder: Path) -> None:
+        """This project's own state beside the parent's: position in the data, and the clock."""
+        state = {"samples_seen": self.loader.samples_seen, "clock": self.clock.state_dict()}
+        write_whole(folder / rundir.STATE, json.dumps(state, indent=2) + "\n")
+
+    def remove_old_checkpoints(self) -> None:
+        """Keep the newest `save_total_limit`, and always one."""
+        if self.args.save_total_limit:
+            for folder in rundir.list_checkpoints(self.args.output_dir)[: -max(1, self.args.save_total_limit)]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def save_final(self) -> None:
+        """The final model and tokenizer at the top of the run directory."""
+        with self.clock.account("checkpoints"), rundir.staging(self.args.output_dir, "final") as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                rundir.publish_files(folder, Path(self.args.output_dir))
+
+    # ---- A whole run ----
+
+    def run(self, resume: bool = False) -> dict[str, float]:
+        """Train until the budget is used up, save, evaluate; returns the final held-out metrics.
+
+        Args:
+            resume: Go on from the run directory's last checkpoint, if there is one.
+        """
+        checkpoint = self.prepare_resume() if resume else None
+        if self.clock.budget.clock_limit_seconds is not None:
+            self.measure_save()
+        if self.args.eval_on_start and checkpoint is None:
+            self.evaluate()
+        self.args.eval_on_start = False
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.status == "interrupted":
+            return {}
+        self.save_final()
+        metrics = self.evaluate()
+        self.clock.stop()
+        self.status = "finished"
+        self.write_budget()
+        return metrics
+
+    def prepare_resume(self) -> Path | None:
+        """Set clock and data position from the last checkpoint; the time of killed processes counts."""
+        folder = self.args.output_dir
+        self.clock.carried_seconds = read_carried_seconds(Path(folder) / rundir.BUDGET)
+        checkpoints = rundir.list_checkpoints(folder)
+        if not checkpoints:
+            self.clock.ledger["lost"] = self.clock.carried_seconds
+            from_step = 0
+        else:
+            state = json.loads((checkpoints[-1] / rundir.STATE).read_text())
+            self.clock.load_state_dict(state["clock"])
+            self.loader.rewind(state["samples_seen"])
+            from_step = self.clock.steps
+        started = time.time() - psutil.Process().create_time()
+        self.clock.start(since=self.clock.now() - started)
+        self.clock.ledger["other"] += started
+        rundir.append_metrics(folder, {"event": "resume", "from_step": from_step, **self.describe_place()})
+        logger.info("Resuming from step %d with %.0f s of the budget spent.", from_step, self.clock.elapsed_seconds)
+        return checkpoints[-1] if checkpoints else None
+
+    def measure_save(self) -> None:
+        """Time one save of the model, before the clock starts, so that the reserve is right from the first step."""
+        begun = time.monotonic()
+        if self.args.should_save:
+            with rundir.staging(self.args.output_dir, "trial") as folder:
+                self.model.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+        self.save_seconds = time.monotonic() - begun
+        self.update_reserve()
+
+    def describe_place(self) -> dict[str, Any]:
+        """Where the run is: the keys that every line of metrics.jsonl has."""
+        return {
+            "step": self.clock.steps,
+            "tokens": self.clock.tokens,
+            "progress": self.clock.progress,
+            "train_seconds": self.clock.ledger["steps"],
+            "budget_seconds": self.clock.elapsed_seconds,
+        }
+
+    def write_budget(self) -> None:
+        """Write budget.json: the report at the end, the heartbeat before it."""
+        if self.args.should_save:
+            self.clock.write(Path(self.args.output_dir) / rundir.BUDGET, self.status)
+
+    @property
+    def mfu(self) -> float:
+        """Executed FLOPs a second of training over the measured peak of one device, per process."""
+        seconds = self.clock.ledger["steps"]
+        return self.clock.flops / seconds / (self.peak_flops * self.args.world_size) if seconds else math.nan

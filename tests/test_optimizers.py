@@ -1,0 +1,123 @@
+"""Which parameters each optimizer trains, in how many bits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.optimizers import HIDDEN_OPTIMIZERS, build_optimizer, count_state_bytes, split_parameters
+
+
+def make_model():
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    )
+
+
+def arguments(tmp_path, optim):
+    return BudgetTrainingArguments(output_dir=str(tmp_path), optim=optim, budget_steps=1)
+
+
+def step(model, optimizer):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def full_states(optimizer, parameter):
+    """The states with an entry for each element of the parameter."""
+    values = [value for value in optimizer.state[parameter].values() if torch.is_tensor(value)]
+    return [value for value in values if value.numel() >= parameter.numel()]
+
+
+def test_split_covers_every_parameter_once():
+    model = make_model()
+    hidden, tables, vectors = split_parameters(model)
+    assert sorted(map(id, hidden + tables + vectors)) == sorted(map(id, model.parameters()))
+    assert all(parameter.ndim == 2 for parameter in hidden + tables)
+    assert id(model.bert.embeddings.position_embeddings.weight) in map(id, tables)
+    assert id(model.get_output_embeddings().weight) in map(id, tables)
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    assert len(split_parameters(gpt)[0]) == 4
+
+
+@pytest.mark.parametrize("optim", HIDDEN_OPTIMIZERS)
+def test_bits_of_the_states(tmp_path, optim):
+    model = make_model()
+    optimizer = build_optimizer(model, arguments(tmp_path, optim))
+    step(model, optimizer)
+    hidden, tables, vectors = split_parameters(model)
+    for parameter in tables + vectors:
+        assert {value.dtype for value in full_states(optimizer, parameter)} == {torch.float32}
+    wanted = torch.uint8 if optim.endswith("_8bit") else torch.float32
+    for parameter in hidden:
+        assert {value.dtype for value in full_states(optimizer, parameter)} == {wanted}
+
+
+def test_8bit_states_are_smaller(tmp_path):
+    sizes = {}
+    for optim in ("adamw", "adamw_8bit"):
+        model = make_model()
+        optimizer = build_optimizer(model, arguments(tmp_path, optim))
+        step(model, optimizer)
+        sizes[optim] = count_state_bytes(optimizer.optimizers[:1]) / sum(p.numel() for p in split_parameters(model)[0])
+    assert sizes["adamw"] == pytest.approx(8, abs=0.01)
+    assert sizes["adamw_8bit"] < 2.8, "two bytes and the block-wise scales and code books"
+
+
+def test_adamw_equals_the_formula(tmp_path):
+    """Two steps of AdamW (arXiv 1711.05101, algorithm 2) written out in float64."""
+    model = make_model()
+    args = arguments(tmp_path, "adamw")
+    optimizer = build_optimizer(model, args)
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
+    value, first, second = weight.detach().double(), 0.0, 0.0
+    for count in (1, 2):
+        step(model, optimizer)
+        gradient = weight.grad.double()
+        value = value * (1 - args.learning_rate * args.weight_decay)
+        first = 0.9 * first + 0.1 * gradient
+        second = args.adam_beta2 * second + (1 - args.adam_beta2) * gradient**2
+        update = first / (1 - 0.9**count) / ((second / (1 - args.adam_beta2**count)).sqrt() + args.adam_epsilon)
+        value = value - args.learning_rate * update
+    assert torch.allclose(weight.double(), value, atol=1e-6)
+
+
+@pytest.mark.parametrize("optim", HIDDEN_OPTIMIZERS)
+def test_state_round_trip_goes_on_alike(tmp_path, optim):
+    one, two = make_model(), make_model()
+    first, second = (build_optimizer(model, arguments(tmp_path, optim)) for model in (one, two))
+    step(one, first)
+    two.load_state_dict(one.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    step(one, first)
+    step(two, second)
+    for left, right in zip(one.parameters(), two.parameters()):
+        assert torch.equal(left, right)
+
+
+def test_learning_rate_reaches_every_part(tmp_path):
+    model = make_model()
+    optimizer = build_optimizer(model, arguments(tmp_path, "muon"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step(model, optimizer)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
+
+
+def test_unknown_optimizer_is_refused(tmp_path):
+    with pytest.raises(SettingError, match="optim is 'sgd'"):
+        build_optimizer(make_model(), arguments(tmp_path, "sgd"))
+
+
+def test_8bit_without_its_library_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    with pytest.raises(SettingError, match="needs bitsandbytes"):
+        build_optimizer(make_model(), arguments(tmp_path, "adamw_8bit"))

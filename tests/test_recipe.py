@@ -1,0 +1,103 @@
+"""YAML and command line become arguments; what is wrong with either is said in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
+from oneday.recipe import build_arguments, complete_settings, format_help, parse_recipe, resolve_settings
+
+CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_command_line_over_recipe_over_parent_over_default(tmp_path):
+    write(tmp_path / "base.yaml", "vocab_size: 100\nmax_seq_length: 64\nseed: 1\n")
+    recipe = write(tmp_path / "r.yaml", "extends: base.yaml\nmax_seq_length: 32\nseed: 2\n")
+    settings = resolve_settings(CLASSES, [recipe, "--seed", "3", "--lowercase", "false"])
+    assert settings == {"vocab_size": 100, "max_seq_length": 32, "seed": 3, "lowercase": False}
+
+
+def test_values_take_the_type_of_their_field(tmp_path):
+    argv = ["--budget_tokens", "1e6", "--learning_rate=3e-4", "--dataset_weights", "0.7,0.3", "--streaming"]
+    settings = resolve_settings(CLASSES, argv)
+    assert settings["budget_tokens"] == 1_000_000.0
+    assert settings["learning_rate"] == 3e-4
+    assert settings["dataset_weights"] == [0.7, 0.3]
+    assert settings["streaming"] is True
+
+
+def test_null_unsets(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "budget_minutes: 5\nbudget_steps: 7\n")
+    _, _, args = parse_recipe(CLASSES, [recipe, "--budget_minutes", "null", "--output_dir", str(tmp_path / "o")])
+    assert (args.budget_minutes, args.budget_steps) == (None, 7)
+
+
+def test_one_budget_spelling_replaces_the_other(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "budget_hours: 24\nbudget_tokens: 5\n")
+    assert resolve_settings(CLASSES, [recipe, "--budget_minutes", "10"]) == {
+        "budget_minutes": 10.0,
+        "budget_tokens": 5.0,
+    }
+
+
+def test_saved_recipe_gives_the_same_settings(tmp_path):
+    recipe = write(tmp_path / "r.yaml", "budget_minutes: 5\noptim: adamw_8bit\nmax_grad_norm: 0.5\n")
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [recipe]))
+    again = complete_settings(
+        CLASSES, resolve_settings(CLASSES, [write(tmp_path / "s.yaml", yaml.safe_dump(settings))])
+    )
+    assert again == settings
+    assert build_arguments(CLASSES, again)[2].optimizer_name == "adamw_8bit"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--budget_minuts", "5"], "'budget_minuts'; the nearest is 'budget_minutes'"),
+        (["--budget_minutes", "five"], "budget_minutes is 'five'; it must be float"),
+        (["--vocab_size", "8.5"], "vocab_size is 8.5; it must be int"),
+        (["--streaming", "maybe"], "streaming is 'maybe'; it must be bool"),
+        (["--budget_minutes", "5", "--budget_hours", "1"], "both budget_hours and budget_minutes"),
+        (["--max_steps", "5"], "max_steps, which the budget decides; set budget_steps"),
+        (["nowhere.yaml"], "no recipe nowhere.yaml"),
+        (["a.yaml", "b.yaml"], "beside the recipe"),
+    ],
+)
+def test_bad_command_lines(argv, words):
+    with pytest.raises(SettingError, match=words):
+        resolve_settings(CLASSES, argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("vocab_size: [", "cannot be read as YAML"),
+        ("- 1\n", "must be lines of `key: value`"),
+        ("budget_hours: 1\nbudget_minutes: 2\n", "both budget_hours and budget_minutes"),
+        ("extends: nothing.yaml\n", "There is no recipe"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, words):
+    with pytest.raises(SettingError, match=words):
+        resolve_settings(CLASSES, [write(tmp_path / "r.yaml", text)])
+
+
+def test_extends_is_one_level(tmp_path):
+    write(tmp_path / "a.yaml", "seed: 1\n")
+    write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(SettingError, match="one level"):
+        resolve_settings(CLASSES, [write(tmp_path / "c.yaml", "extends: b.yaml\n")])
+
+
+def test_help_names_every_own_setting_in_80_columns():
+    text = format_help(CLASSES, "What it does.", "python x.py")
+    assert max(map(len, text.splitlines())) < 80
+    assert "--budget_kwh" in text
+    assert "in kilowatt-hours" in text
+    assert "--max_steps" not in text
