@@ -20,7 +20,7 @@ demo: install ## Pretrain, fine-tune and report on the built-in corpus (MODEL=be
 	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
 	./run_finetune.sh runs/quickstart-$(MODEL) --recipe recipes/quickstart/finetune.yaml
-	$(PY) scripts/report.py runs/quickstart-$(MODEL)
+	$(PY) scripts/report.py --run_dir runs/quickstart-$(MODEL)
 
 test: install ## Run the tests (no network)
 	$(PY) -m pytest

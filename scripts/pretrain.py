@@ -40,7 +40,8 @@ def main() -> int:
         logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
         return 0
     objective_class = find_objective(args.objective)
-    data = prepare_data(data_args, objective_class.kind)
+    with args.main_process_first(local=True, desc="preparing the data"):
+        data = prepare_data(data_args, objective_class.kind, args.seed)
     objective = objective_class(data.tokenizer, args)
     config = load_config(
         model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding

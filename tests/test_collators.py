@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from oneday.collators import CausalCollator, MaskedCollator, document_places, hash_uniform
+from oneday.collators import CausalCollator, MaskedCollator, hash_uniform, mark_documents
 from oneday.tokenization import train_tokenizer
 
 WORDS = [f"word{number}" for number in range(200)]
@@ -47,10 +47,8 @@ def test_hash_is_uniform_and_a_function_of_its_arguments():
         assert abs(np.corrcoef(draw.ravel(), other.ravel())[0, 1]) < 0.01
 
 
-def test_document_places():
-    positions, inside = document_places([np.array([3, 2])], 7)
-    assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    assert inside.tolist() == [[True, True, True, True, True, False, False]]
+def test_mark_documents():
+    assert mark_documents([np.array([3, 2])], 7).tolist() == [[True] * 5 + [False] * 2]
 
 
 def test_masks_a_fixed_share_and_never_a_special_token(tokenizer, rows):

@@ -71,7 +71,7 @@ class BudgetCallback(TrainerCallback):
         trainer.step_loss = float(record.loss)
         trainer.step_seconds = trainer.clock.now() - record.begun
         trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
-        state.epoch = trainer.loader.epoch
+        state.epoch = trainer.loader.epoch or 0.0
         with trainer.clock.account("data"):
             fits = trainer.next_step_fits()
         if self.signal_name is not None:

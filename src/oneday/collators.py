@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from oneday.attention import packed_inputs
+from oneday.attention import PackedLayout, build_layout
 
 IGNORED_LABEL = -100
 
@@ -92,22 +92,10 @@ def mix(value: np.ndarray) -> np.ndarray:
         return value ^ (value >> np.uint64(31))
 
 
-def document_places(doc_lengths: list[np.ndarray], row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Position in its document, and whether it is in one, of every token: two (rows, row_length) arrays.
-
-    The padded tail of a row counts as a document of its own, so that every token is in one.
-    """
-    positions = np.empty((len(doc_lengths), row_length), dtype=np.int64)
-    in_document = np.ones((len(doc_lengths), row_length), dtype=bool)
-    ramp = np.arange(row_length)
-    for row, lengths in enumerate(doc_lengths):
-        end = 0
-        for length in lengths.tolist():
-            positions[row, end : end + length] = ramp[:length]
-            end += length
-        positions[row, end:] = ramp[: row_length - end]
-        in_document[row, end:] = False
-    return positions, in_document
+def mark_documents(doc_lengths: list[np.ndarray], row_length: int) -> np.ndarray:
+    """(rows, row_length) bool: which tokens are in a document; the rest is a row's padded tail."""
+    used = np.array([int(lengths.sum()) for lengths in doc_lengths])
+    return np.arange(row_length) < used[:, None]
 
 
 @dataclass
@@ -128,19 +116,19 @@ class PackedCollator:
         self,
         tokens: np.ndarray,
         doc_lengths: list[np.ndarray],
-        positions: np.ndarray,
+        layout: PackedLayout,
         predicted: np.ndarray,
         labels: np.ndarray,
     ) -> Batch:
         """Assemble a batch from arrays."""
-        num_tokens = int(sum(int(lengths.sum()) for lengths in doc_lengths))
-        squares = sum(int((lengths.astype(np.int64) ** 2).sum()) for lengths in doc_lengths)
-        inputs = {
-            "input_ids": torch.from_numpy(tokens),
-            "position_ids": torch.from_numpy(positions + self.position_offset),
-            **packed_inputs(doc_lengths, tokens.shape[1]),
-        }
-        return Batch(inputs, torch.from_numpy(predicted), torch.from_numpy(labels), num_tokens, squares)
+        lengths = np.concatenate(doc_lengths).astype(np.int64)
+        inputs = {"input_ids": torch.from_numpy(tokens), **layout._asdict()}
+        counts = int(lengths.sum()), int((lengths**2).sum())
+        return Batch(inputs, torch.from_numpy(predicted), torch.from_numpy(labels), *counts)
+
+    def lay_out(self, doc_lengths: list[np.ndarray], row_length: int) -> PackedLayout:
+        """Positions and bounds of the documents."""
+        return build_layout(doc_lengths, row_length, self.position_offset)
 
 
 @dataclass
@@ -162,12 +150,11 @@ class MaskedCollator(PackedCollator):
     ) -> Batch:
         """See Collator. Special tokens and padding are never predicted."""
         tokens = rows.astype(np.int64)
-        positions, in_document = document_places(doc_lengths, tokens.shape[1])
-        eligible = in_document & ~self.is_special[tokens]
+        eligible = mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
         predicted = np.flatnonzero(self.choose(eligible, sample_indices, progress))
         labels = tokens.ravel()[predicted]
         tokens.ravel()[predicted] = self.replace(labels, predicted, sample_indices, tokens.shape[1])
-        return self.finish(tokens, doc_lengths, positions, predicted, labels)
+        return self.finish(tokens, doc_lengths, self.lay_out(doc_lengths, tokens.shape[1]), predicted, labels)
 
     def choose(self, eligible: np.ndarray, sample_indices: np.ndarray, progress: float) -> np.ndarray:
         """(rows, row_length) bool: in each row, the same share of its eligible tokens, at least one."""
@@ -200,7 +187,10 @@ class CausalCollator(PackedCollator):
     ) -> Batch:
         """See Collator. The first token of a document (`bos`) has nothing before it and is not predicted."""
         tokens = rows.astype(np.int64)
-        positions, in_document = document_places(doc_lengths, tokens.shape[1])
-        target = in_document & (positions > 0) & ~self.is_special[tokens]
+        layout = self.lay_out(doc_lengths, tokens.shape[1])
+        follows = layout.position_ids.numpy() > self.position_offset
+        target = follows & mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
         places = np.flatnonzero(target)
-        return self.finish(tokens, doc_lengths, positions, places - 1, tokens.ravel()[places])
+        batch = self.finish(tokens, doc_lengths, layout, places - 1, tokens.ravel()[places])
+        batch.inputs["use_cache"] = False
+        return batch

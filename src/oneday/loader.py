@@ -1,19 +1,20 @@
-"""The batches of each optimizer step: a shuffled pass over packed rows, in micro-batches, by rank.
+"""The batches of each optimizer step, in micro-batches, by rank.
 
-The whole state is one number, `samples_seen`: which row a sample is follows from (seed, sample index), so resuming is
-immediate and exact at any position, and independent of how many processes there are.
+The position is one number, `samples_seen`: which row a sample is follows from its index, so that resuming is exact at
+any position and independent of how many processes there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from oneday.arguments import SettingError
 from oneday.collators import Batch, Collator
-from oneday.packed_dataset import PackedDataset
+from oneday.row_sources import RowSource
 
 
 @dataclass(frozen=True)
@@ -47,36 +48,33 @@ class StepLoader:
     """Iterates over optimizer steps; each is the list of this rank's micro-batches.
 
     Args:
-        dataset: Packed rows.
+        source: Gives rows for sample indices.
         collator: The objective's collator.
         plan: Asked before each step for its size.
-        seed: Seed of the shuffle.
         rank: This process.
         num_processes: All of them.
 
     Raises:
-        SettingError: When the data set has fewer rows than one step.
+        SettingError: When the source has fewer rows than one step.
     """
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        source: RowSource,
         collator: Collator,
         plan: Callable[[], StepPlan],
-        seed: int,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.dataset, self.collator, self.plan, self.seed = dataset, collator, plan, seed
+        self.source, self.collator, self.plan = source, collator, plan
         self.rank, self.num_processes = rank, num_processes
         self.samples_seen = 0
-        self._order: tuple[int, np.ndarray] | None = None
         self._waiting: tuple[list[Batch], int] | None = None
         needed = plan().num_rows
-        if len(dataset) < needed:
+        if source.num_rows is not None and source.num_rows < needed:
             raise SettingError(
-                f"The corpus fills {len(dataset)} rows of {dataset.row_length} tokens, fewer than the {needed} of one "
-                "step; give more text or lower batch_size_tokens."
+                f"The corpus fills {source.num_rows} rows of {source.row_length} tokens, fewer than the {needed} of "
+                "one step; give more text or lower batch_size_tokens."
             )
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -92,35 +90,25 @@ class StepLoader:
         if self._waiting is None:
             plan = self.plan()
             samples = np.arange(self.samples_seen, self.samples_seen + plan.num_rows)
-            micros = samples.reshape(-1, plan.micro_rows)[self.rank :: self.num_processes]
-            self._waiting = [self.collate(part, plan.progress) for part in micros], plan.num_rows
+            rows, doc_lengths = self.source.take(samples)
+            micros = np.arange(plan.num_rows).reshape(-1, plan.micro_rows)[self.rank :: self.num_processes]
+            batches = [
+                self.collator(rows[part], [doc_lengths[row] for row in part], samples[part], plan.progress)
+                for part in micros
+            ]
+            self._waiting = batches, plan.num_rows
         return self._waiting[0]
 
-    def collate(self, samples: np.ndarray, progress: float) -> Batch:
-        """The batch of these sample indices."""
-        rows, doc_lengths = self.dataset.get_rows(self.rows_of(samples))
-        return self.collator(rows, doc_lengths, samples, progress)
-
-    def rows_of(self, samples: np.ndarray) -> np.ndarray:
-        """Which row each sample is: every pass over the data is a new permutation of it."""
-        epochs, places = np.divmod(samples, len(self.dataset))
-        rows = np.empty_like(samples)
-        for epoch in np.unique(epochs):
-            rows[epochs == epoch] = self.order(int(epoch))[places[epochs == epoch]]
-        return rows
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of one pass."""
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = epoch, generator.permutation(len(self.dataset))
-        return self._order[1]
-
     @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self.samples_seen / len(self.dataset)
+    def epoch(self) -> float | None:
+        """Passes over the data so far; None for a stream."""
+        return None if self.source.num_rows is None else self.samples_seen / self.source.num_rows
 
-    def rewind(self, samples_seen: int) -> None:
-        """Go on after this many samples."""
-        self.samples_seen, self._waiting = samples_seen, None
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data."""
+        return {"samples_seen": self.samples_seen, "source": self.source.state_dict(self.samples_seen)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; what was seen before it is not read again."""
+        self.samples_seen, self._waiting = state["samples_seen"], None
+        self.source.load_state_dict(state["source"])

@@ -187,8 +187,8 @@ def glue_section(folder: Path) -> str:
             (
                 name,
                 task["metric"],
-                f"{task['median']:.1f}",
-                "" if random is None else f"{random:.1f}",
+                f"{100 * task['median']:.1f}",
+                "" if random is None else f"{100 * random:.1f}",
                 len(task["scores"]),
             )
         )

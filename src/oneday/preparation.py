@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from oneday.arguments import DataArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
+from oneday.row_sources import StreamedRows
 from oneday.tokenization import load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -29,24 +30,25 @@ class PreparedData:
     Attributes:
         corpus: Where the text came from.
         tokenizer: Trained or loaded.
-        train: Packed training rows.
+        train: Packed training rows, on disk or streamed.
         validation: Packed held-out rows.
         seconds: Wall time of preparing, which no budget counts.
     """
 
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
-    train: PackedDataset
+    train: PackedDataset | StreamedRows
     validation: PackedDataset
     seconds: float
 
 
-def prepare_data(args: DataArguments, kind: str) -> PreparedData:
+def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     """Read the corpus, train or load the tokenizer, pack both splits.
 
     Args:
         args: Which text, tokenizer and packing.
         kind: `encoder` or `decoder`; decides the special tokens around each document.
+        seed: Seed of a stream's shuffle.
 
     Raises:
         SettingError: When the text or a setting cannot be used.
@@ -55,11 +57,12 @@ def prepare_data(args: DataArguments, kind: str) -> PreparedData:
     corpus = load_corpus(args)
     cache = resolve_cache_dir(args.cache_dir)
     tokenizer = prepare_tokenizer(args, corpus, kind, cache)
-    packed = {
-        split: prepare_rows(args, texts, f"{corpus.corpus_hash}/{split}", tokenizer, kind, cache)
-        for split, texts in (("train", corpus.train), ("validation", corpus.validation))
-    }
-    return PreparedData(corpus, tokenizer, **packed, seconds=time.monotonic() - begun)
+    if isinstance(corpus.train, datasets.IterableDataset):
+        train = StreamedRows(corpus.train, tokenizer, kind, args.max_seq_length, args.packing_strategy, seed)
+    else:
+        train = prepare_rows(args, corpus.train, f"{corpus.corpus_hash}/train", tokenizer, kind, cache)
+    validation = prepare_rows(args, corpus.validation, f"{corpus.corpus_hash}/validation", tokenizer, kind, cache)
+    return PreparedData(corpus, tokenizer, train, validation, time.monotonic() - begun)
 
 
 def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Path) -> PreTrainedTokenizerBase:
@@ -83,8 +86,9 @@ def prepare_rows(
     settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
     key = packing_key(name, tokenizer, settings)
     batches = (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
-    count = len(texts) if isinstance(texts, datasets.Dataset) else None
-    return pack_corpus(batches, tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, count, key)
+    return pack_corpus(
+        batches, tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, len(texts), key
+    )
 
 
 def take_bytes(texts: Iterable[dict[str, str]], limit: int) -> Iterator[str]:

@@ -59,15 +59,15 @@ def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -
     """
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in "ab")
-    best, end = float("inf"), time.perf_counter() + seconds
     left @ right
-    while time.perf_counter() < end:
-        synchronize(device)
+    synchronize(device)
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
         begun = time.perf_counter()
         left @ right
         synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(times)
 
 
 def synchronize(device: torch.device) -> None:

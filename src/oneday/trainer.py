@@ -22,15 +22,17 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.attention import position_offset, probe_packing
 from oneday.budget import Budget, BudgetClock, read_carried_seconds, write_whole
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
 from oneday.evaluation import evaluate_objective
 from oneday.loader import StepLoader, StepPlan, plan_rows
-from oneday.modeling import FlopCounter, position_offset
+from oneday.modeling import FlopCounter
 from oneday.objectives import Objective, autocast
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
+from oneday.row_sources import RowSource, ShuffledRows
 from oneday.schedules import interpolate, learning_rate_multiplier
 from oneday.throughput import has_fast_bf16, measure_peak_flops, synchronize
 
@@ -96,7 +98,7 @@ class BudgetTrainer(Trainer):
         model: A stock model with packed attention.
         args: Settings; `args.budget_*` says what may be spent.
         objective: What is predicted.
-        train_dataset: Packed rows.
+        train_dataset: Packed rows on disk, or a stream of them.
         eval_dataset: Packed held-out rows.
         processing_class: The tokenizer, saved with the model.
     """
@@ -108,7 +110,7 @@ class BudgetTrainer(Trainer):
         model: PreTrainedModel,
         args: BudgetTrainingArguments,
         objective: Objective,
-        train_dataset: PackedDataset,
+        train_dataset: PackedDataset | RowSource,
         eval_dataset: PackedDataset,
         processing_class: PreTrainedTokenizerBase,
     ) -> None:
@@ -119,13 +121,13 @@ class BudgetTrainer(Trainer):
         self.eval_seconds = self.save_seconds = 0.0
         self.last_eval: dict[str, float] = {}
         self.status = "running"
-        self.position_offset = position_offset(model.config)
+        self.position_offset = position_offset(model)
+        probe_packing(model)
         check_optimizer(args.optimizer_name)
         self.loader = self.build_loader(args, train_dataset)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
@@ -134,6 +136,7 @@ class BudgetTrainer(Trainer):
         objective.attach(model)
         self.flop_counter = FlopCounter(model)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+        self.train_dataset = train_dataset
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -142,13 +145,14 @@ class BudgetTrainer(Trainer):
 
     # ---- Data ----
 
-    def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset) -> StepLoader:
+    def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset | RowSource) -> StepLoader:
         """The loader of this rank."""
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
         return StepLoader(
-            dataset,
+            source,
             self.objective.training_collator(self.position_offset),
-            functools.partial(self.plan_step, args, dataset.row_length),
-            args.data_seed if args.data_seed is not None else args.seed,
+            functools.partial(self.plan_step, args, source.row_length),
             args.process_index,
             args.world_size,
         )
@@ -302,7 +306,7 @@ class BudgetTrainer(Trainer):
 
     def write_state(self, folder: Path) -> None:
         """This project's own state beside the parent's: position in the data, and the clock."""
-        state = {"samples_seen": self.loader.samples_seen, "clock": self.clock.state_dict()}
+        state = {"loader": self.loader.state_dict(), "clock": self.clock.state_dict()}
         write_whole(folder / rundir.STATE, json.dumps(state, indent=2) + "\n")
 
     def remove_old_checkpoints(self) -> None:
@@ -354,7 +358,7 @@ class BudgetTrainer(Trainer):
         else:
             state = json.loads((checkpoints[-1] / rundir.STATE).read_text())
             self.clock.load_state_dict(state["clock"])
-            self.loader.rewind(state["samples_seen"])
+            self.loader.load_state_dict(state["loader"])
             from_step = self.clock.steps
         started = time.time() - psutil.Process().create_time()
         self.clock.start(since=self.clock.now() - started)

@@ -1,0 +1,31 @@
+"""Fine-tune a checkpoint on GLUE-style tasks and print its scores."""
+
+from __future__ import annotations
+
+import sys
+
+from oneday.finetuning import run_protocol
+from oneday.glue_protocol import FinetuneArguments, find_output_dir
+from oneday.glue_results import RESULTS_FILE, format_results
+from oneday.recipe import parse_recipe, run_program
+
+DESCRIPTION = (
+    "Fine-tune a checkpoint on each task with several seeds and print the median scores. The defaults are the "
+    "cramming protocol: one setting for all tasks, 5 epochs, 5 seeds. The same command again skips "
+    "the runs that are done."
+)
+EXAMPLE = (
+    "python scripts/finetune.py recipes/glue/finetune.yaml --model_name_or_path runs/quickstart-bert "
+    "--task_names sst2,rte --task_data_dir DIR"
+)
+
+
+def main() -> None:
+    """Read the settings, run the protocol, print the table."""
+    (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
+    results = run_protocol(args)
+    sys.stdout.write(f"\n{format_results(results)}\n\nwritten to {find_output_dir(args) / RESULTS_FILE}\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,219 @@
+"""A pretrained checkpoint as a sequence classifier: read once, built anew for every run, and its inputs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from oneday.arguments import SettingError
+from oneday.glue import Task, name_labels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pretrained model as it is needed by many runs: read once, kept on the CPU.
+
+    Attributes:
+        name: Directory or Hub id.
+        weights: Every pretrained tensor that the classification model has a place for, in float32.
+        weights_hash: Of those tensors.
+        architecture_hash: Of the configuration and the tokenizer.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    weights: dict[str, torch.Tensor]
+    weights_hash: str
+    architecture_hash: str
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task, tokenised once for all its runs; `label` and `length` (tokens) ride beside the model's inputs."""
+
+    task: Task
+    splits: dict[str, Dataset]
+    data_hash: str
+
+    @property
+    def scored_splits(self) -> list[str]:
+        return [split for split in self.splits if split != "train"]
+
+
+@contextmanager
+def silence_libraries() -> Iterator[None]:
+    """Without the libraries' bars, and without their warnings of a head that is meant to be new."""
+    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def load_checkpoint(name: str) -> Checkpoint:
+    """Read a checkpoint once for all runs.
+
+    Raises:
+        SettingError: When it is not there, has no tokenizer, or its architecture has no classification head.
+    """
+    try:
+        with silence_libraries():
+            config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SettingError(f"model_name_or_path {name} cannot be loaded ({reason}); name a checkpoint.") from None
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise SettingError(
+            f"model_name_or_path {name} is a {config.model_type} model, which has no sequence classification head in "
+            "transformers; fine-tune another architecture."
+        )
+    adapt_tokenizer(tokenizer, config)
+    try:
+        with silence_libraries():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SettingError(f"The weights in model_name_or_path {name} cannot be loaded ({reason}).") from None
+    new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
+    weights = {key: tensor.detach().clone() for key, tensor in model.state_dict().items() if key not in new}
+    if not weights:
+        raise SettingError(f"No weight in model_name_or_path {name} fits its own config.json; save the model again.")
+    logger.info("%s: %d tensors loaded, %d new ones for the task: %s", name, len(weights), len(new), sorted(new))
+    architecture = config.to_json_string(use_diff=False) + repr(sorted(tokenizer.get_vocab().items()))
+    return Checkpoint(name, config, tokenizer, weights, hash_weights(weights), hash_text(architecture))
+
+
+def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give the tokenizer a padding token and the side on which this architecture wants it.
+
+    The padding token of a decoder without one is its end token: stock heads read the last token that is not padding,
+    and a causal model never looks at what follows it.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    # XLNet alone reads its summary from the last position.
+    tokenizer.padding_side = "left" if config.model_type == "xlnet" else "right"
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > config.vocab_size:
+        raise SettingError(
+            f"The tokenizer of model_name_or_path has {num_ids} ids and the model {config.vocab_size}; "
+            "put the tokenizer there that the model was trained with."
+        )
+
+
+def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
+    """`max_seq_length`, or less where the model has fewer positions."""
+    config = checkpoint.config
+    num_positions = getattr(config, "max_position_embeddings", None) or max_seq_length
+    if num_positions > 0 and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        # These count positions from the padding id on.
+        num_positions -= (config.pad_token_id or 0) + 1
+    if 0 < num_positions < max_seq_length:
+        logger.info("max_seq_length is %d and the model has %d positions: used", max_seq_length, num_positions)
+        return num_positions
+    return max_seq_length
+
+
+def tokenize_split(rows: Dataset, encode: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
+    """A split as model inputs, with `label` and `length`."""
+    texts = [column for column in rows.column_names if column != "label"]
+    return rows.map(encode, batched=True, remove_columns=texts, keep_in_memory=True, new_fingerprint="tokenised")
+
+
+def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max_length: int) -> dict[str, list]:
+    """Token ids of a batch of rows, one text or a pair each, truncated and not padded."""
+    tokenizer, columns = checkpoint.tokenizer, [batch[name] for name in task.columns]
+    split = task.num_first_columns
+    texts = [[" ".join(parts) for parts in zip(*group)] for group in (columns[:split], columns[split:]) if group]
+    num_added = tokenizer.num_special_tokens_to_add(pair=False)
+    if len(texts) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= num_added:
+        # A decoder's tokenizer may set no mark between the texts; at the start of the second no truncation takes it.
+        mark = tokenizer.sep_token or tokenizer.eos_token or tokenizer.bos_token or "\n"
+        texts[1] = [mark + text for text in texts[1]]
+    # GPT-2 would add the embeddings of the words 0 and 1 for the types, and a model with one type has no second.
+    has_types = getattr(checkpoint.config, "type_vocab_size", 0) >= 2
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=has_types)
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
+    for row, ids in enumerate(inputs["input_ids"]):
+        if not ids:
+            for name, values in inputs.items():
+                values[row] = {"input_ids": [tokenizer.pad_token_id], "attention_mask": [1]}.get(name, [0])
+    return inputs | {"length": [len(ids) for ids in inputs["input_ids"]]}
+
+
+def build_classifier(
+    checkpoint: Checkpoint, task: Task, dropout: float | None, seed: int, from_random: bool
+) -> PreTrainedModel:
+    """The classification model: random from the seed, then the pretrained tensors over it."""
+    config = copy.deepcopy(checkpoint.config)
+    config.num_labels = task.num_labels
+    config.id2label = dict(enumerate(name_labels(task)))
+    config.label2id = {name: label for label, name in config.id2label.items()}
+    config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
+    config.pad_token_id = checkpoint.tokenizer.pad_token_id
+    config.use_cache = False
+    set_dropout(config, dropout)
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    if not from_random:
+        places = model.state_dict()
+        fitting = {
+            key: tensor
+            for key, tensor in checkpoint.weights.items()
+            if key in places and places[key].shape == tensor.shape
+        }
+        model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
+    """Set every dropout probability that the configuration has, under whatever name."""
+    if dropout is None:
+        return
+    for key, value in config.to_dict().items():
+        is_rate = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if is_rate and ("dropout" in key or key.endswith("pdrop")) and "layerdrop" not in key:
+            setattr(config, key, dropout)
+
+
+def hash_text(text: str) -> str:
+    """Sixteen hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_weights(weights: dict[str, torch.Tensor]) -> str:
+    """Sixteen hexadecimal digits of the tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

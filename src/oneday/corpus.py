@@ -1,0 +1,333 @@
+"""Where text comes from: the built-in corpus, local files, the Hub (whole or as a stream), and mixtures of them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from huggingface_hub import HfApi
+
+from oneday.arguments import DataArguments, SettingError
+from oneday.python_docs import build_python_docs, corpus_hash, hash_text
+from oneday.text_files import describe_missing_column, is_local, list_files, load_files
+
+logger = logging.getLogger(__name__)
+
+PYTHON_DOCS = "python-docs"
+MIN_STREAM_VALIDATION_DOCUMENTS = 64
+# How long a stream is taken to be when `max_train_documents` does not say it.
+STREAM_DOCUMENTS = 100_000
+# Mixtures are drawn with a seed of their own: the training seed does not change the corpus, nor what is cached of it.
+MIXTURE_SEED = 0
+
+Texts = datasets.Dataset | datasets.IterableDataset
+
+
+@dataclass
+class Corpus:
+    """Text to train on and text held out, both with the one column `text`.
+
+    Attributes:
+        name: what it is called on the model card; no local folders in it.
+        train: documents to train on; an `IterableDataset` if any part of it is a stream.
+        validation: documents held out.
+        corpus_hash: 16 hex digits of the content (train, then validation), or for a stream of its name, configuration,
+            split and revision.
+    """
+
+    name: str
+    train: Texts
+    validation: datasets.Dataset
+    corpus_hash: str
+
+
+def resolve_cache_dir(cache_dir: str | None) -> Path:
+    """Returns the folder for prepared data: `cache_dir`, or $ONEDAY_CACHE, or ~/.cache/oneday; makes it when missing.
+
+    Raises:
+        SettingError: it cannot be made or written.
+    """
+    folder = Path(cache_dir or os.environ.get("ONEDAY_CACHE") or "~/.cache/oneday").expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingError(f"cache_dir {str(folder)!r} cannot be made ({reason}): name another folder.") from error
+    if not os.access(folder, os.W_OK):
+        raise SettingError(f"cache_dir {str(folder)!r} cannot be written: name another folder.")
+    return folder
+
+
+def count_bytes(texts: Iterable[str]) -> int:
+    """Returns the length of all `texts` together, in bytes of UTF-8."""
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def load_corpus(args: DataArguments) -> Corpus:
+    """Loads what `args.dataset_name` names and holds a part of it out.
+
+    Held out is what `validation_name` names; without it, of map-style text the documents whose content hash falls
+    below `validation_fraction` (so equal texts are on one side, whatever the order), of a stream its first documents,
+    and of python-docs its own validation modules.
+
+    A mixture takes every document once; with `dataset_weights` it is drawn in that proportion of documents until one
+    part runs out, so that nothing is repeated, and what is left of the others is not used.
+
+    Raises:
+        SettingError: something named is missing, unreadable, empty, or has no such column.
+    """
+    names = split_names(args.dataset_name)
+    check_data(args, names)
+    parts = [load_part(name, args) for name in names]
+    if args.validation_name:
+        trains = parts
+        validation = load_validation(args)
+        trains = [drop_held_out(train, validation) for train in trains]
+    else:
+        pairs = [hold_out(name, part, args) for name, part in zip(names, parts)]
+        trains = [train for train, _ in pairs]
+        validation = datasets.concatenate_datasets([held_out for _, held_out in pairs])
+    train = mix(trains, args)
+    if args.max_train_documents is not None:
+        train = take_first(train, args.max_train_documents)
+    return Corpus(name_corpus(names, args), train, validation, hash_corpus(train, validation, names, args))
+
+
+def split_names(names: str | list[str]) -> list[str]:
+    """Returns the parts of a comma-separated mixture; a path that exists is one part, commas or not."""
+    if isinstance(names, str):
+        names = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
+    return [name.strip() for name in names if name.strip()]
+
+
+def check_data(args: DataArguments, names: list[str]) -> None:
+    """Raises `SettingError` for settings that cannot work, before anything is read."""
+    if not names:
+        raise SettingError(f"dataset_name {args.dataset_name!r} names nothing: give python-docs, a Hub id or a path.")
+    weights = args.dataset_weights
+    if weights is not None and len(weights) != len(names):
+        raise SettingError(
+            f"dataset_weights has {len(weights)} numbers for {len(names)} data sets in dataset_name: give one each."
+        )
+    if weights is not None and not all(weight > 0 for weight in weights):
+        raise SettingError(f"dataset_weights {weights} must all be above zero: leave out a data set you do not want.")
+    if args.max_train_documents is not None and args.max_train_documents < 1:
+        raise SettingError(f"max_train_documents {args.max_train_documents} must be at least 1.")
+    if not args.validation_name and not 0 < args.validation_fraction < 1:
+        raise SettingError(f"validation_fraction {args.validation_fraction} must lie between 0 and 1.")
+    both = set(names) & set(split_names(args.validation_name or "")) - {PYTHON_DOCS}
+    if both:
+        raise SettingError(f"validation_name {min(both)!r} is trained on too: leave it empty to hold a part out.")
+
+
+def load_part(name: str, args: DataArguments, split: str | None = None) -> Texts:
+    """Loads one part as documents with the one column `text`; blank documents are dropped."""
+    if name == PYTHON_DOCS:
+        return load_python_docs(args, split or "train")
+    if is_local(name):
+        texts = load_files(name, args.text_column, resolve_cache_dir(args.cache_dir) / "text")
+    else:
+        texts = load_hub(name, split or args.dataset_split, args)
+    if isinstance(texts, datasets.IterableDataset):
+        return texts
+    texts = drop_blank(texts)
+    if not len(texts):
+        raise SettingError(f"dataset_name {name!r} holds no text: every {args.text_column!r} in it is empty.")
+    return texts
+
+
+def load_python_docs(args: DataArguments, split: str) -> datasets.Dataset:
+    """The part `split` ("train", "validation" or "tasks") of the built-in corpus."""
+    docs = build_python_docs(resolve_cache_dir(args.cache_dir))
+    rows = np.flatnonzero(np.array(docs["split"]) == split)
+    return docs.select(rows).select_columns("text")
+
+
+def load_hub(name: str, split: str, args: DataArguments) -> Texts:
+    """Loads a data set of the Hub, whole or as a stream; a stream stays at the revision that it has now."""
+    try:
+        texts = datasets.load_dataset(
+            name,
+            args.dataset_config_name,
+            split=split,
+            streaming=args.streaming,
+            revision=find_revision(name) if args.streaming else None,
+        )
+        columns = texts.column_names or list(next(iter(texts)))
+    except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(
+            f"dataset_name {name!r} is no file here and could not be loaded from the Hub ({reason}): check the name, "
+            f"dataset_config_name and dataset_split, and the network, or name local files."
+        ) from error
+    if args.text_column not in columns:
+        raise SettingError(describe_missing_column(args.text_column, columns, name))
+    texts = texts.select_columns(args.text_column)
+    if args.text_column != "text":
+        texts = texts.rename_column(args.text_column, "text")
+    kind = texts.features["text"] if texts.features else None
+    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise SettingError(
+            f"text_column {args.text_column!r} of {name!r} holds {kind}, not text: name another column."
+        )
+    return texts.filter(is_text) if args.streaming else texts
+
+
+@functools.cache
+def find_revision(name: str) -> str:
+    """The commit that a data set of the Hub has now: what a stream reads, so that its hash says what was read."""
+    return HfApi().dataset_info(name).sha
+
+
+def is_text(row: dict[str, object]) -> bool:
+    """Whether the row of a stream has text in it."""
+    text = row["text"]
+    if text is not None and not isinstance(text, str):
+        raise SettingError(f"text_column holds {type(text).__name__}, not text: name another column.")
+    return bool(text and text.strip())
+
+
+def drop_blank(texts: datasets.Dataset) -> datasets.Dataset:
+    """Leaves out the documents that are missing or only white space."""
+    kept = [np.zeros(0, bool)]
+    for batch in texts.with_format("arrow").iter(batch_size=1000):
+        filled = pc.not_equal(pc.utf8_trim_whitespace(batch["text"]), "")
+        kept.append(pc.fill_null(filled, False).to_numpy(zero_copy_only=False))
+    mask = np.concatenate(kept)
+    return texts if mask.all() else texts.select(np.flatnonzero(mask))
+
+
+def hash_documents(texts: datasets.Dataset) -> np.ndarray:
+    """Returns (num_documents,) uint64: a content hash of each document."""
+    batches = texts.with_format("arrow").iter(batch_size=1000)
+    hashes = (hash_text(text) for batch in batches for text in batch["text"].to_pylist())
+    return np.fromiter(hashes, np.uint64, len(texts))
+
+
+def hold_out(name: str, texts: Texts, args: DataArguments) -> tuple[Texts, datasets.Dataset]:
+    """Returns (train, validation) of one part."""
+    if name == PYTHON_DOCS:
+        return texts, load_python_docs(args, "validation")
+    if isinstance(texts, datasets.IterableDataset):
+        return split_stream(texts, args.validation_fraction, args.max_train_documents or STREAM_DOCUMENTS)
+    return split_documents(texts, args.validation_fraction)
+
+
+def split_documents(texts: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits by content hash: equal texts fall on one side, and adding documents moves none of the others.
+
+    Raises:
+        SettingError: there are not two different documents.
+    """
+    hashes = hash_documents(texts)
+    if len(np.unique(hashes)) < 2:
+        raise SettingError(
+            f"dataset_name has {len(np.unique(hashes))} different document(s), too few to hold one out: "
+            "add text or set validation_name."
+        )
+    # Never none and never all, however small the corpus.
+    limit = np.clip(np.uint64(fraction * 2**64), hashes.min(), hashes[hashes < hashes.max()].max())
+    held_out = hashes <= limit
+    return texts.select(np.flatnonzero(~held_out)), texts.select(np.flatnonzero(held_out))
+
+
+def split_stream(
+    stream: datasets.IterableDataset, fraction: float, num_documents: int
+) -> tuple[datasets.IterableDataset, datasets.Dataset]:
+    """Holds the first documents of a stream out, `fraction` of `num_documents`, at least 64; training starts after.
+
+    The order of a stream is its publisher's, so the held-out documents may be less mixed than a split by hash.
+    """
+    num_held_out = max(MIN_STREAM_VALIDATION_DOCUMENTS, int(fraction * num_documents))
+    rows = list(stream.take(num_held_out))
+    if len(rows) < num_held_out:
+        raise SettingError(
+            f"dataset_name streams only {len(rows)} documents, too few to hold {num_held_out} out: "
+            "set streaming to false."
+        )
+    return stream.skip(num_held_out), datasets.Dataset.from_list(rows)
+
+
+def load_validation(args: DataArguments) -> datasets.Dataset:
+    """Loads what `validation_name` names; of a Hub data set its split "validation", never as a stream."""
+    assert args.validation_name
+    whole = DataArguments(
+        text_column=args.text_column, dataset_config_name=args.dataset_config_name, cache_dir=args.cache_dir
+    )
+    try:
+        parts = [load_part(name, whole, split="validation") for name in split_names(args.validation_name)]
+    except SettingError as error:
+        raise SettingError(str(error).replace("dataset_name", "validation_name")) from error
+    return datasets.concatenate_datasets(parts)
+
+
+def drop_held_out(train: Texts, validation: datasets.Dataset) -> Texts:
+    """Leaves out of `train` the documents that are also in `validation`, word for word."""
+    held_out = hash_documents(validation)
+    if isinstance(train, datasets.IterableDataset):
+        known = set(held_out.tolist())
+        return train.filter(lambda row: hash_text(row["text"]) not in known)
+    repeated = np.isin(hash_documents(train), held_out)
+    if repeated.all():
+        raise SettingError("validation_name holds every document of dataset_name, so nothing is left to train on.")
+    if repeated.any():
+        logger.warning("%d documents that are also held out are not trained on.", repeated.sum())
+        return train.select(np.flatnonzero(~repeated))
+    return train
+
+
+def mix(trains: list[Texts], args: DataArguments) -> Texts:
+    """Interleaves the parts, in the proportions of `dataset_weights` if there are any, else every document once."""
+    if len(trains) == 1:
+        return trains[0]
+    is_stream = any(isinstance(train, datasets.IterableDataset) for train in trains)
+    if is_stream:
+        trains = [t if isinstance(t, datasets.IterableDataset) else t.to_iterable_dataset() for t in trains]
+    weights = args.dataset_weights
+    if weights is None and is_stream:
+        raise SettingError("dataset_weights must be given for a mixture with a stream in it: its size is not known.")
+    shares = np.array(weights if weights is not None else [len(train) for train in trains], dtype=float)
+    return datasets.interleave_datasets(
+        trains,
+        probabilities=(shares / shares.sum()).tolist(),
+        seed=MIXTURE_SEED,
+        stopping_strategy="first_exhausted" if weights is not None else "all_exhausted_without_replacement",
+    )
+
+
+def take_first(texts: Texts, num_documents: int) -> Texts:
+    """The first documents of `texts`, all of them if there are fewer."""
+    if isinstance(texts, datasets.IterableDataset):
+        return texts.take(num_documents)
+    return texts.select(range(min(num_documents, len(texts))))
+
+
+def name_corpus(names: list[str], args: DataArguments) -> str:
+    """What the model card calls the corpus: Hub ids with their configuration, of a local path its last two parts."""
+    shown = []
+    for name in names:
+        if is_local(name):
+            name = "/".join(part for part in Path(name).parts[-2:] if part not in ("/", "~", "..", "."))
+        elif name != PYTHON_DOCS and args.dataset_config_name:
+            name = f"{name} ({args.dataset_config_name})"
+        shown.append(name)
+    return ", ".join(shown)
+
+
+def hash_corpus(train: Texts, validation: datasets.Dataset, names: list[str], args: DataArguments) -> str:
+    """The hash that `Corpus.corpus_hash` describes."""
+    if isinstance(train, datasets.Dataset):
+        return corpus_hash(train, validation)
+    hub_names = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
+    files = [(Path(file).name, os.path.getsize(file)) for name in names if is_local(name) for file in list_files(name)]
+    revisions = [find_revision(name) for name in hub_names]
+    settings = (args.dataset_config_name, args.dataset_split, args.text_column, args.dataset_weights)
+    parts = (len(names), hub_names, revisions, files, settings, args.max_train_documents, corpus_hash(validation))
+    return f"{hash_text(repr(parts)):016x}"

@@ -1,0 +1,189 @@
+"""Fine-tune a checkpoint on tasks, over several seeds, under one protocol for all of them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from oneday.classification import (
+    Checkpoint,
+    PreparedTask,
+    build_classifier,
+    encode_batch,
+    limit_length,
+    load_checkpoint,
+    silence_libraries,
+    tokenize_split,
+)
+from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
+from oneday.glue_protocol import FinetuneArguments, check_arguments, choose_bf16, find_output_dir
+from oneday.glue_results import (
+    RESULTS_FILE,
+    RUNS_FILE,
+    append_run,
+    hash_run,
+    read_earlier,
+    read_runs,
+    summarize_runs,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, dict[str, float]]
+
+
+def run_protocol(args: FinetuneArguments) -> dict:
+    """Fine-tune on every task with every seed, and write `glue_results.json` into the output directory.
+
+    A finished run is written to `glue_runs.jsonl` at once and is not run again by the same command. Scores of other
+    tasks stay in the file as long as they are of the same weights and settings.
+
+    Returns:
+        What the file holds: `{"protocol", "tasks": {number: {"metric", "median", "scores", ...}}, "average",
+        "average_over", ...}`; scores are fractions (accuracy 0.9, not 90).
+
+    Raises:
+        SettingError: When a setting cannot work; nothing has been written then.
+    """
+    names = check_arguments(args)
+    checkpoint = load_checkpoint(args.model_name_or_path)
+    prepared = [prepare_task(name, args, checkpoint) for name in names]
+    output_dir = find_output_dir(args)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    finished = read_runs(output_dir / RUNS_FILE)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    kinds = (False, True) if args.random_baseline else (False,)
+    plan = [(task, seed, from_random) for task in prepared for seed in seeds for from_random in kinds]
+    runs = []
+    with tqdm(plan, desc="fine-tuning", unit="run", mininterval=1.0) as bar:
+        for task, seed, from_random in bar:
+            bar.set_postfix_str(f"{task.task.name} seed {seed}{' random' * from_random}")
+            key = hash_run(checkpoint, task, args, seed, from_random)
+            if key not in finished:
+                finished[key] = measure_run(checkpoint, task, args, seed, from_random) | {"key": key}
+                append_run(output_dir / RUNS_FILE, finished[key])
+            runs.append(finished[key])
+    earlier = read_earlier(output_dir / RESULTS_FILE)
+    results = summarize_runs(args, checkpoint, prepared, runs, earlier)
+    write_json(output_dir / RESULTS_FILE, results)
+    return results
+
+
+def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> PreparedTask:
+    """Load a task and tokenise it."""
+    with silence_libraries():
+        data = load_task(name, args.task_data_dir, args.cache_dir)
+        task = complete_task(find_task(name), data["train"])
+        limits = {split: args.max_train_examples if split == "train" else args.max_eval_examples for split in data}
+        data = {split: take_examples(rows, limits[split]) for split, rows in data.items()}
+        hashes = [pd.util.hash_pandas_object(rows.to_pandas()).to_numpy().tobytes() for rows in data.values()]
+        max_length = limit_length(args.max_seq_length, checkpoint)
+        encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
+        splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
+    return PreparedTask(task, splits, hashlib.sha256(b"".join(hashes)).hexdigest()[:16])
+
+
+def take_examples(rows: Dataset, limit: int | None) -> Dataset:
+    """`limit` rows drawn without regard to the run's seed, so that all runs share them."""
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=0).select(range(limit))
+
+
+def measure_run(
+    checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
+) -> dict:
+    """One line of `glue_runs.jsonl`."""
+    started = time.perf_counter()
+    scores = finetune_task(checkpoint, task, args, seed, from_random)
+    kind = "random" if from_random else "pretrained"
+    seconds = round(time.perf_counter() - started, 3)
+    return {"task": task.task.name, "seed": seed, "weights": kind, "scores": scores, "seconds": seconds}
+
+
+def finetune_task(
+    model_name_or_path: str | Checkpoint,
+    task: str | PreparedTask,
+    args: FinetuneArguments,
+    seed: int,
+    from_random: bool = False,
+) -> Scores:
+    """Fine-tune once and score the last weights.
+
+    Args:
+        model_name_or_path: A directory, a Hub id, or a checkpoint already read.
+        task: A name in `glue.TASKS`, or a task already tokenised for this checkpoint.
+        args: The protocol.
+        seed: Of the new head, the order of the examples and dropout.
+        from_random: Start from random weights of the same architecture.
+
+    Returns:
+        Metrics of each validation split under its number's name, as `{"rte": {"accuracy": 0.57}}`.
+    """
+    name = model_name_or_path
+    checkpoint = name if isinstance(name, Checkpoint) else load_checkpoint(name)
+    prepared = task if isinstance(task, PreparedTask) else prepare_task(task, args, checkpoint)
+    with silence_libraries():
+        model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random)
+        trainer = build_trainer(model, checkpoint, prepared, args, seed)
+        trainer.train()
+        scores = {}
+        for split in prepared.scored_splits:
+            logits, labels, _ = trainer.predict(prepared.splits[split])
+            scores[prepared.task.name_number(split)] = score_logits(prepared.task, logits, labels)
+    return scores
+
+
+def build_trainer(
+    model: PreTrainedModel, checkpoint: Checkpoint, prepared: PreparedTask, args: FinetuneArguments, seed: int
+) -> Trainer:
+    """A stock Trainer that logs, saves and evaluates nothing by itself."""
+    same_name = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
+    training_args = TrainingArguments(
+        output_dir=str(find_output_dir(args)),
+        **{name: getattr(args, name) for name in same_name},
+        per_device_train_batch_size=args.train_batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        num_train_epochs=args.num_epochs,
+        lr_scheduler_type=args.lr_shape,
+        warmup_steps=args.warmup_fraction,
+        bf16=choose_bf16(args),
+        # transformers takes bf16 without a CUDA device only when it is told so.
+        use_cpu=args.use_cpu or (choose_bf16(args) and not torch.cuda.is_available()),
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+    )
+    # Several visible GPUs would multiply the batch, and with it change the protocol.
+    training_args._n_gpu = min(training_args.n_gpu, 1)
+    pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=8)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        return pad([{key: value for key, value in row.items() if key != "length"} for row in rows])
+
+    trainer = Trainer(model, training_args, data_collator=collate, train_dataset=prepared.splits["train"])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def score_logits(task: Task, logits: np.ndarray | tuple[np.ndarray, ...], labels: np.ndarray) -> dict[str, float]:
+    """Metrics from a model's outputs, (rows, num_labels)."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    if not np.isfinite(logits).all():
+        logger.warning("%s: the model's outputs are not finite; the training diverged", task.name)
+    predictions = logits.reshape(-1) if task.num_labels == 1 else logits.argmax(axis=-1)
+    return score_predictions(task, predictions, labels)

@@ -1,0 +1,340 @@
+"""Text classification tasks: one row a task, their data and their metrics.
+
+To add a task, add a row to `TASKS`. GLUE: Wang et al. 2018, arXiv 1804.07461; SuperGLUE: Wang et al. 2019,
+arXiv 1905.00537.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import logging
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from oneday.arguments import SettingError
+
+logger = logging.getLogger(__name__)
+
+GLUE_HUB = "nyu-mll/glue"
+# The repository itself may still hold a loading script, which datasets >= 4 refuses; its parquet export does not.
+SUPERGLUE_FILES = "hf://datasets/aps/super_glue@refs%2Fconvert%2Fparquet/{task}/{split}/*.parquet"
+METRIC_DIR = Path(__file__).parent / "metrics" / "glue_metric"
+FILE_KINDS = (".parquet", ".jsonl", ".tsv")
+# The nine numbers of the GLUE average; WNLI is left out (arXiv 2212.14034, section 5).
+GLUE_NUMBERS = ("mnli_matched", "mnli_mismatched", "qqp", "qnli", "sst2", "cola", "stsb", "mrpc", "rte")
+GLUE_TASKS = ("rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: Its name here, on the Hub and as a folder of `task_data_dir`.
+        columns: Text columns in the Hub's names.
+        num_labels: Number of classes; 1 is a regression, 0 is read from the data.
+        metrics: Configurations of `metrics/glue_metric`.
+        label_names: Names in the order of their ids.
+        num_train: Rows of the complete training split; None when there is no official size.
+        num_validation: Rows of each complete validation split.
+        validation_splits: Splits that are scored, each giving one number.
+        num_first_columns: How many of `columns` make up the first text; the rest are the second.
+        train_task: Task whose training split is used, where the task has none.
+        hub_files: Pattern of files on the Hub, where `load_dataset(GLUE_HUB, name)` is not the way.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    num_labels: int
+    metrics: tuple[str, ...]
+    main_metric: str
+    label_names: tuple[str, ...] = ()
+    num_train: int | None = None
+    num_validation: tuple[int, ...] = ()
+    validation_splits: tuple[str, ...] = ("validation",)
+    num_first_columns: int = 1
+    train_task: str | None = None
+    hub_files: str | None = None
+
+    def name_number(self, split: str) -> str:
+        """The name of a split's score: `rte`, but `mnli_matched` and `mnli_mismatched`."""
+        return self.name if len(self.validation_splits) == 1 else self.name + split.removeprefix("validation")
+
+
+PAIR = ("sentence1", "sentence2")
+NLI = ("entailment", "neutral", "contradiction")
+NLI_SPLITS = ("validation_matched", "validation_mismatched")
+ENTAILMENT = ("entailment", "not_entailment")
+MATTHEWS = "matthews_correlation"
+TASKS = {
+    task.name: task
+    for task in (
+        # fmt: off
+        Task(
+            "cola", ("sentence",), 2, (MATTHEWS, "accuracy"), MATTHEWS, ("unacceptable", "acceptable"), 8551, (1043,)
+        ),
+        Task("sst2", ("sentence",), 2, ("accuracy",), "accuracy", ("negative", "positive"), 67349, (872,)),
+        Task("mrpc", PAIR, 2, ("f1", "accuracy"), "f1", ("not_equivalent", "equivalent"), 3668, (408,)),
+        Task("stsb", PAIR, 1, ("pearson", "spearmanr"), "pearson", (), 5749, (1500,)),
+        Task(
+            "qqp",
+            ("question1", "question2"),
+            2,
+            ("f1", "accuracy"),
+            "f1",
+            ("not_duplicate", "duplicate"),
+            363846,
+            (40430,),
+        ),
+        Task("mnli", ("premise", "hypothesis"), 3, ("accuracy",), "accuracy", NLI, 392702, (9815, 9832), NLI_SPLITS),
+        Task("qnli", ("question", "sentence"), 2, ("accuracy",), "accuracy", ENTAILMENT, 104743, (5463,)),
+        Task("rte", PAIR, 2, ("accuracy",), "accuracy", ENTAILMENT, 2490, (277,)),
+        Task("wnli", PAIR, 2, ("accuracy",), "accuracy", ("not_entailment", "entailment"), 635, (71,)),
+        Task(
+            "ax",
+            ("premise", "hypothesis"),
+            3,
+            (MATTHEWS, "accuracy"),
+            MATTHEWS,
+            NLI,
+            392702,
+            (1104,),
+            ("test",),
+            train_task="mnli",
+        ),
+        Task(
+            "boolq",
+            ("question", "passage"),
+            2,
+            ("accuracy",),
+            "accuracy",
+            ("False", "True"),
+            9427,
+            (3270,),
+            hub_files=SUPERGLUE_FILES,
+        ),
+        Task(
+            "cb",
+            ("premise", "hypothesis"),
+            3,
+            ("accuracy", "f1_macro"),
+            "accuracy",
+            ("entailment", "contradiction", "neutral"),
+            250,
+            (56,),
+            hub_files=SUPERGLUE_FILES,
+        ),
+        Task(
+            "copa",
+            ("premise", "question", "choice1", "choice2"),
+            2,
+            ("accuracy",),
+            "accuracy",
+            ("choice1", "choice2"),
+            400,
+            (100,),
+            num_first_columns=2,
+            hub_files=SUPERGLUE_FILES,
+        ),
+        Task("docs-topic", ("sentence",), 0, ("accuracy", "f1_macro"), "accuracy"),
+        Task("docs-pair", PAIR, 0, ("accuracy",), "accuracy"),
+        Task("docs-order", ("sentence",), 0, ("accuracy",), "accuracy"),
+        # fmt: on
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The row of a task.
+
+    Raises:
+        SettingError: When there is none of this name.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, 1, 0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(TASKS) + "."
+    raise SettingError(f"task_names has the unknown task {name!r}; {hint}")
+
+
+def expand_task_names(names: list[str]) -> list[str]:
+    """`["glue"]` becomes the eight tasks of the GLUE average; each name once, in the order given."""
+    expanded = [part for name in names for part in (GLUE_TASKS if name == "glue" else (name,))]
+    return list(dict.fromkeys(find_task(name).name for name in expanded))
+
+
+def load_task(name: str, task_data_dir: str | None = None, cache_dir: str | None = None) -> DatasetDict:
+    """The splits of a task, with its text columns as strings and `label` as a `ClassLabel` (float32 for a regression).
+
+    Args:
+        name: A name in `TASKS`.
+        task_data_dir: Directory with `<task>/<split>.parquet`, `.jsonl` or `.tsv` in the Hub's column names;
+            None reads the Hub. The docs tasks are built in and read neither.
+        cache_dir: Where downloads and built tasks are kept; None is the libraries' default.
+
+    Returns:
+        `train` and those of the task's validation splits that are there.
+
+    Raises:
+        SettingError: When the task is unknown, or its data is missing, unreadable or has labels out of range.
+    """
+    task = find_task(name)
+    raw = read_splits(task, task_data_dir, cache_dir, ("train", *task.validation_splits))
+    if task.train_task:
+        raw["train"] = read_splits(find_task(task.train_task), task_data_dir, cache_dir, ("train",)).get("train")
+    found = [split for split in task.validation_splits if raw.get(split) is not None]
+    if raw.get("train") is None or not found:
+        missing = "training" if raw.get("train") is None else " or ".join(task.validation_splits)
+        raise SettingError(f"The task {name} has no {missing} split in {task_data_dir or 'its data'}; add the file.")
+    for split in set(task.validation_splits) - set(found):
+        logger.info("%s has no split %s here: it is scored on %s only", name, split, ", ".join(found))
+    task = complete_task(task, raw["train"])
+    return DatasetDict({split: normalize_split(task, split, raw[split]) for split in ("train", *found)})
+
+
+def complete_task(task: Task, train: Dataset) -> Task:
+    """The row with its labels filled in from the data, where it leaves them open."""
+    if task.num_labels:
+        return task
+    names = tuple(train.features["label"].names)
+    return dataclasses.replace(task, num_labels=len(names), label_names=names)
+
+
+def read_splits(
+    task: Task, task_data_dir: str | None, cache_dir: str | None, splits: tuple[str, ...]
+) -> dict[str, Dataset]:
+    """The named splits that are there, as they are stored."""
+    if task.name.startswith("docs-"):
+        from oneday.docs_tasks import build_docs_task
+
+        return dict(build_docs_task(task.name, cache_dir))
+    if task_data_dir is None:
+        return read_hub(task, cache_dir, splits)
+    folder = Path(task_data_dir) / task.name
+    if not folder.is_dir():
+        raise SettingError(f"task_data_dir {task_data_dir} has no folder {task.name}; add it, or leave the task out.")
+    candidates = {split: [folder / (split + kind) for kind in FILE_KINDS] for split in splits}
+    found = {split: [path for path in paths if path.exists()] for split, paths in candidates.items()}
+    return {split: read_file(task, paths[0]) for split, paths in found.items() if paths}
+
+
+def read_file(task: Task, path: Path) -> Dataset:
+    """One local file as a data set, whatever its kind."""
+    try:
+        if path.suffix == ".parquet":
+            return Dataset(pyarrow.parquet.read_table(path))
+        if path.suffix == ".jsonl":
+            options = pyarrow.json.ReadOptions(block_size=1 << 24)
+            return Dataset(pyarrow.json.read_json(path, read_options=options))
+        # GLUE's own .tsv files hold unbalanced quotes, and sentences that read "null" or "NA".
+        parse = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(task.columns, pa.string()), null_values=[], strings_can_be_null=False
+        )
+        return Dataset(pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"The task file {path} cannot be read ({reason}); write it again or remove it.") from None
+
+
+def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict[str, Dataset]:
+    """A task's splits from the Hub."""
+    try:
+        if task.hub_files is None:
+            return dict(datasets.load_dataset(GLUE_HUB, task.name, cache_dir=cache_dir))
+        files = {split: task.hub_files.format(task=task.name, split=split) for split in splits}
+        return dict(datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
+    # datasets, huggingface_hub and httpx each have errors of their own for "not reachable".
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise SettingError(
+            f"The task {task.name} cannot be read from the Hub ({reason}); "
+            f"set task_data_dir to a directory with {task.name}/train.parquet and {task.name}/validation.parquet."
+        ) from None
+
+
+def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:
+    """Text columns as strings (a missing text is empty) and labels as ids in range (or floats)."""
+    missing = [column for column in (*task.columns, "label") if column not in data.column_names]
+    if missing:
+        raise SettingError(
+            f"The task {task.name} needs the column {missing[0]!r}, and its split {split} has "
+            f"{', '.join(data.column_names)}; rename it to the Hub's name."
+        )
+    if not len(data):
+        raise SettingError(f"The task {task.name} has no rows in its split {split}; add some.")
+    columns = {name: ["" if text is None else str(text) for text in data[name]] for name in task.columns}
+    num_empty = sum(not any(text.strip() for text in row) for row in zip(*columns.values()))
+    if num_empty:
+        logger.info("%s %s: %d rows have no text; they are kept", task.name, split, num_empty)
+    columns["label"] = normalize_labels(task, split, list(data["label"]))
+    label = (
+        Value("float32") if task.num_labels == 1 else ClassLabel(num_classes=task.num_labels, names=name_labels(task))
+    )
+    return Dataset.from_dict(columns, Features({**dict.fromkeys(task.columns, Value("string")), "label": label}))
+
+
+def name_labels(task: Task) -> list[str]:
+    """Label names, or the ids as text where a row of `TASKS` names none."""
+    return list(task.label_names) or [str(label) for label in range(task.num_labels)]
+
+
+def normalize_labels(task: Task, split: str, labels: list[object]) -> list[float] | list[int]:
+    """Labels as ids (floats for a regression); names and digits in text form are mapped.
+
+    Raises:
+        SettingError: On a name that the task does not have, or an id out of range.
+    """
+    where = f"The task {task.name} has in its split {split} the label"
+    kind = float if task.num_labels == 1 else int
+    by_name = {name.lower(): label for label, name in enumerate(task.label_names)}
+    normalized = []
+    for label in labels:
+        key = label.strip().lower() if isinstance(label, str) else label
+        try:
+            number = by_name[key] if isinstance(key, str) and key in by_name else float(key)
+        except (TypeError, ValueError):
+            names = ", ".join(task.label_names) or "numbers"
+            raise SettingError(f"{where} {label!r}; it must be one of: {names}.") from None
+        if not np.isfinite(number) or (kind is int and (number != int(number) or not 0 <= number < task.num_labels)):
+            hint = "it looks like a hidden test label" if number == -1 else "correct the file"
+            raise SettingError(f"{where} {label!r}, outside 0..{task.num_labels - 1}; {hint}.")
+        normalized.append(kind(number))
+    if any(isinstance(label, str) and label.strip().lower() in by_name for label in labels):
+        logger.info("%s %s: label names mapped as %s", task.name, split, dict(zip(task.label_names, range(99))))
+    return normalized
+
+
+@functools.cache
+def load_metric(name: str) -> evaluate.Metric:
+    """A configuration of the metric module on disk; needs no network."""
+    return evaluate.load(str(METRIC_DIR), name, keep_in_memory=True)
+
+
+def score_predictions(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Every metric of a task.
+
+    Args:
+        task: Its row.
+        predictions: (rows,) class ids, or numbers for a regression.
+        labels: (rows,) likewise.
+    """
+    return {name: load_metric(name).compute(predictions=predictions, references=labels)[name] for name in task.metrics}
+
+
+def score_majority(task: Task, train_labels: np.ndarray, labels: np.ndarray) -> float:
+    """The main metric of always answering the training split's most frequent class; 0 for a correlation."""
+    if task.num_labels == 1:
+        return 0.0
+    majority = np.bincount(np.asarray(train_labels, dtype=int)).argmax()
+    return score_predictions(task, np.full(len(labels), majority), labels)[task.main_metric]

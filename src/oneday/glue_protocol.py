@@ -1,0 +1,149 @@
+"""The fine-tuning protocol: its settings, what is checked of them, and when a result may carry its name.
+
+The defaults are the protocol of "Cramming" (arXiv 2212.14034, section 5; its `GLUE_sane.yaml`): one setting for all
+tasks, last epoch, validation split, median of 5 seeds. Results of another setting never carry its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import SchedulerType
+
+from oneday.arguments import SettingError, setting
+from oneday.glue import expand_task_names
+
+logger = logging.getLogger(__name__)
+
+CRAMMING = "cramming"
+
+
+@dataclass
+class FinetuneArguments:
+    """How a checkpoint is fine-tuned and scored; the defaults are the cramming protocol."""
+
+    model_name_or_path: str = setting("", "Checkpoint to fine-tune: a run directory or a Hub id.")
+    task_names: list[str] = setting(
+        ["glue"], "Tasks, comma-separated; glue stands for the eight tasks of the GLUE average."
+    )
+    task_data_dir: str | None = setting(
+        None, "Directory with <task>/<split>.parquet, .jsonl or .tsv in the Hub's column names; empty: the Hub."
+    )
+    cache_dir: str | None = setting(None, "Where downloads and built-in tasks are kept; empty: the default cache.")
+    output_dir: str | None = setting(None, "Where glue_results.json goes; empty: MODEL/glue for a local MODEL.")
+    protocol: str = setting(
+        CRAMMING, "Name the results carry; cramming is kept only while every setting below is that protocol's."
+    )
+    num_seeds: int = setting(5, "Runs a task, with the seeds seed, seed + 1, ...; the score is their median.")
+    seed: int = setting(0, "First seed.")
+    random_baseline: bool = setting(False, "Also run the same architecture from random weights, with the same seeds.")
+    num_epochs: float = setting(5.0, "Passes over the training split.")
+    train_batch_size: int = setting(16, "Examples a step.")
+    eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
+    learning_rate: float = setting(4e-5, "Peak learning rate of AdamW.")
+    lr_shape: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
+    warmup_fraction: float = setting(0.1, "Fraction of the steps in which the learning rate rises.")
+    adam_beta1: float = setting(0.9, "AdamW's first decay.")
+    adam_beta2: float = setting(0.98, "AdamW's second decay.")
+    adam_epsilon: float = setting(1e-6, "AdamW's epsilon.")
+    weight_decay: float = setting(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = setting(0.0, "Gradients are clipped to this norm; 0: not clipped.")
+    dropout: float | None = setting(0.1, "Every dropout the architecture has; empty keeps the checkpoint's.")
+    max_seq_length: int = setting(128, "Longer examples are truncated, in tokens.")
+    max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
+    max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
+    bf16: bool | None = setting(None, "bfloat16 autocast; empty: where the hardware has it.")
+    use_cpu: bool = setting(False, "Use the CPU even where there is a GPU.")
+
+
+# What one run's scores follow from; seeds count for the protocol's name.
+RUN_SETTINGS = (
+    "num_epochs",
+    "train_batch_size",
+    "learning_rate",
+    "lr_shape",
+    "warmup_fraction",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "dropout",
+    "max_seq_length",
+    "max_train_examples",
+    "max_eval_examples",
+)
+PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
+POSITIVE_SETTINGS = (
+    "num_seeds",
+    "num_epochs",
+    "train_batch_size",
+    "eval_batch_size",
+    "learning_rate",
+    "max_seq_length",
+    "max_train_examples",
+    "max_eval_examples",
+)
+
+
+def check_arguments(args: FinetuneArguments) -> list[str]:
+    """The task names, expanded, once every setting has been looked at.
+
+    Raises:
+        SettingError: For the first setting that cannot work.
+    """
+    if not args.model_name_or_path:
+        raise SettingError("model_name_or_path is empty; name a checkpoint directory or a Hub id.")
+    for name in POSITIVE_SETTINGS:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise SettingError(f"{name} is {value}; it must be above 0.")
+    for name in ("warmup_fraction", "dropout"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            raise SettingError(f"{name} is {value}; it must be at least 0 and below 1.")
+    kinds = [kind.value for kind in SchedulerType]
+    if args.lr_shape not in kinds:
+        raise SettingError(f"lr_shape is {args.lr_shape!r}; it must be one of {', '.join(kinds)}.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
+    names = expand_task_names(args.task_names)
+    if not names:
+        raise SettingError("task_names is empty; name a task, say sst2.")
+    find_output_dir(args)
+    return names
+
+
+def find_output_dir(args: FinetuneArguments) -> Path:
+    """`output_dir`, or `glue` inside a local checkpoint."""
+    if args.output_dir:
+        return Path(args.output_dir)
+    if Path(args.model_name_or_path).is_dir():
+        return Path(args.model_name_or_path) / "glue"
+    raise SettingError(
+        f"model_name_or_path {args.model_name_or_path} is not a local directory; "
+        "if it is a Hub id, say with output_dir where the scores go, else correct it (scripts/pretrain.py trains one)."
+    )
+
+
+def name_protocol(args: FinetuneArguments) -> str:
+    """The protocol's name; `custom` where it claims cramming with other settings."""
+    changed = [name for name in PROTOCOL_SETTINGS if getattr(args, name) != getattr(FinetuneArguments(), name)]
+    if args.protocol != CRAMMING or not changed:
+        return args.protocol
+    logger.info("protocol is custom, not cramming: %s differ", ", ".join(changed))
+    return "custom"
+
+
+def choose_bf16(args: FinetuneArguments) -> bool:
+    """Whether to use bfloat16 autocast: as told, else where the hardware multiplies in it."""
+    if args.bf16 is not None:
+        return args.bf16
+    if torch.cuda.is_available() and not args.use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,182 @@
+"""Scores of fine-tuning runs: the file of finished runs, the summary of seeds, the average, the table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from oneday.classification import Checkpoint, PreparedTask, hash_text
+from oneday.glue import GLUE_NUMBERS, score_majority
+from oneday.glue_protocol import PROTOCOL_SETTINGS, RUN_SETTINGS, FinetuneArguments, choose_bf16, name_protocol
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "glue_results.json"
+RUNS_FILE = "glue_runs.jsonl"
+METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "f1_macro": "macro F1",
+    "matthews_correlation": "Matthews",
+    "pearson": "Pearson",
+    "spearmanr": "Spearman",
+}
+
+
+def summarize_runs(
+    args: FinetuneArguments, checkpoint: Checkpoint, prepared: list[PreparedTask], runs: list[dict], earlier: dict
+) -> dict:
+    """The contents of `glue_results.json`.
+
+    Args:
+        args: The protocol.
+        checkpoint: What was fine-tuned.
+        prepared: The tasks of this call.
+        runs: Their lines of `glue_runs.jsonl`.
+        earlier: What the file held before; its tasks are kept when all but the tasks is the same.
+    """
+    settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
+    header = {
+        "protocol": name_protocol(args),
+        "model": checkpoint.name,
+        "weights_hash": checkpoint.weights_hash,
+        "settings": settings | {"bf16": choose_bf16(args)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    is_same = all(earlier.get(name) == value for name, value in header.items() if name not in ("model", "threads"))
+    if earlier and not is_same:
+        logger.info("scores of other weights or settings are replaced; their runs stay in the runs file")
+    tasks = dict(earlier["tasks"]) if is_same else {}
+    for task in prepared:
+        mine = [run for run in runs if run["task"] == task.task.name]
+        for split in task.scored_splits:
+            tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
+    return header | {"tasks": tasks} | summarize_average(tasks)
+
+
+def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> dict:
+    """The entry of one number: its seeds' scores, their median, the floors beside it, and the rows behind it."""
+    task, number = prepared.task, prepared.task.name_number(split)
+    by_kind = {
+        kind: [run["scores"][number] for run in runs if run["weights"] == kind] for kind in ("pretrained", "random")
+    }
+    main = {kind: [scores[task.main_metric] for scores in rows] for kind, rows in by_kind.items()}
+    num_train, num_validation = len(prepared.splits["train"]), len(prepared.splits[split])
+    sizes = dict(zip(task.validation_splits, task.num_validation))
+    official = (task.num_train or num_train, sizes.get(split, num_validation))
+    labels, train_labels = (np.asarray(prepared.splits[name]["label"]) for name in (split, "train"))
+    entry = {
+        "task": task.name,
+        "split": split,
+        "metric": task.main_metric,
+        "median": statistics.median(main["pretrained"]),
+        "scores": main["pretrained"],
+        "seeds": [run["seed"] for run in runs if run["weights"] == "pretrained"],
+        "metrics": {name: [scores[name] for scores in by_kind["pretrained"]] for name in task.metrics},
+        "majority": score_majority(task, train_labels, labels),
+        "num_train": num_train,
+        "num_validation": num_validation,
+        "official_num_train": official[0],
+        "official_num_validation": official[1],
+        "subset": (num_train, num_validation) != official,
+        "seconds": round(sum(run["seconds"] for run in runs), 1),
+    }
+    if main["random"]:
+        entry["random_weights"] = {"median": statistics.median(main["random"]), "scores": main["random"]}
+    return entry
+
+
+def summarize_average(tasks: dict[str, dict]) -> dict[str, object]:
+    """The average over the numbers of `tasks`, under a name that says what it is of.
+
+    Only all nine GLUE numbers on complete data make a "GLUE average"; WNLI, diagnostics and other tasks beside them
+    are left out of it. Anything less is an average over what is there.
+    """
+    over = [name for name in GLUE_NUMBERS if name in tasks]
+    complete = len(over) == len(GLUE_NUMBERS) and not any(tasks[name]["subset"] for name in over)
+    over = over if complete else list(tasks)
+    title = "GLUE average" if complete else f"average over {len(over)} numbers: [{', '.join(over)}]"
+    average = statistics.fmean(tasks[name]["median"] for name in over)
+    summary = {"average": average, "average_over": over, "average_name": title}
+    if all("random_weights" in tasks[name] for name in over):
+        summary["average_random_weights"] = statistics.fmean(tasks[name]["random_weights"]["median"] for name in over)
+    return summary
+
+
+def format_results(results: dict) -> str:
+    """The scores (x 100) as a table of at most 80 columns, with what has to be said about them below it."""
+    header = f"{'task':17}{'metric':10}{'majority':>9}{'random':>8}{'pretrained [min..max]':>24}{'gain':>8}"
+    lines, notes = [header, "-" * len(header)], []
+    for name, row in results["tasks"].items():
+        floor = row["random_weights"]["median"] if "random_weights" in row else row["majority"]
+        gain = row["median"] - floor
+        random = f"{100 * floor:8.1f}" if "random_weights" in row else f"{'-':>8}"
+        spread = f"{100 * row['median']:.1f} [{100 * min(row['scores']):.1f}..{100 * max(row['scores']):.1f}]"
+        mark = name + "*" * row["subset"]
+        title = METRIC_TITLES[row["metric"]]
+        lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
+        if gain <= 0:
+            notes.append(f"{name}: pretraining does not help here")
+        if row["subset"]:
+            notes.append(f"* {name}: {row['num_train']:,} of {row['official_num_train']:,} training rows,")
+            notes.append(
+                f"  {row['num_validation']:,} of {row['official_num_validation']:,} scored: no official score"
+            )
+    lines += [f"{'average':53}{100 * results['average']:7.1f}", *notes]
+    return "\n".join(lines)
+
+
+def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool) -> str:
+    """The key of one run: everything that its scores follow from."""
+    return hash_text(
+        json.dumps(
+            {
+                "settings": {name: getattr(args, name) for name in RUN_SETTINGS} | {"bf16": choose_bf16(args)},
+                "architecture": checkpoint.architecture_hash,
+                "weights": "random" if from_random else checkpoint.weights_hash,
+                "task": task.task.name,
+                "data": task.data_hash,
+                "seed": seed,
+            }
+        )
+    )
+
+
+def read_runs(path: Path) -> dict[str, dict]:
+    """Finished runs by key; a line cut off by a crash is skipped."""
+    runs = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s has an unreadable line; that run is done again", path)
+            continue
+        runs[run["key"]] = run
+    return runs
+
+
+def read_earlier(path: Path) -> dict:
+    """The results written by an earlier call; empty when there are none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def append_run(path: Path, run: dict) -> None:
+    """Add one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file so that it is never seen half-written."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,350 @@
+"""Config JSON to model: special ids from the tokenizer, random weights, positions, counts of parameters and FLOPs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from oneday.arguments import SettingError
+from oneday.attention import PACKED, AttentionCall, build_layout, position_offset, record_attention_calls
+
+VOCABULARY_MULTIPLE = 64  # matrix units want it: a vocabulary of 50,257 is slower than one of 50,304
+SPECIAL_TOKENS = ("pad", "bos", "eos", "cls", "sep", "mask")
+EXAMPLE_CONFIGS = {"learned": "bert-mini.json", "rotary": "modernbert-mini.json", "sinusoidal": "bert-mini.json"}
+AUTO_CLASSES = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
+TABLE_MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+TABLE_LENGTH, TABLE_MASKED_FRACTION = 512, 0.15
+
+
+def check_config_file(path: str | os.PathLike) -> Path:
+    """The config file at `path` (a JSON file, or a directory with a config.json), read and known to transformers.
+
+    Raises:
+        SettingError: it is missing, is not JSON, or has a `model_type` that this transformers does not know.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise SettingError(f"model_config: {path} does not exist{suggest_config(file)}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError(f"model_config: {file} is not valid JSON ({error}); mend the file.") from error
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 1)
+        hint = f"did you mean {near[0]}?" if near else "set model_type to one that transformers has, say bert or llama"
+        raise SettingError(f"model_config: {file} has the unknown model_type {model_type!r}; {hint}")
+    return file
+
+
+def suggest_config(file: Path) -> str:
+    """`; did you mean ...?` with the nearest config beside a missing file, or nothing."""
+    folders = (file.parent, Path("model_configs"))
+    names = {f.stem: f for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.json"))}
+    near = difflib.get_close_matches(file.stem, names, 1, cutoff=0.4)
+    return f"; did you mean {names[near[0]]}?" if near else ""
+
+
+def load_config(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    position_encoding: str | None = None,
+) -> PreTrainedConfig:
+    """Read a model config and fit it to a tokenizer.
+
+    Args:
+        path: config JSON, or a directory that holds a config.json.
+        tokenizer: gives the vocabulary, rounded up to a multiple of 64, and every special id.
+        max_seq_length: row length in tokens that the model must have positions for.
+        position_encoding: learned or rotary must be what the config has; sinusoidal replaces learned positions.
+
+    Raises:
+        SettingError: see `check_config_file`; too few positions; a position encoding that the config lacks.
+    """
+    file = check_config_file(path)
+    try:
+        config = AutoConfig.from_pretrained(str(file))
+    except Exception as error:  # the strict config classes raise many kinds
+        raise SettingError(f"model_config: {file} is refused by transformers ({error}); mend the file.") from error
+    config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    set_special_ids(config, tokenizer)
+    skeleton = build_skeleton(config)
+    check_length(config, skeleton, max_seq_length, file)
+    if position_encoding is not None:
+        check_position_encoding(skeleton, position_encoding, file)
+    if position_encoding == "sinusoidal":
+        config.position_encoding = position_encoding
+    return config
+
+
+def set_special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every special id of the config is the tokenizer's, or None; no id stays above the vocabulary."""
+    for name in SPECIAL_TOKENS:
+        if name in ("pad", "bos", "eos") or hasattr(config, f"{name}_token_id"):
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    known = {f"{name}_token_id" for name in SPECIAL_TOKENS}
+    for key in [k for k in config.to_dict() if k.endswith("_token_id") and k not in known]:
+        setattr(config, key, None)
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without storage for weights, for looking at its structure."""
+    with torch.device("meta"):
+        return AUTO_CLASSES[model_kind(config)].from_config(config)
+
+
+def model_kind(config: PreTrainedConfig) -> str:
+    """`encoder` if transformers has a masked-LM head for it (and it is not made causal), else `decoder`.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    masked, causal = type(config) in MODEL_FOR_MASKED_LM_MAPPING, type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.is_encoder_decoder or not (masked or causal):
+        raise SettingError(f"model_config: {config.model_type} is neither an encoder nor a decoder; choose another.")
+    return "encoder" if masked and not (causal and getattr(config, "is_decoder", False)) else "decoder"
+
+
+def find_position_table(model: nn.Module) -> nn.Embedding | None:
+    """The table of learned positions, if the model has one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"(position|wpe)[^.]*$", name):
+            return module
+    return None
+
+
+def check_length(config: PreTrainedConfig, skeleton: PreTrainedModel, max_seq_length: int, file: Path) -> None:
+    """Raises SettingError if rows of `max_seq_length` tokens have more positions than the model."""
+    offset = position_offset(skeleton)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_seq_length > limit - offset:
+        raise SettingError(
+            f"max_seq_length is {max_seq_length}, but {file} has {limit - offset} positions: lower max_seq_length or "
+            f"set max_position_embeddings to {max_seq_length + offset} in the file."
+        )
+
+
+def check_position_encoding(skeleton: PreTrainedModel, position_encoding: str, file: Path) -> None:
+    """Raises SettingError if the architecture does not have what the setting asks for."""
+    if position_encoding not in EXAMPLE_CONFIGS:
+        raise SettingError(
+            f"position_encoding is {position_encoding!r}: set it to one of {', '.join(EXAMPLE_CONFIGS)}."
+        )
+    is_rotary = any("rotary" in type(module).__name__.lower() for module in skeleton.modules())
+    has = "rotary" if is_rotary else "learned" if find_position_table(skeleton) is not None else "no absolute"
+    if has != ("rotary" if position_encoding == "rotary" else "learned"):
+        raise SettingError(
+            f"position_encoding is {position_encoding}, but {file} has {has} positions: leave it empty or take a "
+            f"config that fits, say model_configs/{EXAMPLE_CONFIGS[position_encoding]}."
+        )
+
+
+def build_model(config: PreTrainedConfig, auto_class: type | None = None, packed: bool = True) -> PreTrainedModel:
+    """A stock model with random float32 weights; the caller sets the seed.
+
+    Args:
+        config: from `load_config`. Its `use_cache` stays on, so that a saved decoder generates with its cache: pass
+            `use_cache=False` to the forward call in training.
+        auto_class: say `AutoModelForPreTraining`; None takes the masked or causal LM that the config is made for.
+        packed: with the packed attention; False keeps the architecture's own.
+
+    Raises:
+        SettingError: the architecture has no head of that class, or does not take a registered attention.
+    """
+    auto_class = auto_class or AUTO_CLASSES[model_kind(config)]
+    if type(config) not in auto_class._model_mapping:
+        raise SettingError(
+            f"model_config: {config.model_type} has no {auto_class.__name__}, which the objective needs; "
+            "choose another model_config or objective."
+        )
+    try:
+        model = auto_class.from_config(config, dtype=torch.float32, attn_implementation=PACKED if packed else None)
+    except KeyError as error:
+        raise SettingError(f"model_config: {config.model_type} does not take packed attention ({error}).") from error
+    if getattr(config, "position_encoding", None) == "sinusoidal":
+        freeze_sinusoids(model)
+    return model
+
+
+def freeze_sinusoids(model: nn.Module) -> None:
+    """Fill the table of learned positions with sinusoids and stop its training.
+
+    Row p holds sin(p / 10000^(2i/D)) at 2i and cos(p / 10000^(2i/D)) at 2i + 1 (Vaswani et al. 2017,
+    arXiv 1706.03762, section 3.5), scaled to the standard deviation the table was initialised with: stock models add
+    it to token embeddings of that size, unscaled sinusoids would drown them. A checkpoint reloads the values, but as
+    trainable weights.
+    """
+    table = find_position_table(model)
+    assert table is not None, "checked by load_config"
+    num_positions, width = table.weight.shape
+    angles = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+    sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+    with torch.no_grad():
+        table.weight.copy_(sinusoids * (table.weight.std() / sinusoids.std()))
+    table.weight.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters, in all and without embeddings; tied ones count once.
+
+    Embeddings are the tables (tokens, positions, token types) and an untied output projection.
+    """
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    tables += [output.weight] if output is not None else []
+    embeddings = {id(weight): weight.numel() for weight in tables}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - sum(embeddings.values())
+
+
+class FlopCounter:
+    """FLOPs of a model, from one forward of 8 tokens through it.
+
+    Conventions: a multiplication and an addition are two. Counted are the products of `nn.Linear` and `Conv1D` (as
+    often as they run: ALBERT shares its layer) and of attention, 2 (head_dim + value_dim) a head and query-key pair.
+    Pairs are those of a document's whole square: causal masking is not discounted (as in PaLM, arXiv 2204.02311,
+    appendix B), document bounds and windows are. The head outside `base_model` runs on the predicted tokens only.
+    Training is three times the forward pass. Norms, activations, lookups and recomputation are not counted, nor
+    products with bare parameters (experts of a mixture).
+
+    Attributes:
+        body: forward FLOPs a token in the linear layers of `base_model`.
+        head: forward FLOPs a predicted token.
+        attention: one entry a call of an attention layer.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.body, self.head, self.attention = measure_layers(model)
+
+    def count_pairs(
+        self, num_tokens: int, sum_squared: int, lengths: Sequence[int] | None, window: int | None
+    ) -> float:
+        """Query-key pairs inside documents and the window; without lengths an upper bound for a windowed layer."""
+        if window is None:
+            return sum_squared
+        reach = window - 1
+        if lengths is None:
+            return min(sum_squared, num_tokens * (2 * reach + 1))
+        return sum(n * n if n <= reach else n * (2 * reach + 1) - reach * (reach + 1) for n in map(int, lengths))
+
+    def forward_flops(
+        self,
+        num_tokens: int,
+        sum_squared_doc_lengths: int,
+        num_predicted: int,
+        doc_lengths: Sequence[int] | None = None,
+    ) -> float:
+        """FLOPs of a forward pass; arguments as for `step_flops`."""
+        flops = float(num_tokens * self.body + num_predicted * self.head)
+        for call in self.attention:
+            pairs = self.count_pairs(num_tokens, sum_squared_doc_lengths, doc_lengths, call.sliding_window)
+            flops += 2.0 * call.num_heads * (call.head_dim + call.value_dim) * pairs
+        return flops
+
+    def step_flops(
+        self,
+        num_tokens: int,
+        sum_squared_doc_lengths: int,
+        num_predicted: int,
+        doc_lengths: Sequence[int] | None = None,
+    ) -> float:
+        """FLOPs of forward and backward.
+
+        Args:
+            num_tokens: tokens that go through the model.
+            sum_squared_doc_lengths: sum over documents of the square of their length in tokens.
+            num_predicted: tokens that the head and the loss are computed for.
+            doc_lengths: makes windowed layers exact; without it they are bounded by tokens times window.
+        """
+        return 3.0 * self.forward_flops(num_tokens, sum_squared_doc_lengths, num_predicted, doc_lengths)
+
+
+def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, float, list[AttentionCall]]:
+    """FLOPs a token of the linear layers inside and outside `base_model`, and the calls of attention."""
+    in_body = set(model.base_model.modules())
+    flops = {True: 0.0, False: 0.0}
+
+    def add_flops(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        # A pooler sees one token a row, not all of them.
+        if args[0].numel() // args[0].shape[-1] == num_tokens:
+            flops[module in in_body] += 2.0 * args[0].shape[-1] * output.shape[-1]
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    hooks = [layer.register_forward_hook(add_flops) for layer in layers]
+    is_packed = model.config._attn_implementation == PACKED
+    layout = build_layout([[num_tokens]], num_tokens, position_offset(model)).to(model.device)._asdict()
+    was_training = model.training
+    try:
+        with torch.no_grad(), record_attention_calls() as calls:
+            ids = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
+            model.eval()(input_ids=ids, **(layout if is_packed else {}))
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return flops[True], flops[False], list(calls) or describe_attention(model.config)
+
+
+def describe_attention(config: PreTrainedConfig) -> list[AttentionCall]:
+    """The attention of a model that does not use the packed function, as its config tells it."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [AttentionCall(config.num_attention_heads, dim, dim, None, False)] * config.num_hidden_layers
+
+
+def format_config_table(files: Iterable[Path]) -> str:
+    """A Markdown table of config files: shape, parameters, training FLOPs a token at a length of 512 (or the longest).
+
+    An encoder predicts 15 % of its tokens, a decoder all.
+    """
+    lines = [
+        "| config | type | layers | width | heads | vocabulary | parameters | without embeddings | MFLOPs a token |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    return "\n".join(lines + [format_config_row(file) for file in sorted(files)]) + "\n"
+
+
+def format_config_row(file: Path) -> str:
+    """One row of the table."""
+    config = AutoConfig.from_pretrained(str(file))
+    kind = model_kind(config)
+    with torch.device("meta"):
+        model = AUTO_CLASSES[kind].from_config(config, attn_implementation=PACKED)
+    total, body = count_parameters(model)
+    length = min(TABLE_LENGTH, config.max_position_embeddings)
+    predicted = length if kind == "decoder" else round(TABLE_MASKED_FRACTION * length)
+    flops = FlopCounter(model).step_flops(length, length**2, predicted, [length]) / length
+    shape = f"{config.num_hidden_layers} | {config.hidden_size} | {config.num_attention_heads} | {config.vocab_size:,}"
+    name = f"[{file.stem}]({file.name})"
+    return f"| {name} | {config.model_type} | {shape} | {total / 1e6:.1f} M | {body / 1e6:.1f} M | {flops / 1e6:.0f} |"
+
+
+def write_config_table(readme: str | os.PathLike) -> None:
+    """Refresh the table between the marks of a README that lies beside its config files."""
+    readme = Path(readme)
+    begin, end = TABLE_MARKS
+    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    table = format_config_table(readme.parent.glob("*.json"))
+    readme.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""What a finished run shows on the terminal: samples, and one table of 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, pipeline
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError
+
+MASKED_TEXTS = (
+    "Return the [MASK] of elements in the list.",
+    "If the argument is not a [MASK], an error is raised.",
+    "This function computes the [MASK] of a matrix.",
+    "The default [MASK] is used when no value is given.",
+)
+PROMPTS = ("This function returns", "The array is", "If the argument is None, the")
+SAMPLE_SEED = 0
+
+
+def format_samples(run_dir: str | Path) -> str:
+    """A few filled masks of an encoder, or a few continuations of a decoder."""
+    results = read_results(run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir)
+    if results["kind"] == "encoder":
+        fill = pipeline("fill-mask", model=str(run_dir), tokenizer=tokenizer, device="cpu", top_k=3)
+        texts = [text.replace("[MASK]", tokenizer.mask_token) for text in MASKED_TEXTS]
+        return "\n".join(format_filled(text, fill(text)) for text in texts)
+    generate = pipeline("text-generation", model=str(run_dir), tokenizer=tokenizer, device="cpu")
+    torch.manual_seed(SAMPLE_SEED)
+    settings = {"max_new_tokens": 40, "do_sample": True, "top_p": 0.9, "temperature": 0.8}
+    texts = [generate(prompt, **settings)[0]["generated_text"] for prompt in PROMPTS]
+    return "\n".join("  " + " ".join(text.split()) for text in texts)
+
+
+def format_filled(text: str, guesses: list[dict[str, Any]]) -> str:
+    """`  The [MASK] is ...   -> value 0.31, result 0.12, array 0.05`"""
+    words = ", ".join(f"{guess['token_str'].strip()} {guess['score']:.2f}" for guess in guesses)
+    return f"  {text}\n      -> {words}"
+
+
+def read_results(run_dir: str | Path) -> dict[str, Any]:
+    """results.json of a run.
+
+    Raises:
+        SettingError: When the run is not there or not finished.
+    """
+    results = rundir.read_json(Path(run_dir) / rundir.RESULTS)
+    if not results:
+        raise SettingError(f"There is no finished run in {run_dir}; train one with scripts/pretrain.py.")
+    return results
+
+
+def format_report(run_dir: str | Path) -> str:
+    """The table of a run: held-out numbers before and after, speed, budget, and the fine-tuning scores."""
+    folder, results = Path(run_dir), read_results(run_dir)
+    budget = rundir.read_json(folder / rundir.BUDGET)
+    lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}{'':4}", "-" * 78]
+    names = {
+        "eval_loss": "held-out loss (nats / token)",
+        "eval_mlm_loss": "  the same at 15 % masks",
+        "eval_bits_per_byte": "bits / byte",
+    }
+    for key, name in names.items():
+        if key in results:
+            lines.append(row(name, results["before"].get(key), results[key], "{:.3f}", smaller_is_better=True))
+    lines += task_rows(folder)
+    spent = f"{100 * budget['used_fraction']:.1f} % of {describe_limits(budget['limit'])}"
+    lines += [
+        "-" * 78,
+        f"tokens / second  {results['tokens_per_second']:>10,.0f}     MFU {100 * results['mfu']:.1f} %     "
+        f"tokens seen {results['tokens_seen'] / 1e6:.2f} M",
+        f"budget used      {spent}",
+        f"model            {results['model_config']}, {results['num_parameters'] / 1e6:.2f} M parameters",
+        f"corpus           {results['corpus']} {results['corpus_hash']}, {results['threads']} threads",
+    ]
+    return "\n".join(lines)
+
+
+def row(name: str, before: float | None, after: float, form: str, smaller_is_better: bool = False) -> str:
+    """One line; says so where pretraining did not help."""
+    shown = "" if before is None else form.format(before)
+    helped = before is None or (after < before if smaller_is_better else after > before)
+    return f"{name:34}{shown:>16}{form.format(after):>14}" + ("" if helped else "   no gain")
+
+
+def task_rows(folder: Path) -> list[str]:
+    """A line a fine-tuning task, with the floor of always answering the commonest class."""
+    glue = rundir.read_json(folder / "glue" / "glue_results.json")
+    lines = []
+    for name, task in glue.get("tasks", {}).items():
+        label = f"{name} {task['metric']} (floor {100 * task['majority']:.1f})"
+        before = task.get("random_weights", {}).get("median")
+        lines.append(row(label, before, task["median"], "{:.1%}"))
+    return lines
+
+
+def describe_limits(limits: dict[str, float]) -> str:
+    """`5 minutes` or `1,000,000 tokens`, joined."""
+    words = [
+        f"{limit / 60:,.4g} minutes" if kind == "seconds" else f"{limit:,.4g} {kind}" for kind, limit in limits.items()
+    ]
+    return " and ".join(words)

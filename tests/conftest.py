@@ -1,0 +1,119 @@
+"""Small real parts that the tests share: a corpus, tokenizers, packed rows, models of every style."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CI", "1")
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from oneday.arguments import BudgetTrainingArguments
+from oneday.attention import PACKED
+from oneday.objectives import find_objective
+from oneday.packed_dataset import pack_corpus
+from oneday.tokenization import train_tokenizer
+from oneday.trainer import BudgetTrainer
+
+ROW_LENGTH = 32
+TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ENCODERS = {
+    "bert": {**TINY, **NO_DROPOUT},
+    "roberta": {**TINY, **NO_DROPOUT},
+    "electra": {**TINY, **NO_DROPOUT, "embedding_size": 16},
+    "modernbert": {**TINY, "global_attn_every_n_layers": 2, "local_attention": 16},
+}
+DECODERS = {
+    "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {**TINY, "num_key_value_heads": 1},
+    "qwen3": {**TINY, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    "nanochat": {**TINY, "num_key_value_heads": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """300 documents of a language with order in it: each word is followed by one of three."""
+    generator = np.random.default_rng(0)
+    syllables = ["ka", "lo", "mi", "ter", "un", "ves", "pra", "do", "sil", "en"]
+    words = ["".join(generator.choice(syllables, generator.integers(1, 4))) for _ in range(120)]
+    follows = generator.integers(0, len(words), (len(words), 3))
+    documents = []
+    for _ in range(300):
+        word, document = int(generator.integers(len(words))), []
+        for _ in range(int(generator.integers(5, 90))):
+            document.append(words[word])
+            word = int(follows[word, generator.integers(3)])
+        documents.append(" ".join(document))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def tokenizers(texts):
+    """A tokenizer for each kind of model."""
+    return {
+        "encoder": train_tokenizer(texts, "wordpiece", 150),
+        "decoder": train_tokenizer(texts, "bpe", 320),
+    }
+
+
+@pytest.fixture(scope="session")
+def packed(texts, tokenizers, tmp_path_factory):
+    """(training rows, held-out rows) for each kind of model."""
+    folder = tmp_path_factory.mktemp("packed")
+    return {
+        kind: tuple(
+            pack_corpus([part], tokenizer, kind, ROW_LENGTH, "best_fit", folder / f"{kind}-{name}")
+            for name, part in (("train", texts[:270]), ("validation", texts[270:]))
+        )
+        for kind, tokenizer in tokenizers.items()
+    }
+
+
+@pytest.fixture
+def make_model(tokenizers):
+    """Builds a tiny model of one architecture, in float32, from a seed."""
+
+    def make(name, seed=0):
+        kind, auto_class = ("encoder", AutoModelForMaskedLM) if name in ENCODERS else ("decoder", AutoModelForCausalLM)
+        tokenizer = tokenizers[kind]
+        ids = {"pad_token_id": tokenizer.pad_token_id}
+        for special in ("bos", "eos", "cls", "sep"):
+            ids[f"{special}_token_id"] = getattr(tokenizer, f"{special}_token_id")
+        settings = {**(ENCODERS | DECODERS)[name], **ids, "vocab_size": 320}
+        positions = "n_positions" if name == "gpt2" else "max_position_embeddings"
+        config = AutoConfig.for_model(name, **settings, **{positions: 64})
+        torch.manual_seed(seed)
+        return auto_class.from_config(config, attn_implementation=PACKED)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizers, packed, tmp_path):
+    """Builds a trainer over the shared corpus; settings go over small defaults."""
+
+    def make(name="modernbert", output="run", **settings):
+        kind = "encoder" if name in ENCODERS else "decoder"
+        defaults = {
+            "batch_size_tokens": 8 * ROW_LENGTH,
+            "micro_batch_tokens": 4 * ROW_LENGTH,
+            "objective": "mlm" if kind == "encoder" else "clm",
+            "optim": "adamw",
+            "bf16": False,
+            "num_evaluations": 1,
+        }
+        folder = tmp_path / output
+        folder.mkdir(exist_ok=True)
+        args = BudgetTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+        objective = find_objective(args.objective)(tokenizers[kind], args)
+        train, validation = packed[kind]
+        return BudgetTrainer(make_model(name), args, objective, train, validation, tokenizers[kind])
+
+    return make

@@ -1,0 +1,90 @@
+"""The fast path (packed rows, head on predicted positions, own accumulation) against the plain one."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS, ROW_LENGTH
+from torch.nn import functional as F
+
+
+def plain_loss(model, batches, kind):
+    """Mean loss a predicted token: each document alone, stock attention, logits everywhere, one cross-entropy."""
+    nats, count = 0.0, 0
+    for batch in batches:
+        bounds = batch.inputs["cu_seq_lens"].tolist()
+        tokens = batch.inputs["input_ids"].flatten()
+        labels = torch.full_like(tokens, -100)
+        labels[batch.positions] = batch.labels
+        for start, end in zip(bounds, bounds[1:]):
+            if (labels[start:end] >= 0).any():
+                logits = model(input_ids=tokens[None, start:end]).logits[0]
+                nats = nats + F.cross_entropy(logits.float(), labels[start:end], reduction="sum")
+                count += int((labels[start:end] >= 0).sum())
+    return nats / count
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3, 8])
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_loss_and_gradient_equal_the_plain_path(make_trainer, name, micro_rows):
+    trainer = make_trainer(
+        name, budget_steps=1, micro_batch_tokens=micro_rows * ROW_LENGTH, batch_size_tokens=9 * ROW_LENGTH
+    )
+    reference = copy.deepcopy(trainer.model)
+    reference.base_model._forward_hooks.clear()
+    reference.set_attn_implementation("eager")
+    step = trainer.loader.peek()
+    assert len(step) == {1: 9, 3: 3, 8: 1}[micro_rows]
+    trainer.create_optimizer_and_scheduler(1)
+    loss = trainer.training_step(trainer.model, step)
+    expected = plain_loss(reference, step, trainer.objective.kind)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for (label, ours), plain in zip(trainer.model.named_parameters(), reference.parameters()):
+        if plain.grad is not None:
+            scale = plain.grad.abs().max().item() + 1e-8
+            assert (ours.grad - plain.grad).abs().max().item() < 1e-5 + 1e-4 * scale, label
+
+
+def test_loss_is_the_formula_in_float64(make_trainer):
+    """L = -1/N sum over masked i of log P(x_i | rest), all-mask (issue: exact for all-mask)."""
+    trainer = make_trainer("bert", budget_steps=1, mask_replacement="mask")
+    step = trainer.loader.peek()
+    trainer.create_optimizer_and_scheduler(1)
+    loss = trainer.training_step(trainer.model, step).item()
+    model = copy.deepcopy(trainer.model).double()
+    model.selected_positions.positions = None
+    terms = []
+    for batch in step:
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits.flatten(0, 1)[batch.positions]
+        probability = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+        terms += (-torch.log(probability[torch.arange(len(batch.labels)), batch.labels])).tolist()
+    assert loss == pytest.approx(np.mean(terms), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_evaluation_equals_the_plain_path(make_trainer, name):
+    trainer = make_trainer(name, budget_steps=1)
+    metrics = trainer.evaluate()
+    (key, collator), *_ = trainer.objective.evaluation_collators(trainer.position_offset).items()
+    rows, lengths = trainer.eval_dataset.get_rows(np.arange(len(trainer.eval_dataset)))
+    batch = collator(rows, lengths, np.arange(len(rows)))
+    reference = copy.deepcopy(trainer.model)
+    reference.base_model._forward_hooks.clear()
+    reference.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert metrics[key] == pytest.approx(plain_loss(reference, [batch], None).item(), abs=1e-5)
+
+
+def test_bits_per_byte_counts_every_byte_of_the_text(make_trainer, texts):
+    trainer = make_trainer("llama", budget_steps=1)
+    metrics = trainer.evaluate()
+    rows, lengths = trainer.eval_dataset.get_rows(np.arange(len(trainer.eval_dataset)))
+    predicted = len(trainer.objective.training_collator(0)(rows, lengths, np.arange(len(rows))).labels)
+    num_bytes = sum(len(text.encode()) for text in texts[270:])
+    nats = metrics["eval_loss"] * predicted
+    assert metrics["eval_bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-6)

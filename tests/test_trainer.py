@@ -1,0 +1,155 @@
+"""Whole runs of a tiny model: budgets, schedules, what stands in the run directory, what a checkpoint loads as."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS, ROW_LENGTH
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+
+from oneday.arguments import SettingError
+from oneday.run_directory import list_checkpoints, read_metrics
+
+
+def steps_of(trainer):
+    return [event for event in read_metrics(trainer.args.output_dir) if event["event"] == "step"]
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_every_architecture_learns_and_loads_as_a_stock_class(make_trainer, tmp_path, name):
+    trainer = make_trainer(name, budget_steps=30, learning_rate=1e-2, eval_on_start=True)
+    before = trainer.evaluate()["eval_loss"]
+    after = trainer.run()["eval_loss"]
+    assert after < before - 0.5
+    auto_class = AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
+    model = auto_class.from_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert all(torch.equal(value, trainer.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_token_budget_and_learning_rate_to_zero(make_trainer):
+    trainer = make_trainer(budget_tokens=5000, lr_shape="linear", warmup_fraction=0.1)
+    trainer.run()
+    steps = steps_of(trainer)
+    assert 5000 - 8 * ROW_LENGTH <= trainer.clock.tokens <= 5000
+    assert steps[-1]["tokens"] == trainer.clock.tokens == sum(step["batch_tokens"] for step in steps)
+    assert max(step["lr"] for step in steps) > 0.9 * trainer.args.learning_rate
+    assert steps[-1]["lr"] < 0.08 * trainer.args.learning_rate
+
+
+def test_wall_clock_budget_is_used_and_kept(make_trainer):
+    trainer = make_trainer(budget_minutes=0.1, num_evaluations=3, save_steps=40)
+    trainer.run()
+    report = json.loads((trainer_path(trainer) / "budget.json").read_text())
+    assert report["status"] == "finished"
+    assert 0.85 < report["used_fraction"] <= 1.02
+    assert sum(report["ledger_seconds"].values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)
+    progress = [step["lr_progress"] for step in steps_of(trainer)]
+    assert progress == sorted(progress)
+    assert progress[-1] > 0.9
+
+
+def trainer_path(trainer):
+    from pathlib import Path
+
+    return Path(trainer.args.output_dir)
+
+
+def test_flop_budget(make_trainer):
+    trainer = make_trainer(budget_flops=3e8)
+    trainer.run()
+    assert 0.5 * 3e8 < trainer.clock.flops <= 3e8
+
+
+def test_batch_grows_with_the_budget(make_trainer):
+    trainer = make_trainer(
+        budget_steps=20,
+        batch_size_tokens_start=4 * ROW_LENGTH,
+        batch_size_tokens=16 * ROW_LENGTH,
+        batch_ramp_fraction=0.5,
+    )
+    trainer.run()
+    sizes = [round(step["batch_tokens"] / ROW_LENGTH / 4) for step in steps_of(trainer)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 4)
+
+
+def test_clipping_bounds_the_update(make_trainer):
+    trainer = make_trainer(budget_steps=1, max_grad_norm=1e-3)
+    trainer.run()
+    total = steps_of(trainer)[0]["grad_norm"]
+    assert total > 1e-2, "the norm before clipping is what is logged"
+
+
+class StopAt(TrainerCallback):
+    """Behaves like a process that is killed (or told to stop) after a step."""
+
+    def __init__(self, step, number=None):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.number is None:
+                raise KeyboardInterrupt("killed")
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_resume_gives_the_same_weights_to_the_bit(make_trainer, name, optim):
+    settings = {"budget_steps": 12, "optim": optim, "save_steps": 4, "batch_size_tokens_start": 4 * ROW_LENGTH}
+    whole = make_trainer(name, "whole", **settings)
+    whole.run()
+    killed = make_trainer(name, "killed", **settings)
+    killed.add_callback(StopAt(6))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer(name, "killed", **settings)
+    resumed.run(resume=True)
+    assert resumed.clock.steps == 12
+    expected, got = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    losses = [[step["loss"] for step in steps_of(trainer)] for trainer in (whole, resumed)]
+    assert losses[0] == losses[1], "the reader leaves out the two steps that were done again"
+    assert len(losses[0]) == 12
+
+
+def test_a_signal_saves_and_the_run_goes_on(make_trainer):
+    whole = make_trainer("bert", "whole", budget_steps=8)
+    whole.run()
+    told = make_trainer("bert", "told", budget_steps=8)
+    told.add_callback(StopAt(3, signal.SIGTERM))
+    assert told.run() == {}
+    assert told.status == "interrupted"
+    assert [folder.name for folder in list_checkpoints(told.args.output_dir)] == ["checkpoint-4"]
+    again = make_trainer("bert", "told", budget_steps=8)
+    again.run(resume=True)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
+
+
+def test_old_checkpoints_go_and_the_last_stays(make_trainer):
+    trainer = make_trainer(budget_steps=9, save_steps=2, save_total_limit=2)
+    trainer.run()
+    assert [folder.name for folder in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-6", "checkpoint-8"]
+    assert not list(trainer_path(trainer).glob(".staging*"))
+
+
+def test_corpus_smaller_than_a_step_is_refused(make_trainer):
+    with pytest.raises(SettingError, match="fewer than the .* of one step"):
+        make_trainer(budget_steps=1, batch_size_tokens=10**7)
+
+
+def test_every_sample_is_seen_once_a_pass(make_trainer):
+    trainer = make_trainer(budget_steps=1)
+    source = trainer.loader.source
+    seen = [source.order(number)[place] for number in (0, 1) for place in range(source.num_rows)]
+    assert sorted(seen) == sorted(list(range(source.num_rows)) * 2)
+    assert not np.array_equal(source.order(0), source.order(1))
