@@ -7,14 +7,14 @@ import logging
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
 from oneday.model_card import write_reports
 from oneday.modeling import build_model, check_config_file, load_config
 from oneday.objectives import find_objective
 from oneday.preparation import prepare_data
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
-from oneday.run_directory import create_run, inspect_run
+from oneday.run_directory import create_run, discard_run, inspect_run
 from oneday.throughput import set_threads
 from oneday.trainer import BudgetTrainer
 
@@ -30,6 +30,7 @@ logger = logging.getLogger("oneday.pretrain")
 def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
     model_args, data_args, args = build_arguments(CLASSES, settings)
     Budget.from_arguments(args)
@@ -51,7 +52,12 @@ def main() -> int:
     trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer)
     if state == "new":
         create_run(args.output_dir, settings)
-    metrics = trainer.run(resume=state == "resumed")
+    try:
+        metrics = trainer.run(resume=state == "resumed")
+    except SettingError:
+        if state == "new" and trainer.clock.steps == 0:
+            discard_run(args.output_dir)
+        raise
     if trainer.status == "interrupted":
         logger.info("Interrupted with a checkpoint in %s; run the same command again to go on.", args.output_dir)
         return INTERRUPTED

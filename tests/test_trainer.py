@@ -142,6 +142,29 @@ def test_old_checkpoints_go_and_the_last_stays(make_trainer):
     assert not list(trainer_path(trainer).glob(".staging*"))
 
 
+def test_budget_smaller_than_a_step_is_refused(make_trainer):
+    trainer = make_trainer(budget_tokens=100)
+    with pytest.raises(SettingError, match="too small for one step"):
+        trainer.run()
+
+
+def test_a_budget_used_up_before_the_resume_ends_with_the_last_checkpoint(make_trainer):
+    settings = {"budget_minutes": 0.2, "save_steps": 3}
+    killed = make_trainer("bert", **settings)
+    killed.add_callback(StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    path = trainer_path(killed) / "budget.json"
+    report = json.loads(path.read_text())
+    report["spent"]["seconds"] = 11.99
+    path.write_text(json.dumps(report))
+    resumed = make_trainer("bert", **settings)
+    resumed.run(resume=True)
+    saved = AutoModelForMaskedLM.from_pretrained(trainer_path(killed) / "checkpoint-3").state_dict()
+    final = AutoModelForMaskedLM.from_pretrained(trainer_path(killed)).state_dict()
+    assert all(torch.equal(value, final[key]) for key, value in saved.items())
+
+
 def test_corpus_smaller_than_a_step_is_refused(make_trainer):
     with pytest.raises(SettingError, match="fewer than the .* of one step"):
         make_trainer(budget_steps=1, batch_size_tokens=10**7)

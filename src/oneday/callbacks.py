@@ -40,9 +40,6 @@ class BudgetCallback(TrainerCallback):
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
         self.previous = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS}
-        if not self.trainer.next_step_fits():
-            logger.warning("The budget is smaller than one step (or used up); no step is taken.")
-            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -86,11 +86,14 @@ def load_config(
     file = check_config_file(path)
     try:
         config = AutoConfig.from_pretrained(str(file))
-    except Exception as error:  # the strict config classes raise many kinds
-        raise SettingError(f"model_config: {file} is refused by transformers ({error}); mend the file.") from error
-    config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    set_special_ids(config, tokenizer)
-    skeleton = build_skeleton(config)
+        config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        set_special_ids(config, tokenizer)
+        skeleton = build_skeleton(config)
+    except SettingError:
+        raise
+    except Exception as error:  # the config classes and models refuse values in many ways
+        reason = " ".join(str(error).split())
+        raise SettingError(f"model_config: {file} is refused by transformers ({reason}); mend the file.") from error
     check_length(config, skeleton, max_seq_length, file)
     if position_encoding is not None:
         check_position_encoding(skeleton, position_encoding, file)

@@ -28,7 +28,7 @@ from oneday.prose import clean_docstring
 logger = logging.getLogger(__name__)
 
 # Raise it whenever the text that comes out changes: it is part of the cache key.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 STDLIB = "stdlib"
 # Top-level packages that the requirements always bring, and the distribution of each. Fixed, so that what else is

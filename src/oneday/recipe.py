@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 
 from oneday.arguments import REPLACED_SETTINGS, SettingError
@@ -271,6 +272,8 @@ def run_program(main: Callable[[], int | None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         code = main()
     except SettingError as error:

@@ -65,6 +65,14 @@ def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
         raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
 
 
+def discard_run(output_dir: str | Path) -> None:
+    """Take back a run that took no step, so that its directory can be used with other settings."""
+    for name in (RECIPE, METRICS, BUDGET):
+        (Path(output_dir) / name).unlink(missing_ok=True)
+    if not any(Path(output_dir).iterdir()):
+        Path(output_dir).rmdir()
+
+
 def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """`name: old, now new` for each setting that differs and touches the training."""
     names = sorted((before.keys() | after.keys()) - FREE_SETTINGS)

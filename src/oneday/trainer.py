@@ -337,7 +337,15 @@ class BudgetTrainer(Trainer):
         if self.args.eval_on_start and checkpoint is None:
             self.evaluate()
         self.args.eval_on_start = False
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.next_step_fits():
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint is None:
+            raise SettingError(
+                f"The budget ({self.clock.budget.describe()}) is too small for one step besides the final evaluation "
+                f"and save, which take {self.clock.reserve_seconds:.1f} s here; raise it."
+            )
+        else:
+            self._load_from_checkpoint(str(checkpoint))
         if self.status == "interrupted":
             return {}
         self.save_final()

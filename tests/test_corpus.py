@@ -1,0 +1,336 @@
+"""Where text comes from: files of every format, splits, mixtures, streams, and what is said of bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from oneday.arguments import DataArguments, SettingError
+from oneday.corpus import (
+    Corpus,
+    count_bytes,
+    hash_documents,
+    load_corpus,
+    load_hub,
+    mix,
+    resolve_cache_dir,
+    split_stream,
+)
+
+TEXTS = [f"Document {i} tells of the number {i}, 'quoted', with a comma and an é." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def stay_in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+
+
+def load(name: str | list[str], **settings: object) -> Corpus:
+    return load_corpus(DataArguments(dataset_name=name, **{"validation_fraction": 0.2, **settings}))
+
+
+def list_texts(corpus: Corpus) -> list[str]:
+    return [*corpus.train["text"], *corpus.validation["text"]]
+
+
+def write_bytes(file: str, content: bytes) -> str:
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(file).suffix, open)
+    if file.endswith(".zst"):
+        opener = lambda file, mode: pa.output_stream(file, compression="zstd")  # noqa: E731
+    with opener(file, "wb") as stream:
+        stream.write(content)
+    return file
+
+
+def write_texts(file: str, texts: list[str] = TEXTS, column: str = "text") -> str:
+    if ".jsonl" in file:
+        content = "\n".join(json.dumps({"id": i, column: text}) for i, text in enumerate(texts))
+    elif ".csv" in file:
+        content = f"id,{column}\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(texts))
+    elif ".txt" in file:
+        content = "\n\n".join(texts)
+    else:
+        pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), file)
+        return file
+    return write_bytes(file, content.encode())
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("form", [".txt", ".jsonl", ".csv"])
+def test_every_format_gives_the_same_texts(form, packing):
+    corpus = load(write_texts("a" + form + packing))
+    assert sorted(text.strip() for text in list_texts(corpus)) == sorted(TEXTS)
+    assert corpus.train.column_names == corpus.validation.column_names == ["text"]
+
+
+def test_parquet_with_another_column():
+    corpus = load(write_texts("a.parquet", column="body"), text_column="body")
+    assert sorted(list_texts(corpus)) == sorted(TEXTS)
+    assert corpus.train.column_names == ["text"]
+
+
+def test_small_txt_files_of_a_directory_are_documents_and_a_large_one_is_cut():
+    os.makedirs("books/more")
+    for i in range(4):
+        Path(f"books/more/{i}.txt").write_text(f"Book {i}.\n\nIt has two paragraphs.")
+    Path("books/large.txt").write_text("\n\n".join(f"{i} " + "x" * 100_000 for i in range(11)))
+    texts = list_texts(load("books"))
+    assert len(texts) == 4 + 11
+    assert "Book 2.\n\nIt has two paragraphs." in texts
+
+
+def test_blank_and_null_texts_are_dropped():
+    texts = [*TEXTS, "", "  \n\t", None]
+    assert sorted(list_texts(load(write_texts("a.parquet", texts)))) == sorted(TEXTS)
+    assert sorted(list_texts(load(write_texts("a.jsonl", texts)))) == sorted(TEXTS)
+
+
+def test_half_a_surrogate_pair_is_replaced():
+    write_bytes("a.jsonl", b'{"text": "half \\ud83d of it"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert sorted(list_texts(load("a.jsonl"))) == ["half \ufffd of it", "whole \U0001f600"]
+
+
+def test_glob_list_and_comma_mean_the_same_texts():
+    write_texts("a-0.jsonl", TEXTS[:20])
+    write_texts("a-1.jsonl", TEXTS[20:])
+    corpora = [load("a-*.jsonl"), load("a-0.jsonl,a-1.jsonl"), load(["a-0.jsonl", "a-1.jsonl"])]
+    assert all(sorted(list_texts(corpus)) == sorted(TEXTS) for corpus in corpora)
+    assert corpora[1].corpus_hash == corpora[2].corpus_hash
+
+
+def test_changed_file_is_read_again():
+    before = load(write_texts("a.jsonl"))
+    after = load(write_texts("a.jsonl", [*TEXTS, "One more."]))
+    assert len(list_texts(after)) == len(list_texts(before)) + 1
+    assert after.corpus_hash != before.corpus_hash
+
+
+def test_split_is_by_content_and_keeps_copies_together():
+    first = load(write_texts("a.jsonl", TEXTS * 3))
+    second = load(write_texts("b.jsonl", [*reversed(TEXTS), "Another document."]))
+    held_out = set(first.validation["text"])
+    assert not held_out & set(first.train["text"])
+    assert 1 <= len(held_out) <= 20
+    assert held_out == set(second.validation["text"]) - {"Another document."}
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999999])
+def test_both_sides_get_a_document(fraction):
+    corpus = load(write_texts("a.jsonl", TEXTS[:3]), validation_fraction=fraction)
+    assert min(len(corpus.train), len(corpus.validation)) == 1
+
+
+def test_validation_name_is_held_out_whole():
+    corpus = load(write_texts("a.jsonl"), validation_name=write_texts("b.jsonl", [TEXTS[3], "Something else."]))
+    assert corpus.validation["text"][:] == [TEXTS[3], "Something else."]
+    assert corpus.train["text"][:] == TEXTS[:3] + TEXTS[4:]
+
+
+def test_max_train_documents_and_hash():
+    write_texts("a.jsonl")
+    corpora = [load("a.jsonl", max_train_documents=count) for count in (5, 6, 5)]
+    assert [len(corpus.train) for corpus in corpora] == [5, 6, 5]
+    assert corpora[0].corpus_hash == corpora[2].corpus_hash != corpora[1].corpus_hash
+    moved = load("a.jsonl", validation_fraction=0.5)
+    assert moved.corpus_hash != load("a.jsonl").corpus_hash
+    assert len(moved.corpus_hash) == 16
+
+
+def test_mixture_uses_every_document_once_without_weights():
+    write_texts("a.jsonl", TEXTS[:10])
+    write_texts("b.jsonl", TEXTS[10:])
+    corpus = load("a.jsonl,b.jsonl")
+    assert sorted(list_texts(corpus)) == sorted(TEXTS)
+    assert corpus.train["text"][:] == load("a.jsonl,b.jsonl").train["text"][:]
+
+
+def test_mixture_follows_its_weights_and_repeats_nothing():
+    write_texts("a.jsonl", [f"a {i}" for i in range(2000)])
+    write_texts("b.jsonl", [f"b {i}" for i in range(2000)])
+    texts = load("a.jsonl,b.jsonl", dataset_weights=[3, 1], validation_fraction=0.01).train["text"][:]
+    assert len(set(texts)) == len(texts)
+    share = sum(text.startswith("a") for text in texts) / len(texts)
+    assert abs(share - 0.75) < 0.03
+
+
+def test_stream_holds_its_first_documents_out():
+    stream = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(300)]}).to_iterable_dataset()
+    train, validation = split_stream(stream, 0.1, 1000)
+    assert validation["text"][:] == [f"{i}" for i in range(100)]
+    assert next(iter(train)) == {"text": "100"}
+    assert len(split_stream(stream, 0.1, 200)[1]) == 64
+    with pytest.raises(SettingError, match="streams only 300 documents, too few to hold 500 out"):
+        split_stream(stream, 0.5, 1000)
+
+
+def test_name_shows_no_folder_of_the_machine(tmp_path):
+    write_texts("a.jsonl")
+    assert load(str(tmp_path / "a.jsonl")).name == f"{tmp_path.name}/a.jsonl"
+
+
+def test_count_bytes_counts_utf8():
+    assert count_bytes(["abc", "é", "\U0001f600", ""]) == 3 + 2 + 4
+
+
+def test_hash_documents_ignores_position():
+    texts = datasets.Dataset.from_dict({"text": TEXTS})
+    assert (hash_documents(texts.select([5, 3])) == hash_documents(texts)[[5, 3]]).all()
+
+
+def test_cache_dir_comes_from_setting_then_environment_then_home(tmp_path, monkeypatch):
+    assert resolve_cache_dir(str(tmp_path / "x")) == tmp_path / "x"
+    assert resolve_cache_dir(None) == tmp_path / "cache"
+    monkeypatch.delenv("ONEDAY_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_cache_dir(None) == tmp_path / ".cache/oneday"
+    Path("file").write_text("")
+    with pytest.raises(SettingError, match="cache_dir .*file/x.* cannot be made"):
+        resolve_cache_dir("file/x")
+
+
+def test_bad_files_are_named():
+    with pytest.raises(SettingError, match="'./none.txt' matches no file"):
+        load("./none.txt")
+    with pytest.raises(SettingError, match=r"'none-\*.parquet' matches no file"):
+        load("none-*.parquet")
+    os.mkdir("empty")
+    with pytest.raises(SettingError, match="'empty' is a directory with no .txt"):
+        load("empty")
+    with pytest.raises(SettingError, match="'a.doc', which is none of .txt"):
+        load(write_bytes("a.doc", b"x"))
+    with pytest.raises(SettingError, match="holds no text: .*a.txt' is blank"):
+        load(write_bytes("a.txt", b" \n\n \n"))
+    with pytest.raises(SettingError, match="'a.parquet' holds no text"):
+        load(write_texts("a.parquet", ["", " "]))
+    with pytest.raises(SettingError, match="1 different document.*too few to hold one out"):
+        load(write_bytes("one.txt", b"Only one document."))
+
+
+@pytest.mark.parametrize("file", ["a.txt", "a.jsonl.gz", "a.csv.zst"])
+def test_text_that_is_not_utf8_is_named_with_its_place(file):
+    start = {"a.txt": b"Fine.\n\ncaf", "a.jsonl.gz": b'{"text": "caf', "a.csv.zst": b"text\ncaf"}[file]
+    with pytest.raises(SettingError, match=f"{file}', which is not UTF-8 at byte {len(start)}:"):
+        load(write_bytes(file, start + b'\xe9 au lait"}\n'))
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
+def test_missing_column_names_the_columns_that_are_there(form):
+    with pytest.raises(SettingError, match=r"text_column 'texts' is not in .*\(text, id\)"):
+        load(write_texts("a" + form), text_column="texts")
+
+
+def test_column_that_holds_no_text():
+    with pytest.raises(SettingError, match="text_column 'id' of 'a.parquet' holds int64"):
+        load(write_texts("a.parquet"), text_column="id")
+    with pytest.raises(SettingError, match="text_column 'id' .* holds int in line 1"):
+        load(write_texts("a.jsonl"), text_column="id")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("a.parquet", b"PAR1 no", "cannot be read"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ("c.jsonl", b'["a"]\n', "line 1 is not a JSON object"),
+        ("d.csv", b'text\n"never closed', "line 1 is not CSV"),
+    ],
+)
+def test_damaged_files_are_named(file, content, reason):
+    with pytest.raises(SettingError, match=f"{file}.*{reason}"):
+        load(write_bytes(file, content))
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_damaged_archives_are_named(packing):
+    file = write_texts("a.jsonl" + packing, TEXTS * 50)
+    content = Path(file).read_bytes()
+    for damaged in (b"junk" + content, content[: len(content) // 2]):
+        Path(file).write_bytes(damaged)
+        with pytest.raises(SettingError, match=f"{file}', which cannot be read"):
+            load(file)
+
+
+def test_settings_that_cannot_work():
+    write_texts("a.jsonl")
+    write_texts("b.jsonl", TEXTS[:5])
+    with pytest.raises(SettingError, match="dataset_weights has 3 numbers for 2 data sets"):
+        load("a.jsonl,b.jsonl", dataset_weights=[1, 2, 3])
+    with pytest.raises(SettingError, match=r"dataset_weights \[1, 0\] must all be above zero"):
+        load("a.jsonl,b.jsonl", dataset_weights=[1, 0])
+    with pytest.raises(SettingError, match="max_train_documents 0 must be at least 1"):
+        load("a.jsonl", max_train_documents=0)
+    with pytest.raises(SettingError, match="validation_fraction 1.5 must lie between 0 and 1"):
+        load("a.jsonl", validation_fraction=1.5)
+    with pytest.raises(SettingError, match="dataset_name ' , ' names nothing"):
+        load(" , ")
+    with pytest.raises(SettingError, match="validation_name 'a.jsonl' is trained on too"):
+        load("a.jsonl", validation_name="a.jsonl")
+    with pytest.raises(SettingError, match="validation_name holds every document"):
+        load("b.jsonl", validation_name="a.jsonl")
+    with pytest.raises(SettingError, match="validation_name './none.txt' matches no file"):
+        load("a.jsonl", validation_name="./none.txt")
+
+
+def test_hub_out_of_reach_says_what_to_do():
+    code = """
+from oneday.arguments import DataArguments, SettingError
+from oneday.corpus import load_corpus
+for streaming in (False, True):
+    try:
+        load_corpus(DataArguments(dataset_name="someone/something", streaming=streaming))
+    except SettingError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": os.path.abspath("hub")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line in lines:
+        assert line.startswith("dataset_name 'someone/something' is no file here and could not be loaded from the Hub")
+        assert "check the name" in line and "local files" in line
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_set_whole_and_as_a_stream(streaming, monkeypatch):
+    """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
+    monkeypatch.setattr("oneday.corpus.find_revision", lambda name: None)
+    os.mkdir("hub")
+    write_texts("hub/train.parquet", [*TEXTS, " ", None], column="body")
+    args = DataArguments(text_column="body", streaming=streaming, cache_dir="cache")
+    texts = load_hub("hub", "train", args)
+    assert isinstance(texts, datasets.IterableDataset) == streaming
+    assert [row["text"] for row in texts][:40] == TEXTS
+    assert len(list(texts)) == (40 if streaming else 42)
+    with pytest.raises(SettingError, match=r"text_column 'bodi' is not in 'hub'.*\(body, id\)"):
+        load_hub("hub", "train", DataArguments(text_column="bodi", streaming=streaming))
+    with pytest.raises(SettingError, match="text_column 'id' .*holds .*int"):
+        list(load_hub("hub", "train", DataArguments(text_column="id", streaming=streaming)).take(1))
+
+
+def test_mixture_with_a_stream_needs_weights():
+    parts = [datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(500)]}) for name in "ab"]
+    parts[0] = parts[0].to_iterable_dataset()
+    with pytest.raises(SettingError, match="dataset_weights must be given for a mixture with a stream"):
+        mix(parts, DataArguments())
+    texts = [row["text"] for row in mix(parts, DataArguments(dataset_weights=[0.8, 0.2]))]
+    assert len(set(texts)) == len(texts)
+    assert abs(sum(text.startswith("a") for text in texts) / len(texts) - 0.8) < 0.06
+
+
+@pytest.mark.skipif("ONEDAY_DATA" not in os.environ, reason="ONEDAY_DATA names no directory of corpora")
+def test_real_corpus():
+    folder = Path(os.environ["ONEDAY_DATA"]) / "corpora/eltec_eng_novels"
+    corpus = load(str(folder / "train.parquet"), validation_name=str(folder / "validation.parquet"))
+    assert len(corpus.train) > 2900
+    assert len(corpus.validation) == 261

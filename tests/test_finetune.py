@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from oneday import finetuning
+from oneday.arguments import SettingError
+from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
+from oneday.finetuning import finetune_task, prepare_task, run_protocol
+from oneday.glue import find_task
+from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
+from oneday.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+FILLER = ["the", "film", "was", "with", "a", "story", "and", "its", "actors", "in", "town"]
+
+
+def make_texts(num_rows):
+    """A task that one word decides, wherever it stands."""
+    rows = []
+    for index in range(num_rows):
+        words = FILLER[index % 7 : index % 7 + 3] + FILLER[: index % 4]
+        words.insert(index % 3, "good" if index % 2 else "bad")
+        rows.append({"sentence": " ".join(words), "label": index % 2})
+    return rows
+
+
+def write_task(folder, name, train, validation, validation_split="validation"):
+    (folder / name).mkdir(parents=True)
+    for split, rows in (("train", train), (validation_split, validation)):
+        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder, "sst2", make_texts(160), make_texts(60))
+    pairs = [
+        {"sentence1": row["sentence"], "sentence2": "good", "label": 5.0 * row["label"]} for row in make_texts(40)
+    ]
+    write_task(folder, "stsb", pairs, pairs)
+    nli = [{"premise": "good town", "hypothesis": row["sentence"], "label": row["label"]} for row in make_texts(20)]
+    write_task(folder, "mnli", nli, nli, "validation_matched")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A masked-LM checkpoint, 2 layers of width 32, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [row["sentence"] for row in make_texts(50)]
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_decoder(folder, model):
+    """A decoder and a byte-level tokenizer that has an end token, no padding token and no template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["good bad"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt(tmp_path_factory):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=270, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0)
+    return save_decoder(tmp_path_factory.mktemp("gpt"), GPT2LMHeadModel(config))
+
+
+def make_args(model, data_dir, tmp_path, **changes):
+    settings = {
+        "model_name_or_path": model,
+        "task_names": ["sst2"],
+        "task_data_dir": str(data_dir),
+        "output_dir": str(tmp_path / "out"),
+        "protocol": "test",
+        "num_seeds": 1,
+        "num_epochs": 6,
+        "learning_rate": 3e-3,
+        "dropout": 0.0,
+        "use_cpu": True,
+    }
+    return FinetuneArguments(**settings | changes)
+
+
+def test_separable_task_is_learnt_and_the_results_have_their_form(bert, data_dir, tmp_path):
+    args = make_args(bert, data_dir, tmp_path, num_seeds=2, random_baseline=True)
+    results = run_protocol(args)
+    entry = results["tasks"]["sst2"]
+    assert entry["median"] > 0.9 and len(entry["scores"]) == 2
+    assert entry["metric"] == "accuracy" and entry["majority"] == 0.5
+    assert len(entry["random_weights"]["scores"]) == 2
+    assert entry["subset"] and (entry["num_train"], entry["official_num_train"]) == (160, 67349)
+    assert results["average"] == entry["median"] and results["average_over"] == ["sst2"]
+    assert results["average_name"] == "average over 1 numbers: [sst2]"
+    assert results["protocol"] == "test"
+    written = json.loads((tmp_path / "out" / "glue_results.json").read_text())
+    assert written == results
+
+
+def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
+    args = make_args(bert, data_dir, tmp_path, num_epochs=1)
+    first = run_protocol(args)
+    started = []
+
+    def count_runs(*arguments):
+        started.append(arguments)
+        return finetune_task(*arguments)
+
+    monkeypatch.setattr(finetuning, "finetune_task", count_runs)
+    # A crash in the middle of a line must not lose the lines before it.
+    with (tmp_path / "out" / "glue_runs.jsonl").open("a") as file:
+        file.write('{"task": "sst2", "se')
+    assert run_protocol(args) == first and not started
+    run_protocol(dataclasses.replace(args, num_seeds=2))
+    assert len(started) == 1
+    run_protocol(dataclasses.replace(args, learning_rate=1e-3))
+    assert len(started) == 2
+
+
+def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, data_dir, tmp_path):
+    args = make_args(bert, data_dir, tmp_path, num_epochs=1, max_train_examples=16, max_eval_examples=8)
+    run_protocol(args)
+    assert list(run_protocol(dataclasses.replace(args, task_names=["stsb"]))["tasks"]) == ["sst2", "stsb"]
+    other = dataclasses.replace(args, task_names=["stsb"], learning_rate=1e-4)
+    assert list(run_protocol(other)["tasks"]) == ["stsb"]
+
+
+def test_seed_decides_everything(bert, data_dir, tmp_path):
+    args = make_args(bert, data_dir, tmp_path, num_epochs=1, dropout=0.1, max_train_examples=32, task_names=["stsb"])
+    checkpoint = load_checkpoint(bert)
+    task = prepare_task("stsb", args, checkpoint)
+    first, again, other = (finetune_task(checkpoint, task, args, seed) for seed in (0, 0, 1))
+    assert first == again and first != other
+    assert finetune_task(bert, "stsb", args, 0) == first
+    assert finetune_task(checkpoint, task, args, 0, from_random=True) != first
+
+
+def test_classifier_holds_the_checkpoint_and_a_head_of_the_seed(bert):
+    checkpoint = load_checkpoint(bert)
+    saved = BertForMaskedLM.from_pretrained(bert).state_dict()
+    models = [build_classifier(checkpoint, find_task("mnli"), 0.1, seed, False) for seed in (0, 0, 1)]
+    states = [model.state_dict() for model in models]
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert all(torch.equal(state[name], saved[name]) for state in states)
+    for head in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert torch.equal(states[0][head], states[1][head]) and not torch.equal(states[0][head], states[2][head])
+    assert states[0]["classifier.weight"].shape == (3, 32)
+    random = build_classifier(checkpoint, find_task("mnli"), 0.1, 0, True).state_dict()
+    assert not torch.equal(random[name], saved[name])
+    assert models[0].config.hidden_dropout_prob == models[0].config.attention_probs_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (transformers.GPT2Config(), "resid_pdrop embd_pdrop attn_pdrop summary_first_dropout"),
+        (transformers.ModernBertConfig(), "attention_dropout embedding_dropout mlp_dropout classifier_dropout"),
+        (transformers.DistilBertConfig(), "dropout attention_dropout seq_classif_dropout"),
+        (transformers.AlbertConfig(), "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout_prob"),
+        (transformers.LlamaConfig(), "attention_dropout"),
+    ],
+)
+def test_dropout_reaches_every_field(config, fields):
+    set_dropout(config, 0.123)
+    assert [getattr(config, name) for name in fields.split()] == [0.123] * len(fields.split())
+
+
+def test_decoder_without_padding_token(gpt, data_dir, tmp_path):
+    args = make_args(gpt, data_dir, tmp_path, task_names=["sst2", "mnli"], max_seq_length=48)
+    results = run_protocol(args)
+    assert results["tasks"]["sst2"]["median"] > 0.9
+    assert list(results["tasks"]) == ["sst2", "mnli_matched"]
+
+
+def test_decoder_pairs_are_marked_and_nothing_is_empty(gpt):
+    checkpoint = load_checkpoint(gpt)
+    batch = {"sentence1": ["good " * 50, ""], "sentence2": ["bad", ""]}
+    encoded = encode_batch(batch, find_task("rte"), checkpoint, max_length=20)
+    end = checkpoint.tokenizer.eos_token_id
+    assert [len(ids) for ids in encoded["input_ids"]] == encoded["length"] == [20, 1]
+    assert encoded["input_ids"][0].count(end) == 1 and "token_type_ids" not in encoded
+    assert checkpoint.tokenizer.decode(encoded["input_ids"][0]).endswith("<|end|>bad")
+    single = encode_batch({"sentence": [""]}, find_task("sst2"), checkpoint, max_length=20)
+    assert single == {"input_ids": [[end]], "attention_mask": [[1]], "length": [1]}
+
+
+def test_encoder_pairs_have_types_and_copa_joins_its_columns(bert):
+    checkpoint = load_checkpoint(bert)
+    encoded = encode_batch({"sentence1": ["good film"], "sentence2": ["bad"]}, find_task("rte"), checkpoint, 16)
+    assert encoded["token_type_ids"] == [[0, 0, 0, 0, 1, 1]]
+    batch = {"premise": ["good"], "question": ["film"], "choice1": ["bad"], "choice2": ["story"]}
+    copa = encode_batch(batch, find_task("copa"), checkpoint, 16)
+    assert checkpoint.tokenizer.decode(copa["input_ids"][0]) == "[CLS] good film [SEP] bad story [SEP]"
+
+
+def test_positions_bound_the_length(bert, caplog):
+    checkpoint = load_checkpoint(bert)
+    with caplog.at_level(logging.INFO):
+        assert limit_length(128, checkpoint) == 32
+    assert "32 positions" in caplog.text and limit_length(16, checkpoint) == 16
+    config = transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1)
+    assert limit_length(128, dataclasses.replace(checkpoint, config=config)) == 32
+
+
+def test_protocol_keeps_its_name_only_with_its_settings():
+    assert name_protocol(FinetuneArguments()) == "cramming"
+    assert name_protocol(FinetuneArguments(random_baseline=True, seed=7)) == "cramming"
+    assert name_protocol(FinetuneArguments(learning_rate=1e-4)) == "custom"
+    assert name_protocol(FinetuneArguments(num_seeds=3)) == "custom"
+    assert name_protocol(FinetuneArguments(learning_rate=1e-4, protocol="quickstart")) == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "protocol"), [("glue/finetune.yaml", "cramming"), ("quickstart/finetune.yaml", "quickstart")]
+)
+def test_recipes_parse_and_name_their_hardware(recipe, protocol):
+    path = ROOT / "recipes" / recipe
+    (args,) = parse_recipe((FinetuneArguments,), [str(path), "--model_name_or_path", "m", "--output_dir", "o"])
+    assert check_arguments(args)
+    assert name_protocol(args) == protocol
+    assert path.read_text().startswith("# For ")
+
+
+def test_model_without_a_classification_head(tmp_path, data_dir):
+    config = NanoChatConfig(
+        vocab_size=270, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=32, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    folder = save_decoder(tmp_path / "nanochat", NanoChatForCausalLM(config))
+    with pytest.raises(SettingError, match="nanochat model, which has no sequence classification head"):
+        run_protocol(make_args(folder, data_dir, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_name_or_path": ""}, "model_name_or_path is empty"),
+        ({"model_name_or_path": "no/such/place", "output_dir": None}, "no/such/place is not a local directory"),
+        ({"task_names": ["sst"]}, "'sst'"),
+        ({"task_names": []}, "task_names is empty"),
+        ({"task_names": ["rte"]}, "has no folder rte"),
+        ({"num_seeds": 0}, "num_seeds is 0"),
+        ({"num_epochs": -1.0}, "num_epochs is -1.0"),
+        ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
+        ({"lr_shape": "triangle"}, "'triangle'"),
+    ],
+)
+def test_bad_settings_get_one_sentence_and_write_nothing(bert, data_dir, tmp_path, changes, words):
+    args = make_args(bert, data_dir, tmp_path, **changes)
+    with pytest.raises(SettingError) as caught:
+        run_protocol(args)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_of_another_model_is_refused(bert, tmp_path):
+    model = BertForMaskedLM.from_pretrained(bert)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path)
+    for file in Path(bert).glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(SettingError, match="ids and the model 20"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_run_finetune_from_elsewhere(bert, data_dir):
+    """The shell script takes a relative model from the caller's directory, passes flags on, and prints the table."""
+    model = Path(bert)
+    command = [
+        str(ROOT / "run_finetune.sh"),
+        model.name,
+        "sst2",
+        "--task_data_dir",
+        os.path.relpath(data_dir, model.parent),
+    ]
+    command += ["--num_seeds", "1", "--num_epochs", "1", "--max_train_examples", "16", "--use_cpu"]
+    done = subprocess.run(command, cwd=model.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sst2*" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    results = json.loads((model / "glue" / "glue_results.json").read_text())
+    assert results["protocol"] == "custom" and results["tasks"]["sst2"]["num_train"] == 16

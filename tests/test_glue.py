@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from oneday.arguments import SettingError
+from oneday.glue import (
+    GLUE_NUMBERS,
+    TASKS,
+    expand_task_names,
+    find_task,
+    load_metric,
+    load_task,
+    score_majority,
+    score_predictions,
+)
+from oneday.glue_results import format_results, summarize_average
+
+# The Hub's columns (nyu-mll/glue and aps/super_glue), label names in the order of their ids, and rows, written down
+# apart from the table under test.
+HUB = {
+    "cola": ("sentence", "unacceptable acceptable", 8551, 1043),
+    "sst2": ("sentence", "negative positive", 67349, 872),
+    "mrpc": ("sentence1 sentence2", "not_equivalent equivalent", 3668, 408),
+    "stsb": ("sentence1 sentence2", "", 5749, 1500),
+    "qqp": ("question1 question2", "not_duplicate duplicate", 363846, 40430),
+    "mnli": ("premise hypothesis", "entailment neutral contradiction", 392702, 9815),
+    "qnli": ("question sentence", "entailment not_entailment", 104743, 5463),
+    "rte": ("sentence1 sentence2", "entailment not_entailment", 2490, 277),
+    "wnli": ("sentence1 sentence2", "not_entailment entailment", 635, 71),
+    "ax": ("premise hypothesis", "entailment neutral contradiction", 392702, 1104),
+    "boolq": ("question passage", "False True", 9427, 3270),
+    "cb": ("premise hypothesis", "entailment contradiction neutral", 250, 56),
+    "copa": ("premise question choice1 choice2", "choice1 choice2", 400, 100),
+}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        lines = ["\t".join(rows[0]), *("\t".join(str(value) for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+
+
+def make_entry(median, subset=False):
+    return {
+        "metric": "f1",
+        "median": median,
+        "scores": [median] * 5,
+        "majority": 0.5,
+        "subset": subset,
+    } | dict.fromkeys(("num_train", "num_validation", "official_num_train", "official_num_validation"), 10000)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_row_has_the_hubs_columns_labels_and_sizes(name):
+    columns, labels, num_train, num_validation = HUB[name]
+    task = find_task(name)
+    assert task.columns == tuple(columns.split())
+    assert task.label_names == tuple(labels.split())
+    assert task.num_labels == (len(labels.split()) or 1)
+    assert (task.num_train, task.num_validation[0]) == (num_train, num_validation)
+
+
+def test_every_row_is_whole():
+    for name, task in TASKS.items():
+        assert task.name == name
+        assert task.main_metric in task.metrics
+        assert not task.num_validation or len(task.num_validation) == len(task.validation_splits)
+        load_metric(task.main_metric)
+    numbers = {task.name_number(split) for task in TASKS.values() for split in task.validation_splits}
+    assert set(GLUE_NUMBERS) <= numbers and len(GLUE_NUMBERS) == 9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_sklearn_and_scipy(seed):
+    rng = np.random.default_rng(seed)
+    labels, predictions = rng.integers(0, 2, (2, 50))
+    truth, guess = rng.normal(size=(2, 50)).round(1)
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(labels, predictions),
+        "f1": sklearn.metrics.f1_score(labels, predictions),
+        "f1_macro": sklearn.metrics.f1_score(labels, predictions, average="macro"),
+        "matthews_correlation": sklearn.metrics.matthews_corrcoef(labels, predictions),
+    }
+    for name, value in expected.items():
+        assert load_metric(name).compute(predictions=predictions, references=labels)[name] == pytest.approx(
+            value, abs=1e-12
+        )
+    correlations = {"pearson": scipy.stats.pearsonr, "spearmanr": scipy.stats.spearmanr}
+    for name, function in correlations.items():
+        value = load_metric(name).compute(predictions=guess, references=truth)[name]
+        assert value == pytest.approx(function(truth, guess).statistic, abs=1e-12)
+
+
+def test_metrics_by_hand():
+    # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
+    labels = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
+    predictions = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+    scores = {
+        name: load_metric(name).compute(predictions=predictions, references=labels)[name]
+        for name in ("accuracy", "f1", "matthews_correlation")
+    }
+    assert scores["accuracy"] == pytest.approx(0.7)
+    assert scores["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+    assert scores["matthews_correlation"] == pytest.approx((3 * 4 - 1 * 2) / np.sqrt(4 * 5 * 5 * 6))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearmanr"])
+@pytest.mark.parametrize("predictions", [[2.0, 2.0, 2.0], [np.nan, 1.0, 2.0]])
+def test_undefined_correlation_is_zero_with_a_warning(name, predictions, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert load_metric(name).compute(predictions=predictions, references=[1.0, 2.0, 3.0]) == {name: 0.0}
+    assert "0.0 is used" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews_correlation"])
+def test_one_class_only_is_zero(name):
+    assert load_metric(name).compute(predictions=[0, 0, 0], references=[0, 0, 0]) == {name: 0.0}
+
+
+def test_majority_is_taken_from_the_training_split():
+    train, labels = np.array([1, 1, 0]), np.array([1, 0, 0, 0])
+    assert score_majority(find_task("rte"), train, labels) == 0.25
+    assert score_majority(find_task("stsb"), train.astype(float), labels.astype(float)) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tsv"])
+def test_local_files_of_each_kind(tmp_path, kind):
+    rows = [
+        {"sentence": 'a "quote', "label": 1, "idx": 0},
+        {"sentence": "NA", "label": 0, "idx": 1},
+        {"sentence": "null", "label": 1, "idx": 2},
+    ]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "sst2" / f"{split}.{kind}", rows)
+    data = load_task("sst2", str(tmp_path))
+    assert list(data) == ["train", "validation"]
+    assert data["train"].column_names == ["sentence", "label"]
+    assert data["train"]["sentence"][:] == ['a "quote', "NA", "null"]
+    assert data["train"]["label"][:] == [1, 0, 1]
+    assert data["train"].features["label"].names == ["negative", "positive"]
+
+
+def test_digits_alone_stay_text_in_a_tsv(tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "sst2" / f"{split}.tsv", [{"sentence": "007", "label": 1}])
+    assert load_task("sst2", str(tmp_path))["train"]["sentence"][:] == ["007"]
+
+
+def test_label_names_are_mapped_and_missing_texts_are_empty(tmp_path, caplog):
+    rows = [
+        {"sentence1": "x", "sentence2": None, "label": "not_entailment"},
+        {"sentence1": None, "sentence2": None, "label": "Entailment"},
+    ]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "rte" / f"{split}.jsonl", rows)
+    with caplog.at_level(logging.INFO):
+        data = load_task("rte", str(tmp_path))
+    assert data["train"]["label"][:] == [1, 0]
+    assert data["train"]["sentence2"][:] == ["", ""]
+    assert "label names mapped" in caplog.text and "1 rows have no text" in caplog.text
+
+
+def test_regression_labels_are_floats(tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "stsb" / f"{split}.tsv", [{"sentence1": "a", "sentence2": "b", "label": 3}])
+    data = load_task("stsb", str(tmp_path))
+    assert data["train"].features["label"].dtype == "float32" and data["train"]["label"][:] == [3.0]
+
+
+def test_mnli_without_a_mismatched_split(tmp_path, caplog):
+    rows = [{"premise": "a", "hypothesis": "b", "label": 2}]
+    for split in ("train", "validation_matched"):
+        write_rows(tmp_path / "mnli" / f"{split}.parquet", rows)
+    with caplog.at_level(logging.INFO):
+        data = load_task("mnli", str(tmp_path))
+    assert list(data) == ["train", "validation_matched"]
+    assert "no split validation_mismatched" in caplog.text
+
+
+def test_diagnostics_train_on_mnli(tmp_path):
+    write_rows(tmp_path / "mnli" / "train.jsonl", [{"premise": "a", "hypothesis": "b", "label": 2}] * 3)
+    write_rows(tmp_path / "ax" / "test.jsonl", [{"premise": "c", "hypothesis": "d", "label": 0}])
+    data = load_task("ax", str(tmp_path))
+    assert (len(data["train"]), data["test"]["premise"][:]) == (3, ["c"])
+
+
+GOOD = [{"sentence": "x", "label": 1}]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "words"),
+    [
+        (GOOD, None, ["sst2", "no validation split"]),
+        (None, GOOD, ["sst2", "no training split"]),
+        (GOOD, [{"text": "x", "label": 1}], ["sst2", "'sentence'", "text"]),
+        (GOOD, [{"sentence": "x", "label": -1}], ["sst2", "validation", "-1", "0..1", "hidden test label"]),
+        ([{"sentence": "x", "label": 2}], GOOD, ["sst2", "train", "2", "0..1"]),
+        ([{"sentence": "x", "label": "great"}], GOOD, ["'great'", "negative, positive"]),
+        ([{"sentence": "x", "label": 0.5}], GOOD, ["0.5", "0..1"]),
+        ([{"sentence": "x", "label": None}], GOOD, ["None"]),
+    ],
+)
+def test_bad_data_gets_one_sentence(tmp_path, train, validation, words):
+    for split, rows in (("train", train), ("validation", validation)):
+        if rows is not None:
+            write_rows(tmp_path / "sst2" / f"{split}.jsonl", rows)
+    (tmp_path / "sst2").mkdir(exist_ok=True)
+    with pytest.raises(SettingError) as caught:
+        load_task("sst2", str(tmp_path))
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_unreadable_file_and_missing_folder_get_one_sentence(tmp_path):
+    with pytest.raises(SettingError, match="has no folder rte"):
+        load_task("rte", str(tmp_path))
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte" / "train.parquet").write_text("not parquet")
+    with pytest.raises(SettingError, match="train.parquet cannot be read"):
+        load_task("rte", str(tmp_path))
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(SettingError, match="'sst2'"):
+        find_task("sst-2")
+    assert expand_task_names(["rte", "glue"])[0] == "rte" and len(expand_task_names(["rte", "glue"])) == 8
+
+
+def test_only_nine_complete_numbers_make_the_glue_average():
+    nine = {name: make_entry(0.1 * index) for index, name in enumerate(GLUE_NUMBERS)}
+    full = summarize_average(nine | {"wnli": make_entry(1.0)})
+    assert full["average_name"] == "GLUE average" and full["average"] == pytest.approx(0.4)
+    assert full["average_over"] == list(GLUE_NUMBERS)
+    eight = {name: entry for name, entry in nine.items() if name != "mnli_mismatched"}
+    for tasks, count in ((eight, 8), (nine | {"qnli": make_entry(0.3, subset=True)}, 9)):
+        partial = summarize_average(tasks)
+        assert partial["average_name"].startswith(f"average over {count} numbers: [")
+        assert partial["average_over"] == list(tasks)
+
+
+def test_table_fits_80_columns_and_says_what_did_not_help():
+    tasks = {name: make_entry(0.5 + 0.05 * index) for index, name in enumerate(GLUE_NUMBERS)}
+    tasks["mnli_mismatched"] = make_entry(1.0, subset=True) | {"metric": "matthews_correlation", "scores": [1.0, 1.0]}
+    tasks["rte"] = make_entry(0.6) | {"random_weights": {"median": 0.7, "scores": [0.7]}}
+    table = format_results({"tasks": tasks, "protocol": "custom"} | summarize_average(tasks))
+    assert max(map(len, table.splitlines())) <= 80
+    assert "rte: pretraining does not help here" in table and "-10.0" in table
+    assert "qqp: pretraining" not in table
+    assert "no official score" in table
+
+
+def test_scores_of_a_task_cover_its_metrics():
+    scores = score_predictions(find_task("mrpc"), np.array([1, 0, 1]), np.array([1, 1, 1]))
+    assert scores == pytest.approx({"f1": 0.8, "accuracy": 2 / 3})
+
+
+@pytest.mark.skipif("ONEDAY_DATA" not in os.environ, reason="needs ONEDAY_DATA, a directory with glue/<task>")
+@pytest.mark.parametrize("name", ["rte", "mrpc", "cola", "stsb", "wnli"])
+def test_real_tasks_have_their_official_sizes(name):
+    data = load_task(name, os.path.join(os.environ["ONEDAY_DATA"], "glue"))
+    assert len(data["train"]) == find_task(name).num_train
+    assert len(data["validation"]) == find_task(name).num_validation[0]
