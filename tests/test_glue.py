@@ -55,13 +55,8 @@ def write_rows(path, rows):
 
 
 def make_entry(median, subset=False):
-    return {
-        "metric": "f1",
-        "median": median,
-        "scores": [median] * 5,
-        "majority": 0.5,
-        "subset": subset,
-    } | dict.fromkeys(("num_train", "num_validation", "official_num_train", "official_num_validation"), 10000)
+    sizes = dict.fromkeys(("num_train", "num_validation", "official_num_train", "official_num_validation"), 10_000)
+    return {"metric": "f1", "median": median, "scores": [median] * 5, "majority": 0.5, "subset": subset} | sizes
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -136,11 +136,17 @@ def attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     return torch.matmul(scores.softmax(-1), v)
 
 
+@torch.compiler.assume_constant_result
+def has_flash_attention() -> bool:
+    """Whether the current GPU is sm80 or newer; a constant to `torch.compile`, which would stop at the question."""
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
 def can_attend_flattened(q: Tensor, v: Tensor) -> bool:
     """Whether torch's FlashAttention takes these tensors."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     sizes = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.is_cuda and half and sizes and torch.cuda.get_device_capability(q.device)[0] >= 8
+    return q.is_cuda and half and sizes and has_flash_attention()
 
 
 def attend_packed(

@@ -171,9 +171,23 @@ def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max
 
 
 def build_classifier(
-    checkpoint: Checkpoint, task: Task, dropout: float | None, seed: int, from_random: bool
+    checkpoint: Checkpoint,
+    task: Task,
+    dropout: float | None,
+    seed: int,
+    from_random: bool,
+    attention: str | None = None,
 ) -> PreTrainedModel:
-    """The classification model: random from the seed, then the pretrained tensors over it."""
+    """The classification model: random from the seed, then the pretrained tensors over it.
+
+    Args:
+        checkpoint: Gives the architecture and the tensors.
+        task: Gives the number of outputs.
+        dropout: For every dropout of the architecture; None keeps the checkpoint's.
+        seed: Of the new tensors, all of them with `from_random`.
+        from_random: Leave the pretrained tensors out.
+        attention: Stock attention implementation; None is transformers' choice.
+    """
     config = copy.deepcopy(checkpoint.config)
     config.num_labels = task.num_labels
     config.id2label = dict(enumerate(name_labels(task)))
@@ -183,7 +197,7 @@ def build_classifier(
     config.use_cache = False
     set_dropout(config, dropout)
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention)
     if not from_random:
         places = model.state_dict()
         fitting = {

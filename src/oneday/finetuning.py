@@ -25,7 +25,7 @@ from oneday.classification import (
     tokenize_split,
 )
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
-from oneday.glue_protocol import FinetuneArguments, check_arguments, choose_bf16, find_output_dir
+from oneday.glue_protocol import FinetuneArguments, check_arguments, choose_attention, choose_bf16, find_output_dir
 from oneday.glue_results import (
     RESULTS_FILE,
     RUNS_FILE,
@@ -132,7 +132,7 @@ def finetune_task(
     checkpoint = name if isinstance(name, Checkpoint) else load_checkpoint(name)
     prepared = task if isinstance(task, PreparedTask) else prepare_task(task, args, checkpoint)
     with silence_libraries():
-        model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random)
+        model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
         trainer = build_trainer(model, checkpoint, prepared, args, seed)
         trainer.train()
         scores = {}

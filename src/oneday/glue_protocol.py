@@ -147,3 +147,12 @@ def choose_bf16(args: FinetuneArguments) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_attention(args: FinetuneArguments) -> str | None:
+    """The stock implementation: transformers' choice (sdpa) on a GPU, eager on the CPU.
+
+    The backward pass of the CPU's flash kernel is slow in bfloat16: a step of 32 x 48 tokens through 6 layers of width
+    256 took 371 ms of one core with sdpa and 256 ms with eager; in float32 the two were equal.
+    """
+    return None if torch.cuda.is_available() and not args.use_cpu else "eager"

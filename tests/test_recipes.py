@@ -1,0 +1,70 @@
+"""Every recipe is read by its program's arguments, names its hardware, and its model can be built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.budget import Budget
+from oneday.glue_protocol import FinetuneArguments
+from oneday.modeling import build_model, load_config
+from oneday.objectives import find_objective
+from oneday.optimizers import check_optimizer
+from oneday.recipe import parse_recipe
+from oneday.schedules import learning_rate_multiplier
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = (ModelArguments, DataArguments, BudgetTrainingArguments)
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate_configs" not in path.parts)
+PRETRAINING = [path for path in RECIPES if not path.stem.startswith("finetune")]
+FINETUNING = [path for path in RECIPES if path.stem.startswith("finetune")]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_first_line_names_the_hardware(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert any(word in first for word in ("CPU", "GPU"))
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=name_of)
+def test_pretraining_recipe(path, tokenizers, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model_args, data_args, args = parse_recipe(PRETRAIN, [str(path), "--output_dir", str(tmp_path)])
+    Budget.from_arguments(args)
+    check_optimizer(args.optimizer_name)
+    learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
+    objective = find_objective(args.objective)
+    tokenizer = tokenizers[objective.kind]
+    objective(tokenizer, args).training_collator(0)
+    config = load_config(model_args.model_config, tokenizer, data_args.max_seq_length, model_args.position_encoding)
+    with torch.device("meta"):
+        model = build_model(config, objective.auto_class)
+    assert model.get_input_embeddings().weight.shape[0] % 64 == 0
+    assert args.batch_size_tokens % args.micro_batch_tokens == 0
+    assert args.micro_batch_tokens % data_args.max_seq_length == 0
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=name_of)
+def test_finetuning_recipe(path):
+    parse_recipe((FinetuneArguments,), [str(path)])
+
+
+def test_recipes_that_the_contract_names_exist():
+    names = {name_of(path) for path in RECIPES}
+    assert {"quickstart/bert.yaml", "quickstart/gpt.yaml", "quickstart/finetune.yaml", "glue/finetune.yaml"} <= names
+    for style in ("bert", "gpt"):
+        assert {f"{style}-consumer/pretrain_24h.yaml", f"{style}-datacentre/pretrain_24h.yaml"} <= names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_config(path):
+    assert yaml.safe_load(path.read_text())["num_processes"] >= 1
