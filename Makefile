@@ -17,9 +17,9 @@ install: .venv/.installed ## Make .venv and install the pinned requirements
 	@touch $@
 
 demo: install ## Pretrain, fine-tune and report on the built-in corpus (MODEL=bert or gpt)
-	$(PY) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(PY) -m accelerate.commands.launch --config_file recipes/accelerate_configs/single_gpu.yaml \
 		scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
-	./run_finetune.sh runs/quickstart-$(MODEL) --recipe recipes/quickstart/finetune.yaml
+	./run_finetune.sh --model_name_or_path runs/quickstart-$(MODEL)
 	$(PY) scripts/report.py --run_dir runs/quickstart-$(MODEL)
 
 test: install ## Run the tests (no network)

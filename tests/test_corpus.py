@@ -137,6 +137,18 @@ def test_validation_name_is_held_out_whole():
     assert corpus.train["text"][:] == TEXTS[:3] + TEXTS[4:]
 
 
+def test_held_out_text_is_limited_in_whole_documents():
+    write_texts("a.jsonl")
+    whole, half, least = (
+        load("a.jsonl", validation_fraction=0.5, max_validation_bytes=size) for size in (10**6, 500, 1)
+    )
+    assert set(half.validation["text"]) < set(whole.validation["text"])
+    assert 300 < count_bytes(half.validation["text"]) <= 500
+    assert len(least.validation) == 1
+    assert not set(whole.train["text"]) & set(whole.validation["text"])
+    assert half.corpus_hash != whole.corpus_hash
+
+
 def test_max_train_documents_and_hash():
     write_texts("a.jsonl")
     corpora = [load("a.jsonl", max_train_documents=count) for count in (5, 6, 5)]

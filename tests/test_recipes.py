@@ -65,6 +65,8 @@ def test_recipes_that_the_contract_names_exist():
         assert {f"{style}-consumer/pretrain_24h.yaml", f"{style}-datacentre/pretrain_24h.yaml"} <= names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_accelerate_config(path):
     assert yaml.safe_load(path.read_text())["num_processes"] >= 1

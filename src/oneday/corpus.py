@@ -94,6 +94,7 @@ def load_corpus(args: DataArguments) -> Corpus:
         pairs = [hold_out(name, part, args) for name, part in zip(names, parts)]
         trains = [train for train, _ in pairs]
         validation = datasets.concatenate_datasets([held_out for _, held_out in pairs])
+    validation = keep_bytes(validation, args.max_validation_bytes)
     train = mix(trains, args)
     if args.max_train_documents is not None:
         train = take_first(train, args.max_train_documents)
@@ -253,6 +254,17 @@ def split_stream(
             "set streaming to false."
         )
     return stream.skip(num_held_out), datasets.Dataset.from_list(rows)
+
+
+def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
+    """The documents with the lowest content hashes that fit into `max_bytes` of UTF-8, at least one, in their order."""
+    kept, num_bytes = [], 0
+    for row in np.argsort(hash_documents(texts), kind="stable").tolist():
+        num_bytes += count_bytes([texts[row]["text"]])
+        if kept and num_bytes > max_bytes:
+            break
+        kept.append(row)
+    return texts if len(kept) == len(texts) else texts.select(sorted(kept))
 
 
 def load_validation(args: DataArguments) -> datasets.Dataset:

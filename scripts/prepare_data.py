@@ -1,0 +1,42 @@
+"""Prepare the data of a recipe ahead of its run: corpus, tokenizer and packed rows go into the cache."""
+
+from __future__ import annotations
+
+import logging
+
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.objectives import find_objective
+from oneday.packed_dataset import PackedDataset
+from oneday.preparation import prepare_data
+from oneday.recipe import parse_recipe, run_program
+from oneday.throughput import set_threads
+
+logger = logging.getLogger("oneday.prepare_data")
+
+
+def main() -> None:
+    """Fill the cache and say what is in it."""
+    _, data_args, args = parse_recipe(
+        (ModelArguments, DataArguments, BudgetTrainingArguments),
+        description="Prepare the data of a recipe, which no budget counts, without training.",
+        example="python scripts/prepare_data.py recipes/quickstart/bert.yaml --dataset_name 'texts/*.parquet'",
+        default_recipe="recipes/quickstart/bert.yaml",
+    )
+    set_threads(args.num_threads)
+    data = prepare_data(data_args, find_objective(args.objective).kind, args.seed)
+    print(f"corpus      {data.corpus.name} {data.corpus.corpus_hash}")
+    print(f"tokenizer   {len(data.tokenizer):,} tokens")
+    for name, rows in (("train", data.train), ("held out", data.validation)):
+        if isinstance(rows, PackedDataset):
+            print(
+                f"{name:12}{rows.index.num_documents:,} documents, {rows.num_bytes_text / 1e6:,.1f} MB, "
+                f"{rows.num_tokens:,} tokens in {len(rows):,} rows of {rows.row_length}, "
+                f"{100 * rows.index.packing_efficiency:.2f} % full"
+            )
+        else:
+            print(f"{name:12}streamed")
+    print(f"seconds     {data.seconds:.1f}")
+
+
+if __name__ == "__main__":
+    run_program(main)
