@@ -255,6 +255,7 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     assert "rte: pretraining does not help here" in table and "-10.0" in table
     assert "qqp: pretraining" not in table
     assert "no official score" in table
+    assert "average over 9 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
 
 
 def test_scores_of_a_task_cover_its_metrics():

@@ -257,7 +257,7 @@ def split_stream(
 
 
 def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
-    """The documents with the lowest content hashes that fit into `max_bytes` of UTF-8, at least one, in their order."""
+    """The documents with the lowest content hashes that fit into `max_bytes` of UTF-8; at least one."""
     kept, num_bytes = [], 0
     for row in np.argsort(hash_documents(texts), kind="stable").tolist():
         num_bytes += count_bytes([texts[row]["text"]])

@@ -128,7 +128,8 @@ def format_results(results: dict) -> str:
             notes.append(
                 f"  {row['num_validation']:,} of {row['official_num_validation']:,} scored: no official score"
             )
-    lines += [f"{'average':53}{100 * results['average']:7.1f}", *notes]
+    title = results["average_name"].partition(":")[0]
+    lines += [f"{title:53}{100 * results['average']:7.1f}", f"protocol: {results['protocol']}", *notes]
     return "\n".join(lines)
 
 

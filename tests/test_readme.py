@@ -1,0 +1,60 @@
+"""What the README names exists: commands, paths, settings, modules."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.glue_protocol import FinetuneArguments
+from oneday.recipe import fields_of
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
+def test_scripts_and_recipes_in_commands_exist():
+    paths = re.findall(r"(?:scripts|recipes)/[\w/.-]+\.(?:py|yaml)|\./run_finetune\.sh", BLOCKS)
+    assert len(paths) >= 4
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make ([\w-]+)", BLOCKS, re.MULTILINE))
+def test_make_targets_exist(target):
+    subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_settings_in_commands_are_known():
+    known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
+    outside = {"exclude"}  # an option of `hf upload`
+    named = set(re.findall(r"--([a-z_]+)", README)) - outside
+    assert not [name for name in named if name not in known and name != "help"]
+
+
+def test_the_tree_names_every_module():
+    modules = {path.name for path in (ROOT / "src" / "oneday").glob("*.py")} - {"__init__.py"}
+    tree = README.split("## What is where")[1].split("## Add")[0]
+    assert modules == set(re.findall(r"\w+\.py", tree))
+
+
+def test_the_tree_names_every_script():
+    tree = README.split("## What is where")[1]
+    assert all(path.stem in tree for path in (ROOT / "scripts").glob("*.py"))
+
+
+def test_nothing_of_the_making_is_named():
+    """No path of a machine and no private host in what is shipped."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for file in files:
+        if Path(file).suffix in {".py", ".md", ".yaml", ".json", ".toml", ".txt", ".sh", ""}:
+            assert "/work/" not in (ROOT / file).read_text(encoding="utf-8").replace('"/work/"', ""), file
