@@ -2,6 +2,8 @@
 MODEL ?= bert
 PYTHON ?= python3
 PY := .venv/bin/python
+# One device is enough for the demo, and nothing of it comes from the Hub.
+export CUDA_VISIBLE_DEVICES ?= 0
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help install demo test test-slow lint format clean
@@ -17,8 +19,7 @@ install: .venv/.installed ## Make .venv and install the pinned requirements
 	@touch $@
 
 demo: install ## Pretrain, fine-tune and report on the built-in corpus (MODEL=bert or gpt)
-	$(PY) -m accelerate.commands.launch --config_file recipes/accelerate_configs/single_gpu.yaml \
-		scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
+	$(PY) scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
 	./run_finetune.sh --model_name_or_path runs/quickstart-$(MODEL)
 	$(PY) scripts/report.py --run_dir runs/quickstart-$(MODEL)
 

@@ -7,6 +7,7 @@ import sys
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments, find_output_dir
 from oneday.glue_results import RESULTS_FILE, format_results
+from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 
 DESCRIPTION = (
@@ -24,6 +25,7 @@ def main() -> None:
     """Read the settings, run the protocol, print the table."""
     (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
     results = run_protocol(args)
+    refresh_card(args.model_name_or_path)
     sys.stdout.write(f"\n{format_results(results)}\n\nwritten to {find_output_dir(args) / RESULTS_FILE}\n")
 
 

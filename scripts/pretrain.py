@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from transformers import set_seed
-from transformers.utils import logging as transformers_logging
+import torch
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
@@ -14,7 +13,7 @@ from oneday.modeling import build_model, check_config_file, load_config
 from oneday.objectives import find_objective
 from oneday.preparation import prepare_data
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
-from oneday.run_directory import create_run, discard_run, inspect_run
+from oneday.run_directory import create_run, discard_run, inspect_run, lock_run
 from oneday.throughput import set_threads
 from oneday.trainer import BudgetTrainer
 
@@ -29,8 +28,6 @@ logger = logging.getLogger("oneday.pretrain")
 
 def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
     model_args, data_args, args = build_arguments(CLASSES, settings)
     Budget.from_arguments(args)
@@ -47,17 +44,22 @@ def main() -> int:
     config = load_config(
         model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
     )
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     model = build_model(config, objective.auto_class)
-    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer)
+    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
     if state == "new":
         create_run(args.output_dir, settings)
-    try:
-        metrics = trainer.run(resume=state == "resumed")
-    except SettingError:
-        if state == "new" and trainer.clock.steps == 0:
-            discard_run(args.output_dir)
-        raise
+    with lock_run(args.output_dir):
+        try:
+            metrics = trainer.run(resume=state == "resumed")
+        except (SettingError, torch.OutOfMemoryError) as error:
+            if state == "new" and trainer.clock.steps == 0:
+                discard_run(args.output_dir)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise SettingError(
+                    f"The GPU's memory does not hold micro_batch_tokens of {args.micro_batch_tokens}; lower it."
+                ) from None
+            raise
     if trainer.status == "interrupted":
         logger.info("Interrupted with a checkpoint in %s; run the same command again to go on.", args.output_dir)
         return INTERRUPTED

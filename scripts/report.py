@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers.utils import logging as transformers_logging
-
 from oneday.arguments import setting
 from oneday.recipe import parse_recipe, run_program
 from oneday.reporting import format_report, format_samples
@@ -20,8 +18,6 @@ class ReportArguments:
 
 def main() -> None:
     """Print samples and table."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     (args,) = parse_recipe(
         (ReportArguments,),
         description="Show samples and the table of a finished run.",

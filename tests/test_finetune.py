@@ -117,7 +117,7 @@ def make_args(model, data_dir, tmp_path, **changes):
         "output_dir": str(tmp_path / "out"),
         "protocol": "test",
         "num_seeds": 1,
-        "num_epochs": 6,
+        "num_train_epochs": 6,
         "learning_rate": 3e-3,
         "dropout": 0.0,
         "use_cpu": True,
@@ -141,7 +141,7 @@ def test_separable_task_is_learnt_and_the_results_have_their_form(bert, data_dir
 
 
 def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
-    args = make_args(bert, data_dir, tmp_path, num_epochs=1)
+    args = make_args(bert, data_dir, tmp_path, num_train_epochs=1)
     first = run_protocol(args)
     started = []
 
@@ -161,7 +161,7 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
 
 
 def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, data_dir, tmp_path):
-    args = make_args(bert, data_dir, tmp_path, num_epochs=1, max_train_examples=16, max_eval_examples=8)
+    args = make_args(bert, data_dir, tmp_path, num_train_epochs=1, max_train_examples=16, max_eval_examples=8)
     run_protocol(args)
     assert list(run_protocol(dataclasses.replace(args, task_names=["stsb"]))["tasks"]) == ["sst2", "stsb"]
     other = dataclasses.replace(args, task_names=["stsb"], learning_rate=1e-4)
@@ -169,7 +169,9 @@ def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, 
 
 
 def test_seed_decides_everything(bert, data_dir, tmp_path):
-    args = make_args(bert, data_dir, tmp_path, num_epochs=1, dropout=0.1, max_train_examples=32, task_names=["stsb"])
+    args = make_args(
+        bert, data_dir, tmp_path, num_train_epochs=1, dropout=0.1, max_train_examples=32, task_names=["stsb"]
+    )
     checkpoint = load_checkpoint(bert)
     task = prepare_task("stsb", args, checkpoint)
     first, again, other = (finetune_task(checkpoint, task, args, seed) for seed in (0, 0, 1))
@@ -284,9 +286,9 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"task_names": []}, "task_names is empty"),
         ({"task_names": ["rte"]}, "has no folder rte"),
         ({"num_seeds": 0}, "num_seeds is 0"),
-        ({"num_epochs": -1.0}, "num_epochs is -1.0"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0"),
         ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
-        ({"lr_shape": "triangle"}, "'triangle'"),
+        ({"lr_scheduler_type": "triangle"}, "'triangle'"),
     ],
 )
 def test_bad_settings_get_one_sentence_and_write_nothing(bert, data_dir, tmp_path, changes, words):
@@ -317,7 +319,7 @@ def test_run_finetune_from_elsewhere(bert, data_dir):
         "--task_data_dir",
         os.path.relpath(data_dir, model.parent),
     ]
-    command += ["--num_seeds", "1", "--num_epochs", "1", "--max_train_examples", "16", "--use_cpu"]
+    command += ["--num_seeds", "1", "--num_train_epochs", "1", "--max_train_examples", "16", "--use_cpu"]
     done = subprocess.run(command, cwd=model.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sst2*" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
@@ -70,25 +71,46 @@ class DataArguments:
     max_validation_bytes: int = setting(2_000_000, "Hold out at most this many bytes of text, in whole documents.")
 
 
-# Settings of the parent class that a budget decides; each with what to set instead.
-REPLACED_SETTINGS = {
-    "max_steps": "budget_steps",
-    "num_train_epochs": "budget_tokens",
-    "gradient_accumulation_steps": "batch_size_tokens and micro_batch_tokens",
-    "per_device_train_batch_size": "micro_batch_tokens",
-    "per_device_eval_batch_size": "micro_batch_tokens",
-    "lr_scheduler_type": "lr_shape",
-    "lr_scheduler_kwargs": "warmup_fraction and decay_fraction",
-    "warmup_steps": "warmup_fraction",
-    "eval_strategy": "num_evaluations or eval_steps",
-    "save_strategy": "save_minutes or save_steps",
-    "auto_find_batch_size": "micro_batch_tokens",
-}
+DECIDED = "the budget decides; set {} instead"
+NO_EFFECT = "has no effect here; leave it out"
+NO_PUSH = "this version does not do; upload the finished run directory with `hf upload`"
+# Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
+REFUSED_SETTINGS = {
+    "max_steps": DECIDED.format("budget_steps"),
+    "num_train_epochs": DECIDED.format("budget_tokens"),
+    "gradient_accumulation_steps": DECIDED.format("batch_size_tokens and micro_batch_tokens"),
+    "per_device_train_batch_size": DECIDED.format("micro_batch_tokens"),
+    "per_device_eval_batch_size": DECIDED.format("micro_batch_tokens"),
+    "auto_find_batch_size": DECIDED.format("micro_batch_tokens"),
+    "lr_scheduler_type": DECIDED.format("lr_shape"),
+    "lr_scheduler_kwargs": DECIDED.format("warmup_fraction and decay_fraction"),
+    "warmup_steps": DECIDED.format("warmup_fraction"),
+    "eval_strategy": DECIDED.format("num_evaluations or eval_steps"),
+    "save_strategy": DECIDED.format("save_minutes or save_steps"),
+    "save_only_model": "would lose the optimizer of a resumed run; leave it out",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), NO_PUSH),
+    **dict.fromkeys(
+        (
+            "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+            "label_smoothing_factor", "optim_args", "optim_target_modules", "neftune_noise_alpha", "eval_delay",
+            "dataloader_num_workers", "dataloader_drop_last", "dataloader_pin_memory", "dataloader_prefetch_factor",
+            "dataloader_persistent_workers", "do_train", "do_eval", "do_predict", "prediction_loss_only",
+            "train_sampling_strategy", "remove_unused_columns", "ignore_data_skip", "fp16",
+        ),
+        NO_EFFECT,
+    ),
+}  # fmt: skip
+POSITIVE_SETTINGS = (
+    "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
+    "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads",
+)  # fmt: skip
 
 
 @dataclass
 class BudgetTrainingArguments(TrainingArguments):
     """How it is trained: the budget and everything that follows it."""
+
+    refused: ClassVar[dict[str, str]] = REFUSED_SETTINGS
 
     output_dir: str = setting("runs/pretrain", "Run directory; the same command continues the run that is in it.")
 
@@ -123,8 +145,10 @@ class BudgetTrainingArguments(TrainingArguments):
     learning_rate: float = setting(1e-3, "Peak learning rate of everything that Muon does not train.")
     muon_learning_rate: float = setting(5e-3, "Peak learning rate of the hidden matrices under muon.")
     weight_decay: float = setting(0.01, "Decoupled weight decay of matrices.")
+    adam_beta1: float = setting(0.9, "First-moment decay of AdamW.")
     adam_beta2: float = setting(0.98, "Second-moment decay of AdamW.")
     adam_epsilon: float = setting(1e-8, "Epsilon of AdamW.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     lr_shape: str = setting("trapezoid", "trapezoid, linear, cosine, one_minus_sqrt, triangle or constant.")
     warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
     decay_fraction: float = setting(
@@ -138,17 +162,27 @@ class BudgetTrainingArguments(TrainingArguments):
     save_total_limit: int | None = setting(2, "Checkpoints kept.")
     logging_steps: int = setting(10, "Steps between reports to the trackers.")
     report_to: str | list[str] = setting("none", "Trackers: tensorboard, trackio, wandb or none.")
+    eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
+    seed: int = setting(42, "Seed of weights, masks and, unless data_seed is set, of the shuffle.")
+    data_seed: int | None = setting(None, "Seed of the shuffle.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    torch_compile: bool = setting(False, "Compile the model with torch.compile.")
     bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
     num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")
 
     def __post_init__(self) -> None:
         """Give the parent what it accepts; keep this project's own choices beside it."""
+        for name in POSITIVE_SETTINGS:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingError(f"The setting {name} is {value}; it must be above zero.")
         self.optimizer_name = self.optim
         self.use_bf16 = self.bf16
         self.optim, self.bf16 = "adamw_torch", False
         self.remove_unused_columns = False
         self.ignore_data_skip = True
         self.logging_nan_inf_filter = False
+        self.disable_tqdm = bool(self.disable_tqdm)
         self.eval_strategy = self.save_strategy = "no"
         self.max_steps = self.budget_steps or 2**31
         super().__post_init__()

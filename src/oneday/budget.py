@@ -245,6 +245,13 @@ class BudgetClock:
         self.ledger.update(state["ledger"])
         self.ledger["lost"] += lost
 
+    def load_report(self, report: dict[str, Any]) -> None:
+        """Go on from what `write` wrote."""
+        spent = report["spent"]
+        self.carried_seconds = spent["seconds"]
+        self.tokens, self.flops, self.steps = spent["tokens"], spent["flops"], spent["steps"]
+        self.ledger.update(report["ledger_seconds"])
+
     def write(self, path: str | Path, status: str) -> None:
         """Write limit, spent and ledger as `budget.json`, whole or not at all."""
         report = {

@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -24,35 +26,38 @@ HEARTBEAT_SECONDS = 2.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+@contextmanager
+def note_signals() -> Iterator[list[str]]:
+    """Notes the signals that mean "save and go away"; a second interrupt from the keyboard ends at once."""
+    names: list[str] = []
+
+    def note(number: int, frame: object) -> None:
+        if names and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        names.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield names
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class BudgetCallback(TrainerCallback):
     """Counts each step on the clock and decides when to evaluate, save and stop."""
 
     def __init__(self, trainer: BudgetTrainer) -> None:
         self.trainer = trainer
-        self.signal_name: str | None = None
         self.last_save = self.last_beat = 0.0
         self.evaluations = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen for the signals that mean: save now, this process is going away."""
+        """Count saves and evaluations from here."""
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
-        self.previous = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS}
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give the signals back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def on_signal(self, number: int, frame: object) -> None:
-        """Note the signal; a second interrupt from the keyboard ends at once."""
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal_name = signal.Signals(number).name
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,7 +76,7 @@ class BudgetCallback(TrainerCallback):
         state.epoch = trainer.loader.epoch or 0.0
         with trainer.clock.account("data"):
             fits = trainer.next_step_fits()
-        if self.signal_name is not None:
+        if trainer.signals:
             trainer.status = "interrupted"
             control.should_save = control.should_training_stop = True
         elif not fits:
@@ -83,16 +88,20 @@ class BudgetCallback(TrainerCallback):
             self.last_beat = time.monotonic()
 
     def schedule(self, args: TrainingArguments, control: TrainerControl) -> None:
-        """Ask for an evaluation or a checkpoint when one is due."""
-        due, steps = self.evaluations_due(), self.trainer.clock.steps
-        by_step = args.eval_steps is not None and steps % int(args.eval_steps) == 0
-        wanted = by_step or (args.eval_steps is None and due > self.evaluations)
-        control.should_evaluate = wanted and self.trainer.clock.fits_seconds(self.trainer.eval_seconds)
-        self.evaluations = due
+        """Ask for an evaluation or a checkpoint when one is due and still fits, with a step after it."""
+        trainer, due = self.trainer, self.evaluations_due()
+        clock, seconds = trainer.clock, trainer.clock.slow_step_seconds
+        wanted = due > self.evaluations if args.eval_steps is None else clock.steps % int(args.eval_steps) == 0
+        control.should_evaluate = wanted and clock.fits_seconds(seconds + trainer.eval_seconds)
+        seconds += trainer.eval_seconds * control.should_evaluate + max(
+            trainer.save_seconds, trainer.checkpoint_seconds
+        )
         if args.save_steps is not None:
-            control.should_save = steps % int(args.save_steps) == 0
-        elif time.monotonic() - self.last_save > args.save_minutes * 60:
-            control.should_save = True
+            wanted = clock.steps % int(args.save_steps) == 0
+        else:
+            wanted = time.monotonic() - self.last_save > args.save_minutes * 60
+        control.should_save = wanted and clock.fits_seconds(seconds)
+        self.evaluations = due
         if control.should_save:
             self.last_save = time.monotonic()
 
@@ -102,7 +111,7 @@ class BudgetCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.jsonl: a line a step and an evaluation, and enriches what the trackers get."""
+    """Writes metrics.jsonl: a line a step and a line an evaluation."""
 
     def __init__(self, trainer: BudgetTrainer) -> None:
         self.trainer = trainer
@@ -154,12 +163,6 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """One line an evaluation."""
         self.write("eval", **metrics)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The end of the steps."""
-        self.write("end", status=self.trainer.status)
 
 
 class BudgetProgressCallback(TrainerCallback):

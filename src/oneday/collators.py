@@ -6,7 +6,7 @@ looks like depends neither on the number of processes nor on where a run was int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,8 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from oneday.attention import PackedLayout, build_layout
-
-IGNORED_LABEL = -100
 
 
 @dataclass
@@ -35,7 +33,6 @@ class Batch:
     labels: torch.Tensor
     num_tokens: int
     sum_squared_lengths: int
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -48,7 +45,6 @@ class Batch:
             move(self.labels),
             self.num_tokens,
             self.sum_squared_lengths,
-            {key: move(value) for key, value in self.extra.items()},
         )
 
 

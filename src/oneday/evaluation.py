@@ -26,6 +26,8 @@ def evaluate_objective(
     rank: int = 0,
     num_processes: int = 1,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
+    own_only: bool = False,
+    max_parts: int | None = None,
 ) -> dict[str, float]:
     """Mean held-out losses a predicted token, in nats, under each of the objective's evaluation collators.
 
@@ -41,6 +43,8 @@ def evaluate_objective(
         rank: This process; it takes every `num_processes`-th micro-batch.
         num_processes: All of them.
         reduce_sum: Sums a tensor over the processes.
+        max_parts: Only the first micro-batches, to see how long one takes.
+        own_only: Only the objective's own loss, not those that let objectives compare.
     """
     training = model.training
     model.eval()
@@ -48,12 +52,13 @@ def evaluate_objective(
     rows = max(1, micro_batch_tokens // dataset.row_length)
     parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
     metrics = {}
-    for name, collator in objective.evaluation_collators(position_offset).items():
-        total = torch.zeros(2, dtype=torch.float64, device=device)
-        for part in parts:
+    collators = list(objective.evaluation_collators(position_offset).items())
+    for name, collator in collators[:1] if own_only else collators:
+        sums = np.zeros(2)
+        for part in parts[:max_parts]:
             with precision():
-                total += sum_part(model, objective, dataset, collator, part, device)
-        nats, predicted = reduce_sum(total).tolist()
+                sums += sum_part(model, objective, dataset, collator, part, device)
+        nats, predicted = reduce_sum(torch.tensor(sums, device=device)).tolist() if num_processes > 1 else sums
         metrics[name] = nats / max(predicted, 1)
         if objective.kind == "decoder":
             metrics["eval_bits_per_byte"] = nats / math.log(2) / dataset.num_bytes_text
@@ -68,9 +73,8 @@ def sum_part(
     collator: Collator,
     part: np.ndarray,
     device: torch.device,
-) -> torch.Tensor:
-    """(nats, predicted tokens) of some rows, float64."""
+) -> tuple[float, int]:
+    """(nats, predicted tokens) of some rows."""
     token_rows, doc_lengths = dataset.get_rows(part)
     batch = collator(token_rows, doc_lengths, part).to(device)
-    loss = objective.summed_loss(model, batch).double()
-    return torch.stack([loss, torch.tensor(float(len(batch.labels)), dtype=torch.float64, device=device)])
+    return objective.summed_loss(model, batch).item(), len(batch.labels)

@@ -150,10 +150,10 @@ def build_trainer(
     training_args = TrainingArguments(
         output_dir=str(find_output_dir(args)),
         **{name: getattr(args, name) for name in same_name},
-        per_device_train_batch_size=args.train_batch_size,
-        per_device_eval_batch_size=args.eval_batch_size,
-        num_train_epochs=args.num_epochs,
-        lr_scheduler_type=args.lr_shape,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        num_train_epochs=args.num_train_epochs,
+        lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_fraction,
         bf16=choose_bf16(args),
         # transformers takes bf16 without a CUDA device only when it is told so.

@@ -41,11 +41,11 @@ class FinetuneArguments:
     num_seeds: int = setting(5, "Runs a task, with the seeds seed, seed + 1, ...; the score is their median.")
     seed: int = setting(0, "First seed.")
     random_baseline: bool = setting(False, "Also run the same architecture from random weights, with the same seeds.")
-    num_epochs: float = setting(5.0, "Passes over the training split.")
-    train_batch_size: int = setting(16, "Examples a step.")
-    eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
+    num_train_epochs: float = setting(5.0, "Passes over the training split.")
+    per_device_train_batch_size: int = setting(16, "Examples a step.")
+    per_device_eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
     learning_rate: float = setting(4e-5, "Peak learning rate of AdamW.")
-    lr_shape: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
+    lr_scheduler_type: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
     warmup_fraction: float = setting(0.1, "Fraction of the steps in which the learning rate rises.")
     adam_beta1: float = setting(0.9, "AdamW's first decay.")
     adam_beta2: float = setting(0.98, "AdamW's second decay.")
@@ -62,10 +62,10 @@ class FinetuneArguments:
 
 # What one run's scores follow from; seeds count for the protocol's name.
 RUN_SETTINGS = (
-    "num_epochs",
-    "train_batch_size",
+    "num_train_epochs",
+    "per_device_train_batch_size",
     "learning_rate",
-    "lr_shape",
+    "lr_scheduler_type",
     "warmup_fraction",
     "adam_beta1",
     "adam_beta2",
@@ -80,9 +80,9 @@ RUN_SETTINGS = (
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
 POSITIVE_SETTINGS = (
     "num_seeds",
-    "num_epochs",
-    "train_batch_size",
-    "eval_batch_size",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
     "learning_rate",
     "max_seq_length",
     "max_train_examples",
@@ -107,8 +107,8 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
         if value is not None and not 0 <= value < 1:
             raise SettingError(f"{name} is {value}; it must be at least 0 and below 1.")
     kinds = [kind.value for kind in SchedulerType]
-    if args.lr_shape not in kinds:
-        raise SettingError(f"lr_shape is {args.lr_shape!r}; it must be one of {', '.join(kinds)}.")
+    if args.lr_scheduler_type not in kinds:
+        raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {', '.join(kinds)}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
     names = expand_task_names(args.task_names)

@@ -41,6 +41,14 @@ def write_reports(
     write_json(folder / rundir.RESULTS, results)
 
 
+def refresh_card(output_dir: str | Path) -> None:
+    """Write the card of a finished run again, with what has been added to its directory since (scores, say)."""
+    folder = Path(output_dir)
+    results = rundir.read_json(folder / rundir.RESULTS)
+    if results:
+        write_whole(folder / rundir.CARD, format_card(folder, results))
+
+
 def collect_results(
     trainer: BudgetTrainer,
     data: PreparedData,
@@ -53,11 +61,9 @@ def collect_results(
     parameters, without_embeddings = count_parameters(trainer.model)
     before = next((event for event in rundir.read_metrics(args.output_dir) if event["event"] == "eval"), {})
     before = {key: value for key, value in before.items() if key.startswith("eval_") and before["step"] == 0}
-    seconds = clock.ledger["steps"]
     return {
-        "eval_loss": metrics["eval_loss"],
-        **{key.removeprefix("eval_") if key == "eval_bits_per_byte" else key: value for key, value in metrics.items()},
-        "before": before,
+        **name_publicly(metrics),
+        "before": name_publicly(before),
         "objective": trainer.objective.name,
         "kind": trainer.objective.kind,
         "model_config": Path(model_args.model_config).name,
@@ -65,9 +71,9 @@ def collect_results(
         "num_parameters_without_embeddings": without_embeddings,
         "corpus": data.corpus.name,
         "corpus_hash": data.corpus.corpus_hash,
-        "train_tokens_available": data.train.num_tokens,
+        "train_tokens_available": getattr(data.train, "num_tokens", None),
         "epochs": trainer.loader.epoch,
-        "packing_efficiency": data.train.index.packing_efficiency,
+        "packing_efficiency": data.train.packing_efficiency,
         "max_seq_length": data_args.max_seq_length,
         "seed": args.seed,
         "threads": describe_environment(args.device)["threads"],
@@ -76,14 +82,19 @@ def collect_results(
         "tokens_seen": clock.tokens,
         "steps": clock.steps,
         "flops": clock.flops,
-        "train_seconds": seconds,
+        "train_seconds": trainer.train_seconds,
         "preparation_seconds": data.seconds,
         "budget_used": clock.used_fraction(),
-        "tokens_per_second": clock.tokens / seconds if seconds else 0.0,
+        "tokens_per_second": trainer.tokens_per_second,
         "mfu": trainer.mfu,
         "peak_flops_measured": trainer.peak_flops,
         "peak_memory_bytes": peak_memory_bytes(args.device),
     }
+
+
+def name_publicly(metrics: dict[str, float]) -> dict[str, float]:
+    """`eval_bits_per_byte` is called `bits_per_byte` in results.json."""
+    return {"bits_per_byte" if key == "eval_bits_per_byte" else key: value for key, value in metrics.items()}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -164,7 +175,7 @@ def results_table(results: dict[str, Any]) -> str:
     names = {
         "eval_loss": "held-out loss, nats a predicted token",
         "eval_mlm_loss": "the same at 15 % masks, all [MASK]",
-        "eval_bits_per_byte": "bits a byte",
+        "bits_per_byte": "bits a byte",
     }
     rows = []
     for key, name in names.items():
@@ -213,9 +224,12 @@ def budget_table(budget: dict[str, Any]) -> str:
 
 def describe_data(results: dict[str, Any]) -> str:
     """What it was trained on."""
+    passes = "read as a stream"
+    if results["epochs"] is not None:
+        passes = f"{results['epochs']:.2f} passes over {results['train_tokens_available'] / 1e6:.1f} M tokens"
     return (
-        f"Corpus `{results['corpus']}` (content hash `{results['corpus_hash']}`), {results['epochs']:.2f} passes over "
-        f"{results['train_tokens_available'] / 1e6:.1f} M tokens, packed at {results['max_seq_length']} tokens with "
+        f"Corpus `{results['corpus']}` (content hash `{results['corpus_hash']}`), {passes}, packed at "
+        f"{results['max_seq_length']} tokens with "
         f"{100 * results['packing_efficiency']:.2f} % efficiency; documents in one row do not see each other. "
         "The held-out documents were never trained on."
     )

@@ -172,6 +172,11 @@ class PackedDataset:
         """UTF-8 bytes of the text in all rows."""
         return self.index.num_bytes_text
 
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of all tokens that are not padding."""
+        return self.index.packing_efficiency
+
     def get_rows(self, indices: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Reads rows in any order.
 

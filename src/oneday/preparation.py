@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import time
@@ -16,7 +17,7 @@ from oneday.arguments import DataArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.row_sources import StreamedRows
-from oneday.tokenization import load_tokenizer, train_tokenizer
+from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ class PreparedData:
     validation: PackedDataset
     seconds: float
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal only for the same text under the same tokenizer: weights do not outlive a change of it."""
+        return f"{self.corpus.corpus_hash}-{hash_tokenizer(self.tokenizer)}"
+
 
 def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     """Read the corpus, train or load the tokenizer, pack both splits.
@@ -56,9 +62,12 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     begun = time.monotonic()
     corpus = load_corpus(args)
     cache = resolve_cache_dir(args.cache_dir)
+    is_stream = isinstance(corpus.train, datasets.IterableDataset)
+    start_state = copy.deepcopy(corpus.train.state_dict()) if is_stream else None
     tokenizer = prepare_tokenizer(args, corpus, kind, cache)
-    if isinstance(corpus.train, datasets.IterableDataset):
-        train = StreamedRows(corpus.train, tokenizer, kind, args.max_seq_length, args.packing_strategy, seed)
+    if is_stream:
+        packing = (kind, args.max_seq_length, args.packing_strategy)
+        train = StreamedRows(corpus.train, tokenizer, *packing, seed, start_state)
     else:
         train = prepare_rows(args, corpus.train, f"{corpus.corpus_hash}/train", tokenizer, kind, cache)
     validation = prepare_rows(args, corpus.validation, f"{corpus.corpus_hash}/validation", tokenizer, kind, cache)

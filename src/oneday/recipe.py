@@ -19,8 +19,9 @@ from typing import Any
 
 import datasets
 import yaml
+from transformers.utils import logging as transformers_logging
 
-from oneday.arguments import REPLACED_SETTINGS, SettingError
+from oneday.arguments import SettingError
 
 # Two spellings of one budget: given in one layer, either replaces the other from the layers below.
 SAME_KIND = (("budget_hours", "budget_minutes"),)
@@ -64,10 +65,10 @@ def resolve_settings(
         raise SystemExit(0)
     recipe, overrides = split_command_line(argv)
     layers = read_layers(recipe or default_recipe) if (recipe or default_recipe) else []
-    known = fields_of(classes)
+    known, refused = fields_of(classes), refused_settings(classes)
     settings: Settings = {}
     for place, layer in [*layers, ("the command line", overrides)]:
-        check_layer(place, layer, known)
+        check_layer(place, layer, known, refused)
         for names in SAME_KIND:
             if any(layer.get(name) is not None for name in names):
                 settings = {key: value for key, value in settings.items() if key not in names}
@@ -136,11 +137,16 @@ def read_yaml(path: str) -> Settings:
     return layer or {}
 
 
-def check_layer(place: str, layer: Settings, known: dict[str, Any]) -> None:
+def refused_settings(classes: tuple[type, ...]) -> dict[str, str]:
+    """Fields that a class has from its parent but does not take -> why."""
+    return {name: reason for cls in classes for name, reason in getattr(cls, "refused", {}).items()}
+
+
+def check_layer(place: str, layer: Settings, known: dict[str, Any], refused: dict[str, str]) -> None:
     """Refuse unknown keys (naming the nearest) and one budget spelled twice."""
     for key in layer:
-        if key in REPLACED_SETTINGS:
-            raise SettingError(f"{place} sets {key}, which the budget decides; set {REPLACED_SETTINGS[key]} instead.")
+        if key in refused:
+            raise SettingError(f"{place} sets {key}, which {refused[key]}.")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0.4)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -172,7 +178,7 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
     for option in options:
         try:
             return coerce_one(value, option)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SettingError(f"The setting {key} is {value!r}; it must be {wanted}.")
@@ -213,7 +219,12 @@ def build_arguments(classes: tuple[type, ...], settings: Settings) -> tuple[Any,
         given = {
             key: value for key, value in settings.items() if key in names and (value is not None or key in optional)
         }
-        built.append(cls(**given))
+        try:
+            built.append(cls(**given))
+        except SettingError:
+            raise
+        except (TypeError, ValueError, ImportError) as error:
+            raise SettingError(f"A setting cannot work: {' '.join(str(error).split())}") from None
     return tuple(built)
 
 
@@ -236,7 +247,7 @@ def default_of(field: dataclasses.Field) -> Any:
 def format_help(classes: tuple[type, ...], description: str, example: str) -> str:
     """The text of `--help`, 80 columns wide: every setting of this project, by group."""
     lines = [*textwrap.wrap(description, 79), "", "Usage: [RECIPE.yaml] [--key value ...]", f"Example: {example}", ""]
-    inherited = []
+    inherited, refused = [], refused_settings(classes)
     for cls in classes:
         lines += [f"{(cls.__doc__ or cls.__name__).strip().splitlines()[0]}", ""]
         parent_names = {
@@ -247,8 +258,8 @@ def format_help(classes: tuple[type, ...], description: str, example: str) -> st
         }
         for field in dataclasses.fields(cls):
             if field.name in parent_names and field.name not in cls.__annotations__:
-                inherited += [field.name] * (field.name not in REPLACED_SETTINGS)
-            elif field.init and field.name not in REPLACED_SETTINGS:
+                inherited += [field.name] * (field.name not in refused)
+            elif field.init and field.name not in refused:
                 lines += format_setting(field)
         lines.append("")
     if inherited:
@@ -272,6 +283,8 @@ def run_program(main: Callable[[], int | None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:

@@ -62,7 +62,7 @@ def format_report(run_dir: str | Path) -> str:
     names = {
         "eval_loss": "held-out loss (nats / token)",
         "eval_mlm_loss": "  the same at 15 % masks",
-        "eval_bits_per_byte": "bits / byte",
+        "bits_per_byte": "bits / byte",
     }
     for key, name in names.items():
         if key in results:

@@ -100,6 +100,7 @@ class StreamedRows:
         row_length: Tokens of a row.
         strategy: `best_fit` or `padded`.
         seed: Seed of the shuffle.
+        start_state: The stream's state at its beginning, taken before anything read from it; None: as it is now.
     """
 
     num_rows = None
@@ -112,19 +113,22 @@ class StreamedRows:
         row_length: int,
         strategy: str,
         seed: int,
+        start_state: dict[str, Any] | None = None,
     ) -> None:
         self.stream, self.tokenizer, self.kind, self.row_length = stream, tokenizer, kind, row_length
         self.strategy, self.seed = strategy, seed
-        self.start_state = copy.deepcopy(stream.state_dict())
-        self.blocks: deque[Block] = deque(maxlen=2)
+        self.start_state = copy.deepcopy(start_state if start_state is not None else stream.state_dict())
+        stream.load_state_dict(copy.deepcopy(self.start_state))
+        self.blocks: deque[Block] = deque()
         self._next = (0, 0)
         self._documents: Iterator[dict[str, str]] | None = None
 
     def take(self, samples: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """See RowSource."""
+        while self.blocks and self.end(self.blocks[0]) <= samples[0]:
+            self.blocks.popleft()
         while not self.blocks or samples[-1] >= self.end(self.blocks[-1]):
             self.blocks.append(self.read_block())
-            assert samples[0] >= self.blocks[0].first_sample, "a step is longer than two blocks of the stream"
         tokens = np.empty((len(samples), self.row_length), dtype=np.int64)
         lengths: list[np.ndarray] = [np.empty(0)] * len(samples)
         for place, sample in enumerate(samples.tolist()):
@@ -144,7 +148,7 @@ class StreamedRows:
         state = copy.deepcopy(self.stream.state_dict())
         texts = self.read_texts()
         if not texts:  # the stream is through: start over
-            self.stream.load_state_dict(self.start_state)
+            self.stream.load_state_dict(copy.deepcopy(self.start_state))
             self._documents = None
             state, texts = copy.deepcopy(self.start_state), self.read_texts()
         if not texts:
@@ -154,6 +158,13 @@ class StreamedRows:
         order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(rows.input_ids))
         self._next = number + 1, first_sample + len(order)
         return Block(number, first_sample, state, rows, order)
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Share of the packed tokens that are not padding, of the blocks at hand."""
+        read = sum(len(block.order) for block in self.blocks)
+        held = sum(int(block.rows.doc_lengths.sum()) for block in self.blocks)
+        return held / (read * self.row_length) if read else 0.0
 
     def read_texts(self) -> list[str]:
         """Up to a block of documents."""
@@ -178,4 +189,4 @@ class StreamedRows:
         self.blocks.clear()
         self._documents = None
         self._next = state["block"], state["first_sample"]
-        self.stream.load_state_dict(state["stream"])
+        self.stream.load_state_dict(copy.deepcopy(state["stream"]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -18,13 +19,13 @@ from oneday.budget import write_whole
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
 ENVIRONMENT, CARD, CURVE, STATE = "environment.json", "README.md", "training_curve.png", "oneday_state.json"
-STAGING = ".staging"
+STAGING, LOCK = ".staging", ".lock"
 
 # Settings that do not touch the training: they may change when a run goes on.
 FREE_SETTINGS = {
     "output_dir", "save_minutes", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "run_name", "cache_dir",
-    "num_threads", "log_level",
+    "run_name", "cache_dir",
+    "num_threads", "log_level", "micro_batch_tokens",
 }  # fmt: skip
 
 
@@ -65,9 +66,26 @@ def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
         raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
 
 
+def lock_run(output_dir: str | Path) -> IO[str]:
+    """Hold the run directory for the life of this process (of the returned file).
+
+    Raises:
+        SettingError: When another process holds it.
+    """
+    handle = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise SettingError(
+            f"Another process is training in the output_dir {output_dir}; wait for it or end it."
+        ) from None
+    return handle
+
+
 def discard_run(output_dir: str | Path) -> None:
     """Take back a run that took no step, so that its directory can be used with other settings."""
-    for name in (RECIPE, METRICS, BUDGET):
+    for name in (RECIPE, METRICS, BUDGET, LOCK):
         (Path(output_dir) / name).unlink(missing_ok=True)
     if not any(Path(output_dir).iterdir()):
         Path(output_dir).rmdir()

@@ -1,4 +1,4 @@
-"""Shapes over the budget: pure functions of progress, for learning rate, batch size and mask rate.
+"""Shapes over the budget: functions of progress, for learning rate, batch size and mask rate.
 
 A shape knows nothing of clocks or steps: `progress` in [0, 1] comes from the BudgetClock, whatever the budget is of.
 To add one, write the function and enter it in LR_SHAPES.
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from oneday.arguments import SettingError
 
@@ -74,3 +78,35 @@ def learning_rate_multiplier(shape: str, warmup_fraction: float, decay_fraction:
 def interpolate(start: float | None, end: float, progress: float, until: float = 1.0) -> float:
     """From `start` (None: constant at `end`) linearly to `end`, reached at progress `until`."""
     return end if start is None else start + (end - start) * ramp(progress, until)
+
+
+class ProgressScheduler(LRScheduler):
+    """Learning rates as a function of progress, set at the start of a step; the Trainer's own `step()` is inert."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float]) -> None:
+        self.multiplier, self.progress = multiplier, 0.0
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """One learning rate a parameter group."""
+        return [base * self.multiplier(self.progress) for base in self.base_lrs]
+
+    def set_progress(self, progress: float) -> None:
+        """Apply the learning rates of this progress."""
+        self.progress = progress
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Called by the Trainer after each step; progress, not the number of calls, decides here."""
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Base rates and progress; the shape comes from the settings."""
+        return {"base_lrs": self.base_lrs, "progress": self.progress}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.base_lrs = state_dict["base_lrs"]
+        self.set_progress(state_dict["progress"])

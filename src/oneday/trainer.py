@@ -5,16 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -23,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.attention import position_offset, probe_packing
-from oneday.budget import Budget, BudgetClock, read_carried_seconds, write_whole
+from oneday.budget import Budget, BudgetClock, write_whole
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
 from oneday.evaluation import evaluate_objective
@@ -32,47 +29,12 @@ from oneday.modeling import FlopCounter
 from oneday.objectives import Objective, autocast
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
+from oneday.pretraining import run_pretraining, update_reserve
 from oneday.row_sources import RowSource, ShuffledRows
-from oneday.schedules import interpolate, learning_rate_multiplier
+from oneday.schedules import ProgressScheduler, interpolate, learning_rate_multiplier
 from oneday.throughput import has_fast_bf16, measure_peak_flops, synchronize
 
 logger = logging.getLogger(__name__)
-
-# The final save and evaluation may take this much longer than they did when measured.
-RESERVE_MARGIN = 1.25
-RESERVE_FLOOR_SECONDS = 0.25
-
-
-class ProgressScheduler(LRScheduler):
-    """Learning rates as a function of progress, set at the start of a step; the Trainer's own `step()` is inert."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, multiplier: Callable[[float], float]) -> None:
-        self.multiplier, self.progress = multiplier, 0.0
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float]:
-        """One learning rate a parameter group."""
-        return [base * self.multiplier(self.progress) for base in self.base_lrs]
-
-    def set_progress(self, progress: float) -> None:
-        """Apply the learning rates of this progress."""
-        self.progress = progress
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = rate
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def step(self, epoch: int | None = None) -> None:
-        """Called by the Trainer after each step; progress, not the number of calls, decides here."""
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Base rates and progress; the shape comes from the settings."""
-        return {"base_lrs": self.base_lrs, "progress": self.progress}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self.base_lrs = state_dict["base_lrs"]
-        self.set_progress(state_dict["progress"])
 
 
 @dataclass
@@ -101,6 +63,10 @@ class BudgetTrainer(Trainer):
         train_dataset: Packed rows on disk, or a stream of them.
         eval_dataset: Packed held-out rows.
         processing_class: The tokenizer, saved with the model.
+        data_fingerprint: Says what data and tokenizer these are; a run does not go on under another one.
+
+    Raises:
+        SettingError: When a setting cannot work, or several processes or GPUs are at hand.
     """
 
     args: BudgetTrainingArguments
@@ -113,12 +79,18 @@ class BudgetTrainer(Trainer):
         train_dataset: PackedDataset | RowSource,
         eval_dataset: PackedDataset,
         processing_class: PreTrainedTokenizerBase,
+        data_fingerprint: str = "",
     ) -> None:
-        self.objective = objective
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise SettingError(
+                f"{args.world_size} processes and {args.n_gpu} GPUs were given; this version trains with one process "
+                "on one device: start one, with CUDA_VISIBLE_DEVICES=0."
+            )
+        self.objective, self.data_fingerprint = objective, data_fingerprint
         self.clock = BudgetClock(Budget.from_arguments(args))
         self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
         self.step_record: StepRecord | None = None
-        self.eval_seconds = self.save_seconds = 0.0
+        self.eval_seconds = self.save_seconds = self.checkpoint_seconds = 0.0
         self.last_eval: dict[str, float] = {}
         self.status = "running"
         self.position_offset = position_offset(model)
@@ -131,8 +103,6 @@ class BudgetTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
-        if args.n_gpu > 1:
-            raise SettingError(f"{args.n_gpu} GPUs are visible to one process; start with `accelerate launch`.")
         objective.attach(model)
         self.flop_counter = FlopCounter(model)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
@@ -254,32 +224,36 @@ class BudgetTrainer(Trainer):
     # ---- Evaluation ----
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Held-out losses; see `evaluation.evaluate_objective`. Its seconds count."""
+        """Held-out losses, during training only the objective's own; see `evaluation.evaluate_objective`."""
         begun = time.monotonic()
         with self.clock.account("evaluation"):
-            metrics = evaluate_objective(
-                self.model,
-                self.objective,
-                self.eval_dataset,
-                self.args.micro_batch_tokens,
-                functools.partial(autocast, self.args.device, self.bf16),
-                self.position_offset,
-                self.args.process_index,
-                self.args.world_size,
-                self.reduce_sum,
-            )
-            synchronize(self.args.device)
-        self.eval_seconds = time.monotonic() - begun
+            metrics = self.measure_held_out(own_only=self.is_in_train)
+        # During training one collator runs, at the end all of them.
+        times = len(self.objective.evaluation_collators(self.position_offset)) if self.is_in_train else 1
+        self.eval_seconds = max(self.eval_seconds, times * (time.monotonic() - begun))
         self.last_eval = metrics
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.update_reserve()
+        update_reserve(self)
         return metrics
 
-    def update_reserve(self) -> None:
-        """Keep for the end what the last evaluation and save took, with a margin."""
-        measured = self.eval_seconds + self.save_seconds
-        self.clock.reserve_seconds = RESERVE_MARGIN * measured + RESERVE_FLOOR_SECONDS
+    def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
+        """Held-out losses of the present weights."""
+        metrics = evaluate_objective(
+            self.model,
+            self.objective,
+            self.eval_dataset,
+            self.args.micro_batch_tokens,
+            functools.partial(autocast, self.args.device, self.bf16),
+            self.position_offset,
+            self.args.process_index,
+            self.args.world_size,
+            self.reduce_sum,
+            own_only,
+            max_parts,
+        )
+        synchronize(self.args.device)
+        return metrics
 
     # ---- Saving ----
 
@@ -294,8 +268,7 @@ class BudgetTrainer(Trainer):
                 self.write_state(folder / name)
                 rundir.publish(folder / name, Path(self.args.output_dir) / name)
                 self.remove_old_checkpoints()
-        self.save_seconds = max(self.save_seconds, time.monotonic() - begun)
-        self.update_reserve()
+        self.checkpoint_seconds = time.monotonic() - begun
         rundir.append_metrics(self.args.output_dir, {"event": "checkpoint", **self.describe_place()})
 
     _staging_dir: Path | None = None
@@ -306,7 +279,11 @@ class BudgetTrainer(Trainer):
 
     def write_state(self, folder: Path) -> None:
         """This project's own state beside the parent's: position in the data, and the clock."""
-        state = {"loader": self.loader.state_dict(), "clock": self.clock.state_dict()}
+        state = {
+            "data": self.data_fingerprint,
+            "loader": self.loader.state_dict(),
+            "clock": self.clock.state_dict(),
+        }
         write_whole(folder / rundir.STATE, json.dumps(state, indent=2) + "\n")
 
     def remove_old_checkpoints(self) -> None:
@@ -326,64 +303,8 @@ class BudgetTrainer(Trainer):
     # ---- A whole run ----
 
     def run(self, resume: bool = False) -> dict[str, float]:
-        """Train until the budget is used up, save, evaluate; returns the final held-out metrics.
-
-        Args:
-            resume: Go on from the run directory's last checkpoint, if there is one.
-        """
-        checkpoint = self.prepare_resume() if resume else None
-        if self.clock.budget.clock_limit_seconds is not None:
-            self.measure_save()
-        if self.args.eval_on_start and checkpoint is None:
-            self.evaluate()
-        self.args.eval_on_start = False
-        if self.next_step_fits():
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        elif checkpoint is None:
-            raise SettingError(
-                f"The budget ({self.clock.budget.describe()}) is too small for one step besides the final evaluation "
-                f"and save, which take {self.clock.reserve_seconds:.1f} s here; raise it."
-            )
-        else:
-            self._load_from_checkpoint(str(checkpoint))
-        if self.status == "interrupted":
-            return {}
-        self.save_final()
-        metrics = self.evaluate()
-        self.clock.stop()
-        self.status = "finished"
-        self.write_budget()
-        return metrics
-
-    def prepare_resume(self) -> Path | None:
-        """Set clock and data position from the last checkpoint; the time of killed processes counts."""
-        folder = self.args.output_dir
-        self.clock.carried_seconds = read_carried_seconds(Path(folder) / rundir.BUDGET)
-        checkpoints = rundir.list_checkpoints(folder)
-        if not checkpoints:
-            self.clock.ledger["lost"] = self.clock.carried_seconds
-            from_step = 0
-        else:
-            state = json.loads((checkpoints[-1] / rundir.STATE).read_text())
-            self.clock.load_state_dict(state["clock"])
-            self.loader.load_state_dict(state["loader"])
-            from_step = self.clock.steps
-        started = time.time() - psutil.Process().create_time()
-        self.clock.start(since=self.clock.now() - started)
-        self.clock.ledger["other"] += started
-        rundir.append_metrics(folder, {"event": "resume", "from_step": from_step, **self.describe_place()})
-        logger.info("Resuming from step %d with %.0f s of the budget spent.", from_step, self.clock.elapsed_seconds)
-        return checkpoints[-1] if checkpoints else None
-
-    def measure_save(self) -> None:
-        """Time one save of the model, before the clock starts, so that the reserve is right from the first step."""
-        begun = time.monotonic()
-        if self.args.should_save:
-            with rundir.staging(self.args.output_dir, "trial") as folder:
-                self.model.save_pretrained(folder)
-                self.processing_class.save_pretrained(folder)
-        self.save_seconds = time.monotonic() - begun
-        self.update_reserve()
+        """Train until the budget is used up, save, evaluate; see `pretraining.run_pretraining`."""
+        return run_pretraining(self, resume)
 
     def describe_place(self) -> dict[str, Any]:
         """Where the run is: the keys that every line of metrics.jsonl has."""
@@ -391,7 +312,7 @@ class BudgetTrainer(Trainer):
             "step": self.clock.steps,
             "tokens": self.clock.tokens,
             "progress": self.clock.progress,
-            "train_seconds": self.clock.ledger["steps"],
+            "train_seconds": self.train_seconds,
             "budget_seconds": self.clock.elapsed_seconds,
         }
 
@@ -401,7 +322,24 @@ class BudgetTrainer(Trainer):
             self.clock.write(Path(self.args.output_dir) / rundir.BUDGET, self.status)
 
     @property
+    def train_seconds(self) -> float:
+        """Seconds of training: the steps and the waits for their data."""
+        return self.clock.ledger["steps"] + self.clock.ledger["data"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of training."""
+        return self.clock.tokens / self.train_seconds if self.train_seconds else 0.0
+
+    @property
     def mfu(self) -> float:
         """Executed FLOPs a second of training over the measured peak of one device, per process."""
-        seconds = self.clock.ledger["steps"]
-        return self.clock.flops / seconds / (self.peak_flops * self.args.world_size) if seconds else math.nan
+        rate = self.clock.flops / self.train_seconds if self.train_seconds else 0.0
+        return rate / (self.peak_flops * self.args.world_size)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent; the trackers also get tokens, progress, throughput and MFU."""
+        extra = {"tokens": self.clock.tokens, "progress": self.clock.progress}
+        if self.clock.steps:
+            extra |= {"tokens_per_second": self.tokens_per_second, "mfu": self.mfu}
+        super().log({**logs, **extra}, start_time)

@@ -1,0 +1,258 @@
+"""The programs as a user starts them: whole runs on small text, and one sentence for each thing that is wrong."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from oneday import run_directory as rundir
+from oneday.recipe import run_program
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "model_config": str(ROOT / "model_configs/bert-mini.json"),
+    "vocab_size": 150,
+    "max_seq_length": 32,
+    "batch_size_tokens": 256,
+    "micro_batch_tokens": 256,
+    "validation_fraction": 0.1,
+    "budget_steps": 3,
+    "num_evaluations": 1,
+    "eval_on_start": "true",
+    "budget_minutes": "null",
+}
+
+
+@pytest.fixture
+def text_file(texts, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path, capsys):
+    """Runs a script's main in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+
+    def run(name, *argv):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            run_program(module.main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def flags(**settings):
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
+    out = tmp_path / "run"
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="tensorboard", logging_steps=1)
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 0, stderr
+    names = {path.name for path in out.iterdir()}
+    assert {
+        "model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "metrics.jsonl", "environment.json",
+        "budget.json", "results.json", "README.md", "training_curve.png",
+    } <= names  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert {
+        "eval_loss", "eval_mlm_loss", "corpus_hash", "threads", "tokens_seen", "steps", "train_seconds", "budget_used",
+        "tokens_per_second", "mfu", "peak_memory_bytes", "packing_efficiency",
+    } <= results.keys()  # fmt: skip
+    assert results["steps"] == 3
+    assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    events = [event["event"] for event in rundir.read_metrics(out)]
+    assert events == ["eval", "start", "step", "step", "step", "eval", "end"]
+    assert list(out.rglob("events.out.tfevents*")), "TensorBoard got the run"
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert str(tmp_path) not in card
+    model = AutoModelForMaskedLM.from_pretrained(out)
+    assert model.config.vocab_size % 64 == 0
+    assert len(AutoTokenizer.from_pretrained(out)) == 150
+
+    again, _, said = run_script("pretrain", *argv)
+    assert again == 0
+    assert "finished" in said
+    repeated = tmp_path / "repeated"
+    code, *_ = run_script("pretrain", out / "recipe.yaml", "--output_dir", repeated)
+    assert code == 0
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (out, repeated))
+    assert first == second, "feeding the recipe back repeats the run"
+
+
+def test_trackio_gets_the_run(run_script, text_file, tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run", report_to="trackio", logging_steps=1)
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 0, stderr
+
+
+def test_gpt_and_report(run_script, text_file, tmp_path):
+    out = tmp_path / "run"
+    settings = SMALL | {"model_config": str(ROOT / "model_configs/gpt2-mini.json"), "vocab_size": 320}
+    argv = flags(**settings, objective="clm", tokenizer_type="bpe", dataset_name=text_file, output_dir=out)
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 0, stderr
+    assert json.loads((out / "results.json").read_text())["bits_per_byte"] > 0
+    code, shown, _ = run_script("report", "--run_dir", out)
+    assert code == 0
+    assert "bits / byte" in shown
+    assert max(map(len, shown.splitlines()[-12:])) <= 80
+
+
+def test_a_chinese_corpus_goes_all_the_way(run_script, tmp_path):
+    subjects, verbs = ["我们", "老师", "小猫", "科学家", "他的朋友"], ["喜欢", "研究", "看见", "忘记", "制造"]
+    objects, places = (
+        ["语言模型", "一本旧书", "红色的花", "数学问题", "新机器"],
+        ["在学校", "昨天晚上", "在北京", "每天"],
+    )
+    lines = [f"{s}{p}{v}{o}。" for s in subjects for v in verbs for o in objects for p in places]
+    text = tmp_path / "zh.txt"
+    text.write_text("\n\n".join(" ".join(lines[start : start + 5]) for start in range(0, len(lines), 2)))
+    out = tmp_path / "run"
+    settings = SMALL | {"vocab_size": 60, "budget_steps": 20}
+    code, _, stderr = run_script("pretrain", *flags(**settings, dataset_name=text, output_dir=out))
+    assert code == 0, stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["eval_mlm_loss"] < results["before"]["eval_mlm_loss"] - 0.5
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("老师在学校研究数学问题。")["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_killed_by_a_signal_and_started_again(text_file, tmp_path):
+    """As a user does it: `accelerate launch`, SIGTERM in the middle, the same command again."""
+    out = tmp_path / "run"
+    settings = SMALL | {"budget_steps": 40}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(ROOT / "recipes/accelerate_configs/cpu.yaml"), "scripts/pretrain.py"]
+    command = launch + flags(**settings, dataset_name=text_file, output_dir=out)
+    environment = {**os.environ, "ONEDAY_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(rundir.read_metrics(out) if out.exists() else []) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    first.wait(60)
+    assert rundir.list_checkpoints(out), (tmp_path / "log").read_text()
+    second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert json.loads((out / "results.json").read_text())["steps"] == 40
+
+
+BAD = [
+    ({"budget_stepz": 3}, "unknown setting 'budget_stepz'; the nearest is 'budget_steps'"),
+    ({"dataset_name": "nowhere/*.txt"}, "nowhere"),
+    ({"dataset_name": "EMPTY"}, "holds no text|no text"),
+    ({"dataset_name": "LATIN"}, "UTF-8"),
+    ({"text_column": "body"}, "'body'.*text"),
+    ({"batch_size_tokens": 10**6}, "fewer than the .* of one step"),
+    ({"vocab_size": 90_000}, "vocab_size.*larger than the text supports"),
+    ({"max_seq_length": 1024}, "max_seq_length"),
+    ({"budget_steps": 0}, "budget_steps is 0"),
+    ({"budget_minutes": 1, "budget_hours": 1}, "both budget_hours and budget_minutes"),
+    ({"budget_steps": "null"}, "No budget is set"),
+    ({"optim": "adamw_9bit"}, "optim is 'adamw_9bit'"),
+    ({"objective": "nsp"}, "objective is 'nsp'"),
+    ({"lr_shape": "zigzag"}, "lr_shape is 'zigzag'"),
+    ({"mlm_probability": 1.5}, "mlm_probability is 1.5"),
+    ({"model_config": "model_configs/bert-mimi.json"}, "bert-mini"),
+    ({"objective": "clm", "model_config": "model_configs/modernbert-mini.json"}, "modernbert|Masked|CausalLM"),
+    ({"tokenizer_name": "nowhere"}, "nowhere"),
+    ({"tokenizer_type": "morse"}, "morse"),
+    ({"packing_strategy": "loose"}, "packing_strategy"),
+    ({"output_dir": "OCCUPIED"}, "not empty"),
+    ({"output_dir": "FILE"}, "is a file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in wrong.items()) for wrong, _ in BAD]
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, tmp_path, wrong, words):
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    (tmp_path / "latin.txt").write_bytes("naïve café".encode("latin-1"))
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    places = {
+        "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt",
+        "OCCUPIED": tmp_path / "occupied", "FILE": tmp_path / "file",
+    }  # fmt: skip
+    out = tmp_path / "run"
+    settings = {**SMALL, "dataset_name": text_file, "output_dir": out, **wrong}
+    code, _, stderr = run_script(
+        "pretrain", *flags(**{key: places.get(value, value) for key, value in settings.items()})
+    )
+    assert code == 1
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert re.search(words, errors[0]), errors[0]
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_another_run_in_the_directory_is_refused(run_script, text_file, tmp_path):
+    out = tmp_path / "run"
+    assert run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))[0] == 0
+    before = (out / "model.safetensors").read_bytes()
+    other = SMALL | {"budget_steps": 5}
+    code, _, stderr = run_script("pretrain", *flags(**other, dataset_name=text_file, output_dir=out))
+    assert code == 1
+    assert "other settings (budget_steps: 3, now 5)" in stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    code, *_ = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out, save_minutes=1))
+    assert code == 0, "how often it saves does not touch the training"
+
+
+def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "publish_files", fail)
+    out = tmp_path / "run"
+    code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))
+    assert code == 1
+    assert "is full" in stderr
+    assert not list(out.rglob("*.safetensors"))
+
+
+def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
+    settings = {key: SMALL[key] for key in ("vocab_size", "max_seq_length", "validation_fraction")}
+    code, shown, _ = run_script("prepare_data", *flags(**settings, dataset_name=text_file))
+    assert code == 0
+    assert re.search(r"train +2\d\d documents", shown)
+    assert list((tmp_path / "cache" / "packed").rglob("index.json"))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_every_program_has_help_with_an_example(run_script, name):
+    code, shown, _ = run_script(name, "--help")
+    assert code == 0
+    assert f"scripts/{name}.py" in shown
+    assert max(map(len, shown.splitlines())) <= 80
