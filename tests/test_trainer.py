@@ -82,11 +82,20 @@ def test_batch_grows_with_the_budget(make_trainer):
     assert (sizes[0], sizes[-1]) == (1, 4)
 
 
-def test_clipping_bounds_the_update(make_trainer):
+class NormKeeper(TrainerCallback):
+    """Keeps the norm of the gradient that the optimizer saw."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+
+
+def test_clipping_bounds_the_gradient(make_trainer):
     trainer = make_trainer(budget_steps=1, max_grad_norm=1e-3)
+    keeper = NormKeeper()
+    trainer.add_callback(keeper)
     trainer.run()
-    total = steps_of(trainer)[0]["grad_norm"]
-    assert total > 1e-2, "the norm before clipping is what is logged"
+    assert keeper.norm == pytest.approx(1e-3, rel=1e-2)
+    assert steps_of(trainer)[0]["grad_norm"] > 1e-2, "the norm before clipping is what is logged"
 
 
 class StopAt(TrainerCallback):
@@ -120,6 +129,61 @@ def test_resume_gives_the_same_weights_to_the_bit(make_trainer, name, optim):
     losses = [[step["loss"] for step in steps_of(trainer)] for trainer in (whole, resumed)]
     assert losses[0] == losses[1], "the reader leaves out the two steps that were done again"
     assert len(losses[0]) == 12
+
+
+def test_resume_restores_the_random_numbers_of_dropout(make_trainer):
+    def make(output):
+        trainer = make_trainer("bert", output, budget_steps=8, save_steps=4)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        return trainer
+
+    whole = make("whole")
+    whole.run()
+    killed = make("killed")
+    killed.add_callback(StopAt(6))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make("killed")
+    resumed.run(resume=True)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(resumed).items())
+
+
+def test_a_model_saved_but_not_scored_is_scored_and_not_trained_again(make_trainer, monkeypatch):
+    first = make_trainer("bert", budget_steps=4)
+    monkeypatch.setattr(first, "evaluate", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = make_trainer("bert", budget_steps=4)
+    metrics = second.run(resume=True)
+    assert second.clock.steps == 4
+    assert len(steps_of(second)) == 4
+    assert all(torch.equal(value, weights(first)[key]) for key, value in weights(second).items())
+    assert metrics["eval_loss"] == pytest.approx(make_scored(first), abs=1e-6)
+
+
+def make_scored(trainer):
+    return trainer.measure_held_out()["eval_loss"]
+
+
+def test_another_corpus_is_not_trained_on_by_a_resumed_run(make_trainer):
+    killed = make_trainer("bert", budget_steps=8, save_steps=2)
+    killed.add_callback(StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer("bert", budget_steps=8, save_steps=2)
+    resumed.data_fingerprint = "another"
+    with pytest.raises(SettingError, match="is not what .* was trained on"):
+        resumed.run(resume=True)
+
+
+def test_the_budget_is_kept_when_nothing_was_evaluated_before_the_end(make_trainer):
+    """Without an evaluation on the way the reserve comes from a measured part of one."""
+    trainer = make_trainer("gpt2", budget_minutes=0.1, num_evaluations=1)
+    trainer.run()
+    assert trainer.eval_seconds > 0
+    assert 0.8 < trainer.clock.used_fraction() <= 1.02
 
 
 def test_a_signal_saves_and_the_run_goes_on(make_trainer):
