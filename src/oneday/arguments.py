@@ -165,7 +165,6 @@ class BudgetTrainingArguments(TrainingArguments):
     eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
     seed: int = setting(42, "Seed of weights, masks and, unless data_seed is set, of the shuffle.")
     data_seed: int | None = setting(None, "Seed of the shuffle.")
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = setting(False, "Compile the model with torch.compile.")
     bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
     num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")

@@ -58,7 +58,7 @@ def evaluate_objective(
         for part in parts[:max_parts]:
             with precision():
                 sums += sum_part(model, objective, dataset, collator, part, device)
-        nats, predicted = reduce_sum(torch.tensor(sums, device=device)).tolist() if num_processes > 1 else sums
+        nats, predicted = reduce_sum(torch.tensor(sums, device=device)).tolist() if num_processes > 1 else sums.tolist()
         metrics[name] = nats / max(predicted, 1)
         if objective.kind == "decoder":
             metrics["eval_bits_per_byte"] = nats / math.log(2) / dataset.num_bytes_text

@@ -65,7 +65,7 @@ def run_protocol(args: FinetuneArguments) -> dict:
     kinds = (False, True) if args.random_baseline else (False,)
     plan = [(task, seed, from_random) for task in prepared for seed in seeds for from_random in kinds]
     runs = []
-    with tqdm(plan, desc="fine-tuning", unit="run", mininterval=1.0) as bar:
+    with tqdm(plan, desc="fine-tuning", unit="run", mininterval=1.0, disable=None) as bar:
         for task, seed, from_random in bar:
             bar.set_postfix_str(f"{task.task.name} seed {seed}{' random' * from_random}")
             key = hash_run(checkpoint, task, args, seed, from_random)
@@ -73,10 +73,19 @@ def run_protocol(args: FinetuneArguments) -> dict:
                 finished[key] = measure_run(checkpoint, task, args, seed, from_random) | {"key": key}
                 append_run(output_dir / RUNS_FILE, finished[key])
             runs.append(finished[key])
+            if bar.disable:
+                logger.info("%d of %d: %s", len(runs), len(plan), describe_run(finished[key]))
     earlier = read_earlier(output_dir / RESULTS_FILE)
     results = summarize_runs(args, checkpoint, prepared, runs, earlier)
     write_json(output_dir / RESULTS_FILE, results)
     return results
+
+
+def describe_run(run: dict) -> str:
+    """`rte seed 0 pretrained, accuracy 0.561, 12.3 s`."""
+    scores = next(iter(run["scores"].values()))
+    name, value = next(iter(scores.items()))
+    return f"{run['task']} seed {run['seed']} {run['weights']}, {name} {value:.3f}, {run['seconds']:.1f} s"
 
 
 def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> PreparedTask:
