@@ -280,7 +280,7 @@ def format_setting(field: dataclasses.Field) -> list[str]:
 
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
