@@ -54,11 +54,11 @@ def evaluate_objective(
     metrics = {}
     collators = list(objective.evaluation_collators(position_offset).items())
     for name, collator in collators[:1] if own_only else collators:
-        sums = np.zeros(2)
-        for part in parts[:max_parts]:
-            with precision():
-                sums += sum_part(model, objective, dataset, collator, part, device)
-        nats, predicted = reduce_sum(torch.tensor(sums, device=device)).tolist() if num_processes > 1 else sums.tolist()
+        with precision():
+            sums = [sum_part(model, objective, dataset, collator, part, device) for part in parts[:max_parts]]
+        nats, predicted = (sum(values) for values in zip(*sums))
+        if num_processes > 1:
+            nats, predicted = reduce_sum(torch.tensor([nats, predicted], dtype=torch.float64, device=device)).tolist()
         metrics[name] = nats / max(predicted, 1)
         if objective.kind == "decoder":
             metrics["eval_bits_per_byte"] = nats / math.log(2) / dataset.num_bytes_text

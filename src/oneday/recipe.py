@@ -246,7 +246,9 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def format_help(classes: tuple[type, ...], description: str, example: str) -> str:
     """The text of `--help`, 80 columns wide: every setting of this project, by group."""
-    lines = [*textwrap.wrap(description, 79), "", "Usage: [RECIPE.yaml] [--key value ...]", f"Example: {example}", ""]
+    command = textwrap.wrap(example, 72, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    lines = [*textwrap.wrap(description, 79), "", "Usage: [RECIPE.yaml] [--key value ...]", "Example:"]
+    lines += ["  " + " \\\n  ".join(command), ""]
     inherited, refused = [], refused_settings(classes)
     for cls in classes:
         lines += [f"{(cls.__doc__ or cls.__name__).strip().splitlines()[0]}", ""]
