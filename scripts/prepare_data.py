@@ -25,7 +25,7 @@ def main() -> None:
     set_threads(args.num_threads)
     data = prepare_data(data_args, find_objective(args.objective).kind, args.seed)
     print(f"corpus      {data.corpus.name} {data.corpus.corpus_hash}")
-    print(f"tokenizer   {len(data.tokenizer):,} tokens")
+    print(f"tokenizer   {len(data.tokenizer):,} tokens, {100 * data.unknown_rate:.3f} % [UNK] in the held-out text")
     for name, rows in (("train", data.train), ("held out", data.validation)):
         if isinstance(rows, PackedDataset):
             print(

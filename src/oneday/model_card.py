@@ -74,6 +74,8 @@ def collect_results(
         "train_tokens_available": getattr(data.train, "num_tokens", None),
         "epochs": trainer.loader.epoch,
         "packing_efficiency": data.train.packing_efficiency,
+        "unknown_rate": data.unknown_rate,
+        "vocab_size": len(data.tokenizer),
         "max_seq_length": data_args.max_seq_length,
         "seed": args.seed,
         "threads": describe_environment(args.device)["threads"],
@@ -231,7 +233,8 @@ def describe_data(results: dict[str, Any]) -> str:
         f"Corpus `{results['corpus']}` (content hash `{results['corpus_hash']}`), {passes}, packed at "
         f"{results['max_seq_length']} tokens with "
         f"{100 * results['packing_efficiency']:.2f} % efficiency; documents in one row do not see each other. "
-        "The held-out documents were never trained on."
+        "The held-out documents were never trained on. The tokenizer has "
+        f"{results['vocab_size']:,} tokens; {100 * results['unknown_rate']:.3f} % of the held-out text is unknown to it."
     )
 
 

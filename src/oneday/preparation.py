@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import DataArguments
@@ -41,6 +42,15 @@ class PreparedData:
     train: PackedDataset | StreamedRows
     validation: PackedDataset
     seconds: float
+
+    @property
+    def unknown_rate(self) -> float:
+        """Fraction of the held-out tokens that are [UNK]; 0 for byte-level tokenizers."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return 0.0
+        rows, lengths = self.validation.get_rows(np.arange(len(self.validation)))
+        return float((rows == unknown).sum() / sum(int(length.sum()) for length in lengths))
 
     @property
     def fingerprint(self) -> str:
