@@ -24,6 +24,7 @@ SMALL = {
     "model_config": str(ROOT / "model_configs/bert-mini.json"),
     "vocab_size": 150,
     "max_seq_length": 32,
+    "batch_size_tokens_start": "null",
     "batch_size_tokens": 256,
     "micro_batch_tokens": 256,
     "validation_fraction": 0.1,
@@ -50,6 +51,7 @@ def run_script(monkeypatch, tmp_path, capsys):
     def run(name, *argv):
         spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         with pytest.raises(SystemExit) as stop:
@@ -131,7 +133,7 @@ def test_a_chinese_corpus_goes_all_the_way(run_script, tmp_path):
     text = tmp_path / "zh.txt"
     text.write_text("\n\n".join(" ".join(lines[start : start + 5]) for start in range(0, len(lines), 2)))
     out = tmp_path / "run"
-    settings = SMALL | {"vocab_size": 60, "budget_steps": 20}
+    settings = SMALL | {"vocab_size": 55, "budget_steps": 20}
     code, _, stderr = run_script("pretrain", *flags(**settings, dataset_name=text, output_dir=out))
     assert code == 0, stderr
     results = json.loads((out / "results.json").read_text())
@@ -170,6 +172,7 @@ BAD = [
     ({"dataset_name": "LATIN"}, "UTF-8"),
     ({"text_column": "body"}, "'body'.*text"),
     ({"batch_size_tokens": 10**6}, "fewer than the .* of one step"),
+    ({"batch_size_tokens_start": 256, "batch_size_tokens": 10**6}, "fewer than the .* of one step"),
     ({"vocab_size": 90_000}, "vocab_size.*larger than the text supports"),
     ({"max_seq_length": 1024}, "max_seq_length"),
     ({"budget_steps": 0}, "budget_steps is 0"),

@@ -53,6 +53,7 @@ class StepLoader:
         plan: Asked before each step for its size.
         rank: This process.
         num_processes: All of them.
+        largest_step_rows: Rows of the largest step to come; None: of the next one.
 
     Raises:
         SettingError: When the source has fewer rows than one step.
@@ -65,12 +66,13 @@ class StepLoader:
         plan: Callable[[], StepPlan],
         rank: int = 0,
         num_processes: int = 1,
+        largest_step_rows: int | None = None,
     ) -> None:
         self.source, self.collator, self.plan = source, collator, plan
         self.rank, self.num_processes = rank, num_processes
         self.samples_seen = 0
         self._waiting: tuple[list[Batch], int] | None = None
-        needed = plan().num_rows
+        needed = largest_step_rows or plan().num_rows
         if source.num_rows is not None and source.num_rows < needed:
             raise SettingError(
                 f"The corpus fills {source.num_rows} rows of {source.row_length} tokens, fewer than the {needed} of "

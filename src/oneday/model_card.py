@@ -234,7 +234,7 @@ def describe_data(results: dict[str, Any]) -> str:
         f"{results['max_seq_length']} tokens with "
         f"{100 * results['packing_efficiency']:.2f} % efficiency; documents in one row do not see each other. "
         "The held-out documents were never trained on. The tokenizer has "
-        f"{results['vocab_size']:,} tokens; {100 * results['unknown_rate']:.3f} % of the held-out text is unknown to it."
+        f"{results['vocab_size']:,} tokens; {100 * results['unknown_rate']:.3f} % of the held-out text is unknown."
     )
 
 

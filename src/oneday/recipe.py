@@ -251,7 +251,7 @@ def format_help(classes: tuple[type, ...], description: str, example: str) -> st
     lines += ["  " + " \\\n  ".join(command), ""]
     inherited, refused = [], refused_settings(classes)
     for cls in classes:
-        lines += [f"{(cls.__doc__ or cls.__name__).strip().splitlines()[0]}", ""]
+        lines += [*textwrap.wrap((cls.__doc__ or cls.__name__).strip().splitlines()[0], 79), ""]
         parent_names = {
             field.name
             for base in cls.__mro__[1:]

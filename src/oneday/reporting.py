@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def format_samples(run_dir: str | Path) -> str:
     torch.manual_seed(SAMPLE_SEED)
     settings = {"max_new_tokens": 40, "do_sample": True, "top_p": 0.9, "temperature": 0.8}
     texts = [generate(prompt, **settings)[0]["generated_text"] for prompt in PROMPTS]
-    return "\n".join("  " + " ".join(text.split()) for text in texts)
+    return "\n\n".join(
+        textwrap.fill(" ".join(text.split()), 78, initial_indent="  ", subsequent_indent="  ") for text in texts
+    )
 
 
 def format_filled(text: str, guesses: list[dict[str, Any]]) -> str:

@@ -119,12 +119,15 @@ class BudgetTrainer(Trainer):
         """The loader of this rank."""
         seed = args.data_seed if args.data_seed is not None else args.seed
         source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
+        largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
+        largest_rows, _ = plan_rows(largest, args.micro_batch_tokens, source.row_length, args.world_size)
         return StepLoader(
             source,
             self.objective.training_collator(self.position_offset),
             functools.partial(self.plan_step, args, source.row_length),
             args.process_index,
             args.world_size,
+            largest_rows,
         )
 
     def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
