@@ -61,7 +61,7 @@ def format_report(run_dir: str | Path) -> str:
     """The table of a run: held-out numbers before and after, speed, budget, and the fine-tuning scores."""
     folder, results = Path(run_dir), read_results(run_dir)
     budget = rundir.read_json(folder / rundir.BUDGET)
-    lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}{'':4}", "-" * 78]
+    lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}", "-" * 78]
     names = {
         "eval_loss": "held-out loss (nats / token)",
         "eval_mlm_loss": "  the same at 15 % masks",
