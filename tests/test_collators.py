@@ -51,6 +51,13 @@ def test_mark_documents():
     assert mark_documents([np.array([3, 2])], 7).tolist() == [[True] * 5 + [False] * 2]
 
 
+def test_positions_restart_at_each_document_and_in_the_tail(tokenizer):
+    rows = np.full((1, 7), 10)
+    batch = MaskedCollator(tokenizer)(rows, [np.array([3, 2])], np.arange(1))
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch.inputs["cu_seq_lens"].tolist() == [0, 3, 5, 7]
+
+
 def test_masks_a_fixed_share_and_never_a_special_token(tokenizer, rows):
     tokens, lengths = rows
     batch = MaskedCollator(tokenizer, 0, 0, 0.25)(tokens, lengths, np.arange(64))
@@ -61,8 +68,7 @@ def test_masks_a_fixed_share_and_never_a_special_token(tokenizer, rows):
     assert not np.isin(batch.labels.numpy(), tokenizer.all_special_ids).any()
     untouched = ~masked.numpy()
     assert np.array_equal(batch.inputs["input_ids"].numpy()[untouched], tokens[untouched])
-    assert batch.num_tokens == 64 * 28
-    assert batch.sum_squared_lengths == sum(int((part**2).sum()) for part in lengths)
+    assert batch.doc_lengths.tolist() == np.concatenate(lengths).tolist()
 
 
 def test_masks_do_not_depend_on_the_batch(tokenizer, rows):

@@ -21,7 +21,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
-# Where the seconds of a run go; `idle` is what no other entry claims.
+# Where the seconds of a run go; `other` is what no entry before it claims.
 LEDGER = ("steps", "data", "evaluation", "checkpoints", "lost", "other")
 
 

@@ -24,15 +24,13 @@ class Batch:
         inputs: Keyword arguments of the model; `input_ids` is (rows, row_length).
         positions: (num_predicted,) int64, places in the flattened (rows * row_length) tokens that are predicted.
         labels: (num_predicted,) int64, what stands there.
-        num_tokens: Tokens in documents, special tokens included, padding not.
-        sum_squared_lengths: Sum of the squared document lengths, for counting attention's FLOPs.
+        doc_lengths: (num_docs,) int64, tokens of each document, special ones included; padding is in none.
     """
 
     inputs: dict[str, torch.Tensor | int]
     positions: torch.Tensor
     labels: torch.Tensor
-    num_tokens: int
-    sum_squared_lengths: int
+    doc_lengths: np.ndarray
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -43,8 +41,7 @@ class Batch:
             {key: move(value) for key, value in self.inputs.items()},
             move(self.positions),
             move(self.labels),
-            self.num_tokens,
-            self.sum_squared_lengths,
+            self.doc_lengths,
         )
 
 
@@ -119,8 +116,7 @@ class PackedCollator:
         """Assemble a batch from arrays."""
         lengths = np.concatenate(doc_lengths).astype(np.int64)
         inputs = {"input_ids": torch.from_numpy(tokens), **layout._asdict()}
-        counts = int(lengths.sum()), int((lengths**2).sum())
-        return Batch(inputs, torch.from_numpy(predicted), torch.from_numpy(labels), *counts)
+        return Batch(inputs, torch.from_numpy(predicted), torch.from_numpy(labels), lengths)
 
     def lay_out(self, doc_lengths: list[np.ndarray], row_length: int) -> PackedLayout:
         """Positions and bounds of the documents."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -250,7 +251,9 @@ class FlopCounter:
         reach = window - 1
         if lengths is None:
             return min(sum_squared, num_tokens * (2 * reach + 1))
-        return sum(n * n if n <= reach else n * (2 * reach + 1) - reach * (reach + 1) for n in map(int, lengths))
+        tokens = np.asarray(lengths, dtype=np.int64)
+        inside = tokens * (2 * reach + 1) - reach * (reach + 1)
+        return float(np.where(tokens <= reach, tokens**2, inside).sum())
 
     def forward_flops(
         self,

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import DataArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.row_sources import StreamedRows
-from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer
+from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,7 @@ class PreparedData:
     @property
     def unknown_rate(self) -> float:
         """Fraction of the held-out tokens that are [UNK]; 0 for byte-level tokenizers."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None:
-            return 0.0
-        rows, lengths = self.validation.get_rows(np.arange(len(self.validation)))
-        return float((rows == unknown).sum() / sum(int(length.sum()) for length in lengths))
+        return unknown_rate(self.tokenizer, list(self.corpus.validation["text"]))
 
     @property
     def fingerprint(self) -> str:

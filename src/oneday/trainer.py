@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -153,8 +154,7 @@ class BudgetTrainer(Trainer):
         """Forward and backward over the step's micro-batches; returns the mean loss a predicted token, in nats."""
         begun = self.clock.now()
         model.train()
-        tokens, squares, predicted = self.count_globally(inputs)
-        flops = self.flop_counter.step_flops(tokens, squares, predicted)
+        tokens, flops, predicted = self.count_step(inputs)
         progress = self.clock.step_progress(tokens, flops)
         self.lr_scheduler.set_progress(progress)
         total = torch.zeros((), device=self.args.device)
@@ -174,16 +174,12 @@ class BudgetTrainer(Trainer):
         self.accelerator.backward(loss * self.args.world_size)
         return loss.detach()
 
-    def count_globally(self, step: list[Batch]) -> tuple[int, int, int]:
-        """(tokens, squared document lengths, predicted tokens) of a step over all processes."""
-        counts = [
-            sum(batch.num_tokens for batch in step),
-            sum(batch.sum_squared_lengths for batch in step),
-            sum(len(batch.labels) for batch in step),
-        ]
-        if self.args.world_size > 1:
-            counts = self.reduce_sum(torch.tensor(counts, device=self.args.device)).tolist()
-        return counts[0], counts[1], counts[2]
+    def count_step(self, step: list[Batch]) -> tuple[int, float, int]:
+        """(tokens, FLOPs, predicted tokens) of a step; windowed layers count the pairs inside their window."""
+        lengths = np.concatenate([batch.doc_lengths for batch in step])
+        predicted = sum(len(batch.labels) for batch in step)
+        tokens, squares = int(lengths.sum()), int((lengths**2).sum())
+        return tokens, self.flop_counter.step_flops(tokens, squares, predicted, lengths), predicted
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered for metrics.jsonl."""
@@ -196,9 +192,8 @@ class BudgetTrainer(Trainer):
 
     def next_step_fits(self) -> bool:
         """Whether the coming step ends inside the budget; rank 0 decides for all."""
-        step = self.loader.peek()
-        tokens, squares, predicted = self.count_globally(step)
-        fits = self.clock.fits(tokens, self.flop_counter.step_flops(tokens, squares, predicted))
+        tokens, flops, _ = self.count_step(self.loader.peek())
+        fits = self.clock.fits(tokens, flops)
         if self.args.world_size == 1:
             return fits
         flag = torch.tensor(int(fits), device=self.args.device)
