@@ -165,7 +165,7 @@ class BudgetTrainingArguments(TrainingArguments):
     eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
     seed: int = setting(42, "Seed of weights, masks and, unless data_seed is set, of the shuffle.")
     data_seed: int | None = setting(None, "Seed of the shuffle.")
-    torch_compile: bool = setting(False, "Compile the model with torch.compile.")
+    torch_compile: bool = setting(False, "Compile the layers with torch.compile; the first time takes half a minute.")
     bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
     num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")
 
@@ -177,7 +177,8 @@ class BudgetTrainingArguments(TrainingArguments):
                 raise SettingError(f"The setting {name} is {value}; it must be above zero.")
         self.optimizer_name = self.optim
         self.use_bf16 = self.bf16
-        self.optim, self.bf16 = "adamw_torch", False
+        self.use_compile = self.torch_compile
+        self.optim, self.bf16, self.torch_compile = "adamw_torch", False, False
         self.remove_unused_columns = False
         self.ignore_data_skip = True
         self.logging_nan_inf_filter = False

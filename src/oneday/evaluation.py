@@ -38,7 +38,7 @@ def evaluate_objective(
         objective: What is predicted.
         dataset: Packed held-out rows.
         micro_batch_tokens: Tokens of one forward pass.
-        precision: Opens the autocast context.
+        precision: Opens the context in which the model computes.
         position_offset: First position id of the architecture.
         rank: This process; it takes every `num_processes`-th micro-batch.
         num_processes: All of them.

@@ -79,7 +79,7 @@ def collect_results(
         "max_seq_length": data_args.max_seq_length,
         "seed": args.seed,
         "threads": describe_environment(args.device)["threads"],
-        "precision": "bfloat16 autocast" if trainer.bf16 else "float32",
+        "precision": "bfloat16, float32 master weights" if trainer.bf16 else "float32",
         "optim": args.optimizer_name,
         "tokens_seen": clock.tokens,
         "steps": clock.steps,

@@ -6,33 +6,32 @@ optimizer step, so that any split into micro-batches and processes gives the sam
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.collators import Batch, CausalCollator, Collator, MaskedCollator
+from oneday.cross_entropy import find_fusable_projection, summed_cross_entropy, summed_linear_cross_entropy
 
-# Rows of logits held at once in float32 while the loss is taken, in elements.
-LOGIT_CHUNK_ELEMENTS = 2**25
 # Held-out masks do not depend on the run's own seed, so that runs compare.
 EVALUATION_SEED = 20_240_229
 STANDARD_MLM_PROBABILITY = 0.15
 
 
 class SelectedPositions:
-    """Lets a stock model's head see only chosen positions.
+    """Lets a stock model's head see only chosen positions, and ends it before the output projection where it can.
 
     A forward hook on the base model replaces its (rows, row_length, width) output by the (1, num_predicted, width)
-    rows that are predicted; the stock head then runs on those alone, whatever the architecture's head is.
+    rows that are predicted; the stock head then runs on those alone, whatever the architecture's head is. Where the
+    logits are the output projection's own result, that projection passes its input through and is fused with the loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.positions: torch.Tensor | None = None
+        self.projection = find_fusable_projection(model)
         model.base_model.register_forward_hook(self.select)
 
     def select(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -41,6 +40,26 @@ class SelectedPositions:
             hidden = output.last_hidden_state
             output.last_hidden_state = hidden.flatten(0, 1).index_select(0, self.positions).unsqueeze(0)
         return output
+
+    def summed_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the batch's predicted positions."""
+        self.positions = batch.positions
+        if self.projection is not None:
+            self.projection.forward = pass_through
+        try:
+            output = model(**batch.inputs).logits[0]
+        finally:
+            self.positions = None
+            if self.projection is not None:
+                del self.projection.forward
+        if self.projection is None:
+            return summed_cross_entropy(output, batch.labels)
+        return summed_linear_cross_entropy(output, self.projection.weight, self.projection.bias, batch.labels)
+
+
+def pass_through(hidden: torch.Tensor) -> torch.Tensor:
+    """The output projection's forward while it is fused with the loss."""
+    return hidden
 
 
 class Objective:
@@ -73,13 +92,7 @@ class Objective:
             model: The stock model, wrapped or not, after `attach`.
             batch: A batch of this objective's collator.
         """
-        selected = find_selected(model)
-        selected.positions = batch.positions
-        try:
-            logits = model(**batch.inputs).logits[0]
-        finally:
-            selected.positions = None
-        return summed_cross_entropy(logits, batch.labels)
+        return find_selected(model).summed_loss(model, batch)
 
 
 def find_selected(model: nn.Module) -> SelectedPositions:
@@ -87,20 +100,6 @@ def find_selected(model: nn.Module) -> SelectedPositions:
     while not hasattr(model, "selected_positions"):
         model = model.module if hasattr(model, "module") else model._orig_mod
     return model.selected_positions
-
-
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of -log softmax(logits)[label] in float32, in chunks that bound the memory of the upcast.
-
-    Args:
-        logits: (num_predicted, vocabulary), any floating type.
-        labels: (num_predicted,) int64.
-    """
-    if logits.shape[0] == 0:
-        return logits.sum().float()
-    rows = max(1, LOGIT_CHUNK_ELEMENTS // logits.shape[-1])
-    pairs = zip(logits.split(rows), labels.split(rows))
-    return torch.stack([F.cross_entropy(part.float(), label, reduction="sum") for part, label in pairs]).sum()
 
 
 class MaskedLanguageModeling(Objective):
@@ -156,8 +155,3 @@ def find_objective(name: str) -> type[Objective]:
     if name not in OBJECTIVES:
         raise SettingError(f"The setting objective is {name!r}; it must be one of {', '.join(OBJECTIVES)}.")
     return OBJECTIVES[name]
-
-
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager:
-    """bfloat16 autocast on a device, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from oneday.attention import position_offset, probe_packing
 from oneday.budget import Budget, BudgetClock, write_whole
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
+from oneday.compilation import compile_layers, mark_varying, run_eagerly
 from oneday.evaluation import evaluate_objective
 from oneday.loader import StepLoader, StepPlan, plan_rows
+from oneday.mixed_precision import HalfWeights
 from oneday.modeling import FlopCounter
-from oneday.objectives import Objective, autocast
+from oneday.objectives import Objective
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
@@ -107,6 +110,9 @@ class BudgetTrainer(Trainer):
         objective.attach(model)
         self.flop_counter = FlopCounter(model)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+        self.half_weights = HalfWeights(model, self.bf16)
+        if args.use_compile:
+            compile_layers(model)
         self.train_dataset = train_dataset
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
@@ -158,20 +164,23 @@ class BudgetTrainer(Trainer):
         progress = self.clock.step_progress(tokens, flops)
         self.lr_scheduler.set_progress(progress)
         total = torch.zeros((), device=self.args.device)
-        for index, batch in enumerate(inputs):
-            last = index == len(inputs) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                total += self.backward(model, batch.to(self.args.device), predicted)
+        with self.half_weights.lent():
+            for index, batch in enumerate(inputs):
+                last = index == len(inputs) - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    total += self.backward(model, batch.to(self.args.device), predicted)
         loss = self.reduce_sum(total)
         self.step_record = StepRecord(begun, tokens, flops, predicted, progress, loss)
         return loss
 
     def backward(self, model: torch.nn.Module, batch: Batch, num_predicted: int) -> torch.Tensor:
         """Add one micro-batch's gradient; returns its share of the step's mean loss."""
-        with autocast(self.args.device, self.bf16):
-            loss = self.objective.summed_loss(model, batch) / max(num_predicted, 1)
+        if self.args.use_compile:
+            mark_varying(batch.inputs["cu_seq_lens"])
+        loss = self.objective.summed_loss(model, batch) / max(num_predicted, 1)
         # Data-parallel wrappers average gradients over processes; the sum is wanted.
         self.accelerator.backward(loss * self.args.world_size)
+        self.half_weights.collect()
         return loss.detach()
 
     def count_step(self, step: list[Batch]) -> tuple[int, float, int]:
@@ -235,6 +244,15 @@ class BudgetTrainer(Trainer):
         update_reserve(self)
         return metrics
 
+    @contextmanager
+    def evaluation_precision(self) -> Iterator[None]:
+        """The precision of training, without compiled layers: the last batch of an evaluation is smaller."""
+        with ExitStack() as stack:
+            stack.enter_context(self.half_weights.lent())
+            if self.args.use_compile:
+                stack.enter_context(run_eagerly())
+            yield
+
     def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
         """Held-out losses of the present weights."""
         metrics = evaluate_objective(
@@ -242,7 +260,7 @@ class BudgetTrainer(Trainer):
             self.objective,
             self.eval_dataset,
             self.args.micro_batch_tokens,
-            functools.partial(autocast, self.args.device, self.bf16),
+            self.evaluation_precision,
             self.position_offset,
             self.args.process_index,
             self.args.world_size,

@@ -1,0 +1,112 @@
+"""Summed cross-entropy, alone or fused with the output projection before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+# Logits held at once in float32, in elements: on a CPU few enough for its caches.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+
+
+def chunk_rows(device_type: str, vocab_size: int) -> int:
+    """Rows of logits that are held at once."""
+    return max(1, CHUNK_ELEMENTS.get(device_type, 2**25) // vocab_size)
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label] in float32, in chunks that bound the memory of the upcast.
+
+    Args:
+        logits: (num_predicted, vocabulary), any floating type.
+        labels: (num_predicted,) int64.
+    """
+    if logits.shape[0] == 0:
+        return logits.sum().float()
+    rows = chunk_rows(logits.device.type, logits.shape[-1])
+    pairs = zip(logits.split(rows), labels.split(rows))
+    return torch.stack([F.cross_entropy(part.float(), label, reduction="sum") for part, label in pairs]).sum()
+
+
+def summed_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """`summed_cross_entropy(hidden @ weight.T + bias, labels)` without ever holding all logits.
+
+    The gradients are taken chunk by chunk in the forward pass, as in Liger Kernel (Hsu et al. 2024, arXiv 2410.10989);
+    torch's own `linear_cross_entropy` does likewise, but only from torch 2.13 on.
+
+    Args:
+        hidden: (num_predicted, width).
+        weight: (vocabulary, width).
+        bias: (vocabulary,) or None.
+        labels: (num_predicted,) int64.
+    """
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled() or hidden.shape[0] == 0:
+        rows = chunk_rows(device, weight.shape[0])
+        parts = zip(hidden.split(rows), labels.split(rows))
+        return torch.stack([summed_cross_entropy(F.linear(part, weight, bias), label) for part, label in parts]).sum()
+    return LinearCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The differentiable part of `summed_linear_cross_entropy`; no second derivatives."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """The summed loss, float32; keeps the gradients of all inputs."""
+        rows = chunk_rows(hidden.device.type, weight.shape[0])
+        losses, grad_weight, grad_bias = [], None, None
+        grad_hidden = torch.empty_like(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], rows):
+                part, label = hidden[start : start + rows], labels[start : start + rows, None]
+                log_probabilities = F.linear(part, weight, bias).log_softmax(-1, dtype=torch.float32)
+                losses.append(-log_probabilities.gather(1, label).sum())
+                grad_logits = log_probabilities.exp_()
+                grad_logits.scatter_add_(1, label, grad_logits.new_full((), -1.0).expand(label.shape))
+                grad_bias = add_to(grad_bias, grad_logits.sum(0)) if bias is not None else None
+                grad_logits = grad_logits.to(weight.dtype)
+                torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
+                grad_weight = add_to(grad_weight, grad_logits.t() @ part)
+        grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias if bias is None else grad_bias.to(bias.dtype))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that the forward pass left."""
+        gradients = ctx.saved_tensors
+        return *(grad if grad is None else grad * grad_loss.to(grad.dtype) for grad in gradients), None
+
+
+def add_to(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum of chunks in float32; a lone chunk stays as it is."""
+    return part if total is None else total.float().add_(part)
+
+
+def find_fusable_projection(model: nn.Module) -> nn.Linear | None:
+    """The output projection, if the model's logits are exactly its output (no soft cap or scale after it); else None.
+
+    Found by trying: with the projection replaced by the identity the model must return what went into it.
+    """
+    projection = model.get_output_embeddings()
+    if not isinstance(projection, nn.Linear):
+        return None
+    seen: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
+    ids = torch.arange(4, device=model.device)[None]
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+    finally:
+        handle.remove()
+        model.train(training)
+    plain = len(seen) == 1 and seen[0].shape == logits.shape and torch.equal(seen[0], logits)
+    return projection if plain else None

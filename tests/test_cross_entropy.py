@@ -1,0 +1,81 @@
+"""The loss fused with the output projection, against logits and a softmax written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS
+from torch.nn import functional as F
+
+from oneday import cross_entropy
+from oneday.cross_entropy import find_fusable_projection, summed_cross_entropy, summed_linear_cross_entropy
+
+
+def make_case(num_rows=37, width=16, vocab=101, dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(shape).to(dtype).requires_grad_() for shape in ((num_rows, width), (vocab, width), (vocab,))
+    )
+    return hidden, weight, bias, torch.randint(vocab, (num_rows,))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 37, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_loss_and_gradients_equal_the_formula_in_float64(monkeypatch, rows, with_bias):
+    hidden, weight, bias, labels = make_case()
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", rows * 101)
+    leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
+    loss = summed_linear_cross_entropy(hidden, weight, bias if with_bias else None, labels) * 0.25
+    gradients = torch.autograd.grad(loss, leaves)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = doubles[0] @ doubles[1].T + (doubles[2] if with_bias else 0.0)
+    exact = -(logits - logits.exp().sum(-1, keepdim=True).log())[torch.arange(37), labels].sum() * 0.25
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    for ours, plain in zip(gradients, torch.autograd.grad(exact, doubles)):
+        assert ours.dtype == torch.float32
+        assert (ours - plain).abs().max() < 1e-5
+
+
+def test_no_gradient_gives_the_same_loss_and_none_at_all_gives_zero():
+    hidden, weight, bias, labels = make_case()
+    loss = summed_linear_cross_entropy(hidden, weight, bias, labels)
+    with torch.no_grad():
+        assert summed_linear_cross_entropy(hidden, weight, bias, labels).item() == pytest.approx(loss.item(), rel=1e-6)
+    empty = summed_linear_cross_entropy(hidden[:0], weight, bias, labels[:0])
+    assert empty.item() == 0.0
+    empty.backward()
+    assert not hidden.grad.any()
+
+
+def test_bfloat16_is_near_float32_and_far_logits_stay_finite():
+    hidden, weight, bias, labels = make_case()
+    exact = torch.autograd.grad(summed_linear_cross_entropy(hidden, weight, bias, labels), (hidden, weight, bias))
+    halves = [leaf.detach().bfloat16().requires_grad_() for leaf in (hidden, weight, bias)]
+    for ours, plain in zip(torch.autograd.grad(summed_linear_cross_entropy(*halves, labels), halves), exact):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - plain).norm() / plain.norm() < 0.02
+    far = summed_linear_cross_entropy((1e4 * hidden.detach()).requires_grad_(), weight, bias, labels)
+    assert torch.isfinite(far)
+
+
+def test_under_autocast_the_gradients_come_back_in_float32():
+    hidden, weight, bias, labels = make_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = summed_linear_cross_entropy(hidden, weight, bias, labels)
+    gradients = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_plain_sum_is_torchs():
+    hidden, weight, bias, labels = make_case()
+    logits = hidden @ weight.T + bias
+    assert summed_cross_entropy(logits, labels).item() == pytest.approx(
+        F.cross_entropy(logits, labels, reduction="sum").item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+def test_only_a_projection_that_gives_the_logits_is_fused(make_model, name):
+    """nanochat caps its logits after the projection, so its loss must see them."""
+    projection = find_fusable_projection(make_model(name))
+    assert (projection is None) == (name == "nanochat")
