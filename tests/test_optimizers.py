@@ -62,13 +62,15 @@ def test_bits_of_the_states(tmp_path, optim):
 
 def test_8bit_states_are_smaller(tmp_path):
     sizes = {}
-    for optim in ("adamw", "adamw_8bit"):
+    for optim in ("adamw", "adamw_8bit", "muon", "muon_8bit"):
         model = make_model()
         optimizer = build_optimizer(model, arguments(tmp_path, optim))
         step(model, optimizer)
         sizes[optim] = count_state_bytes(optimizer.optimizers[:1]) / sum(p.numel() for p in split_parameters(model)[0])
     assert sizes["adamw"] == pytest.approx(8, abs=0.01)
     assert sizes["adamw_8bit"] < 2.8, "two bytes and the block-wise scales and code books"
+    assert sizes["muon"] == 4
+    assert sizes["muon_8bit"] == 1 + 4 / 256, "one byte, and a float32 scale for each 256"
 
 
 def test_adamw_equals_the_formula(tmp_path):
@@ -117,7 +119,8 @@ def test_unknown_optimizer_is_refused(tmp_path):
         build_optimizer(make_model(), arguments(tmp_path, "sgd"))
 
 
-def test_8bit_without_its_library_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optim", ["adamw_8bit", "muon_8bit"])
+def test_8bit_without_its_library_is_refused(tmp_path, monkeypatch, optim):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(SettingError, match="needs bitsandbytes"):
-        build_optimizer(make_model(), arguments(tmp_path, "adamw_8bit"))
+        build_optimizer(make_model(), arguments(tmp_path, optim))

@@ -141,7 +141,7 @@ class BudgetTrainingArguments(TrainingArguments):
     batch_ramp_fraction: float = setting(0.6, "Fraction of the budget at which the batch has its full size.")
     micro_batch_tokens: int = setting(16_384, "Tokens of one forward and backward pass on one process.")
 
-    optim: str = setting("muon", "adamw, adamw_8bit, lion_8bit, ademamix_8bit or muon.")
+    optim: str = setting("muon", "adamw, adamw_8bit, lion_8bit, ademamix_8bit, muon or muon_8bit.")
     learning_rate: float = setting(1e-3, "Peak learning rate of everything that Muon does not train.")
     muon_learning_rate: float = setting(5e-3, "Peak learning rate of the hidden matrices under muon.")
     weight_decay: float = setting(0.01, "Decoupled weight decay of matrices.")
@@ -153,6 +153,11 @@ class BudgetTrainingArguments(TrainingArguments):
     warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
     decay_fraction: float = setting(
         0.5, "Fraction of the budget over which trapezoid and one_minus_sqrt fall to zero."
+    )
+
+    embedding_init: str = setting(
+        "random",
+        "Where token embeddings start: random, or cooccurrence (word vectors counted from the corpus, in the budget).",
     )
 
     num_evaluations: int = setting(5, "Held-out evaluations during the run, at equal parts of the budget.")

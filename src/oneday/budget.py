@@ -22,7 +22,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
 # Where the seconds of a run go; `other` is what no entry before it claims.
-LEDGER = ("steps", "data", "evaluation", "checkpoints", "lost", "other")
+LEDGER = ("initialization", "steps", "data", "evaluation", "checkpoints", "lost", "other")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class BudgetClock:
     ledger: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0.0))
     _started: float | None = None
     _stopped: float | None = None
+    _paused: float | None = None
     _progress: float = 0.0
     _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -132,8 +133,21 @@ class BudgetClock:
         """Budget seconds spent so far, earlier processes included."""
         if self._started is None:
             return self.carried_seconds
-        end = self.now() if self._stopped is None else self._stopped
-        return self.carried_seconds + end - self._started
+        end = next((moment for moment in (self._stopped, self._paused) if moment is not None), None)
+        return self.carried_seconds + (self.now() if end is None else end) - self._started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing counts inside, and `elapsed_seconds` stands still: for measuring that is no part of the run."""
+        if self._started is None or self._stopped is not None or self._paused is not None:
+            yield
+            return
+        self._paused = self.now()
+        try:
+            yield
+        finally:
+            self._started += self.now() - self._paused
+            self._paused = None
 
     def count_step(self, tokens: int, flops: float, seconds: float) -> None:
         """Count one optimizer step: its tokens (padding not counted), executed FLOPs and wall seconds."""

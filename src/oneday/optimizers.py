@@ -8,6 +8,7 @@ not defined for them. To add one: write a builder and enter it in HIDDEN_OPTIMIZ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.muon import Muon, Muon8bit
 
 # Below this many elements a block-wise 8-bit state saves nothing (bitsandbytes' own default).
 MIN_8BIT_ELEMENTS = 4096
@@ -98,26 +100,30 @@ def adam_settings(args: BudgetTrainingArguments) -> dict[str, Any]:
 
 def build_adamw_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
     """AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861)."""
-    return import_bitsandbytes().AdamW8bit(parameters, **adam_settings(args), min_8bit_size=MIN_8BIT_ELEMENTS)
+    return import_bitsandbytes().optim.AdamW8bit(parameters, **adam_settings(args), min_8bit_size=MIN_8BIT_ELEMENTS)
 
 
 def build_lion_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
     """Lion with 8-bit momentum; betas .9/.99 and a learning rate a tenth of AdamW's (arXiv 2302.06675)."""
     settings = {"lr": args.learning_rate / 10, "betas": (0.9, 0.99), "weight_decay": args.weight_decay}
-    return import_bitsandbytes().Lion8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
+    return import_bitsandbytes().optim.Lion8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
 
 
 def build_ademamix_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
     """AdEMAMix with 8-bit moments (Pagliardini et al. 2024, arXiv 2409.03137)."""
     settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-    return import_bitsandbytes().AdEMAMix8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
+    return import_bitsandbytes().optim.AdEMAMix8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
 
 
 def build_muon(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
-    """PyTorch's Muon, its update scaled to AdamW's root mean square (Liu et al. 2025, arXiv 2502.16982)."""
-    return torch.optim.Muon(
-        parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    """Muon, its update scaled to AdamW's root mean square (Liu et al. 2025, arXiv 2502.16982)."""
+    return Muon(parameters, lr=args.muon_learning_rate, weight_decay=args.weight_decay)
+
+
+def build_muon_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """Muon with block-wise 8-bit momentum."""
+    settings = {"lr": args.muon_learning_rate, "weight_decay": args.weight_decay}
+    return Muon8bit(parameters, import_bitsandbytes().functional, min_8bit_size=MIN_8BIT_ELEMENTS, **settings)
 
 
 HIDDEN_OPTIMIZERS: dict[str, Builder] = {
@@ -126,11 +132,12 @@ HIDDEN_OPTIMIZERS: dict[str, Builder] = {
     "lion_8bit": build_lion_8bit,
     "ademamix_8bit": build_ademamix_8bit,
     "muon": build_muon,
+    "muon_8bit": build_muon_8bit,
 }
 
 
-def import_bitsandbytes() -> Any:
-    """The optimizers of bitsandbytes, imported only when asked for (it prints on machines without a GPU).
+def import_bitsandbytes() -> ModuleType:
+    """The module bitsandbytes, imported only when asked for (it prints on machines without a GPU).
 
     Raises:
         SettingError: When the library is not installed or does not load.
@@ -143,7 +150,7 @@ def import_bitsandbytes() -> Any:
             f"An 8-bit optimizer needs bitsandbytes, which does not load here ({reason}); "
             "pip install bitsandbytes, or set optim to adamw or muon."
         ) from None
-    return bitsandbytes.optim
+    return bitsandbytes
 
 
 def check_optimizer(name: str) -> None:

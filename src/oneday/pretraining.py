@@ -14,6 +14,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import read_carried_seconds
 from oneday.callbacks import note_signals
+from oneday.initialization import initialize_embeddings
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -60,6 +61,8 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
     if trainer.args.eval_on_start and checkpoint is None:
         trainer.evaluate()
     trainer.args.eval_on_start = False
+    if checkpoint is None and trainer.args.embedding_init == "cooccurrence":
+        initialize_in_budget(trainer)
     if trainer.next_step_fits():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     elif checkpoint is None:
@@ -69,6 +72,14 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
         )
     else:
         trainer._load_from_checkpoint(str(checkpoint))
+
+
+def initialize_in_budget(trainer: BudgetTrainer) -> None:
+    """Start the clock and set the embeddings from the corpus."""
+    trainer.clock.start()
+    with trainer.clock.account("initialization"):
+        tokenizer = trainer.processing_class
+        initialize_embeddings(trainer.model, trainer.train_dataset, tokenizer.all_special_ids, trainer.args.seed)
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:

@@ -27,6 +27,7 @@ from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCall
 from oneday.collators import Batch
 from oneday.compilation import compile_layers, mark_varying, run_eagerly
 from oneday.evaluation import evaluate_objective
+from oneday.initialization import check_embedding_init
 from oneday.loader import StepLoader, StepPlan, plan_rows
 from oneday.mixed_precision import HalfWeights
 from oneday.modeling import FlopCounter
@@ -100,6 +101,7 @@ class BudgetTrainer(Trainer):
         self.position_offset = position_offset(model)
         probe_packing(model)
         check_optimizer(args.optimizer_name)
+        check_embedding_init(args.embedding_init, train_dataset)
         self.loader = self.build_loader(args, train_dataset)
         super().__init__(
             model=model,
