@@ -6,18 +6,12 @@ import logging
 
 import torch
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
-from oneday.budget import Budget
+from oneday.arguments import SettingError
+from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.model_card import write_reports
-from oneday.modeling import build_model, check_config_file, load_config
-from oneday.objectives import find_objective
-from oneday.preparation import prepare_data
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
 from oneday.run_directory import create_run, discard_run, inspect_run, lock_run
-from oneday.throughput import set_threads
-from oneday.trainer import BudgetTrainer
 
-CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 DESCRIPTION = "Pretrain a language model from scratch until a budget is used up. Times in hours or minutes as named."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
@@ -30,23 +24,12 @@ def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
     model_args, data_args, args = build_arguments(CLASSES, settings)
-    Budget.from_arguments(args)
-    check_config_file(model_args.model_config)
-    set_threads(args.num_threads)
+    check_settings(model_args, args)
     state = inspect_run(args.output_dir, settings)
     if state == "finished":
         logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
         return 0
-    objective_class = find_objective(args.objective)
-    with args.main_process_first(local=True, desc="preparing the data"):
-        data = prepare_data(data_args, objective_class.kind, args.seed)
-    objective = objective_class(data.tokenizer, args)
-    config = load_config(
-        model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
-    )
-    torch.manual_seed(args.seed)
-    model = build_model(config, objective.auto_class)
-    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
+    trainer, data = assemble_trainer(model_args, data_args, args)
     if state == "new":
         create_run(args.output_dir, settings)
     with lock_run(args.output_dir):

@@ -108,6 +108,32 @@ def test_step_progress_is_read_at_the_middle_of_the_step():
     assert clock.step_progress(100, 0) == pytest.approx(0.05)
 
 
+def test_a_pause_costs_nothing():
+    time = FakeTime()
+    clock = BudgetClock(Budget(seconds=100.0), now=time)
+    with clock.paused():
+        time.seconds += 7
+    clock.start()
+    time.seconds += 20
+    with clock.paused():
+        time.seconds += 50
+        assert clock.elapsed_seconds == pytest.approx(20), "it stands still inside"
+        with clock.paused():
+            time.seconds += 5
+    time.seconds += 5
+    assert clock.elapsed_seconds == pytest.approx(25)
+    assert clock.progress == pytest.approx(0.25)
+    with pytest.raises(RuntimeError), clock.paused():
+        time.seconds += 1000
+        raise RuntimeError
+    assert clock.elapsed_seconds == pytest.approx(25), "an error inside does not leave it standing or counted"
+    time.seconds += 5
+    clock.stop()
+    with clock.paused():
+        time.seconds += 9
+    assert clock.elapsed_seconds == pytest.approx(30)
+
+
 def test_a_killed_process_is_charged_and_idle_time_is_not(tmp_path):
     time = FakeTime()
     first = BudgetClock(Budget(seconds=100.0), now=time)

@@ -6,13 +6,14 @@ loss, whose sizes change from step to step, stay outside.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from oneday.arguments import SettingError
+logger = logging.getLogger(__name__)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -24,16 +25,14 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 def compile_layers(model: nn.Module) -> int:
     """Compile the repeated layers in place; returns how many. State dict and module names stay as they are.
 
-    Raises:
-        SettingError: When the model has no repeated layers, or a C++ compiler is needed and missing.
+    Without a C++ compiler, which a CPU needs, the model runs uncompiled and a warning says so.
     """
     layers = find_layers(model)
-    if not layers:
-        raise SettingError(
-            f"torch_compile is true, but {type(model).__name__} has no repeated layers; set it to false."
-        )
     if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise SettingError("torch_compile is true, but there is no C++ compiler; install g++ or set it to false.")
+        logger.warning(
+            "torch_compile is true, but no C++ compiler is there: running uncompiled; install g++."
+        )
+        return 0
     torch._dynamo.config.cache_size_limit = max(16, torch._dynamo.config.cache_size_limit)
     for layer in layers:
         layer.compile(dynamic=False)

@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING_INITS = ("random", "cooccurrence")
 # A pair of tokens d apart counts 1 / d, up to this distance (GloVe's weighting, Pennington et al. 2014).
-WINDOW = 4
+WINDOW = 2
 # Counts read at most this many tokens: more changes the vectors less than it costs.
 MAX_TOKENS = 12_000_000
 # Cells of the table of counts. A larger vocabulary keeps all its rows and only the most frequent columns.
 MAX_CELLS = 2**28
+POWER_ITERATIONS = 1
 # Standard deviation of the vectors' elements.
-EMBEDDING_STD = 0.08
+EMBEDDING_STD = 0.1
 
 
 def check_embedding_init(name: str, dataset: PackedDataset | RowSource) -> None:
@@ -60,9 +61,9 @@ def initialize_embeddings(model: nn.Module, dataset: PackedDataset, special_ids:
     generator = torch.Generator(table.device).manual_seed(seed)
     counts = count_cooccurrences(dataset, table.shape[0], special_ids)
     information = positive_pmi(torch.from_numpy(counts).to(table.device))
+    seen = information.any(1)
     vectors = factorize(information, table.shape[1], generator)
     with torch.no_grad():
-        seen = vectors.square().sum(1) > 0
         table.mul_(EMBEDDING_STD / table.std())
         table[seen] = (vectors * (EMBEDDING_STD / vectors[seen].std()))[seen]
 
@@ -121,12 +122,12 @@ def positive_pmi(counts: Tensor, smoothing: float = 0.75) -> Tensor:
 def factorize(matrix: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """(vocabulary, width) vectors U sqrt(S) of the leading singular triples, in randomly rotated coordinates.
 
-    A randomised range finder with two power iterations (Halko, Martinsson & Tropp 2011, algorithm 5.1).
+    A randomised range finder with power iterations (Halko, Martinsson & Tropp 2011, algorithm 5.1).
     """
     rank = min(width, *matrix.shape)
     sketch = torch.randn(matrix.shape[1], rank, device=matrix.device, generator=generator)
     basis = torch.linalg.qr(matrix @ sketch).Q
-    for _ in range(2):
+    for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     left, singular, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     vectors = (basis @ left) * singular.sqrt()

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def resolve_settings(
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(format_help(classes, description, example))
         raise SystemExit(0)
-    recipe, overrides = split_command_line(argv)
+    recipe, overrides = split_command_line(argv, repeatable_settings(classes))
     layers = read_layers(recipe or default_recipe) if (recipe or default_recipe) else []
     known, refused = fields_of(classes), refused_settings(classes)
     settings: Settings = {}
@@ -76,8 +76,31 @@ def resolve_settings(
     return {key: coerce(key, value, known[key]) for key, value in settings.items()}
 
 
-def split_command_line(argv: list[str]) -> tuple[str | None, Settings]:
-    """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': True})`."""
+def split_mode(modes: tuple[str, ...], argv: list[str] | None = None) -> tuple[str | None, list[str]]:
+    """The first word of the command line, one of `modes`, and what follows; None for a `--help` without one.
+
+    Raises:
+        SettingError: When the first word is none of them.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in modes:
+        return argv[0], argv[1:]
+    if argv and argv[0] in ("--help", "-h"):
+        return None, argv
+    given = f"is {argv[0]!r}" if argv else "is missing"
+    raise SettingError(f"The first word of the command {given}; it must be one of {', '.join(modes)}.")
+
+
+def repeatable_settings(classes: tuple[type, ...]) -> set[str]:
+    """Settings that may be given several times on the command line, each time one item of their list."""
+    return {field.name for cls in classes for field in dataclasses.fields(cls) if field.metadata.get("repeatable")}
+
+
+def split_command_line(argv: list[str], repeatable: Collection[str] = ()) -> tuple[str | None, Settings]:
+    """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': True})`.
+
+    Of a setting given twice the last one counts; of a `repeatable` one, all: `--a 1 --a 2` -> `{'a': [1, 2]}`.
+    """
     recipe, overrides, position = None, {}, 0
     while position < len(argv):
         word = argv[position]
@@ -94,7 +117,8 @@ def split_command_line(argv: list[str]) -> tuple[str | None, Settings]:
             has_value = position < len(argv) and not argv[position].startswith("--")
             text = argv[position] if has_value else "true"
             position += has_value
-        overrides[key.replace("-", "_")] = read_value(key, text)
+        name, value = key.replace("-", "_"), read_value(key, text)
+        overrides[name] = [*overrides.get(name, []), value] if name in repeatable else value
     return recipe, overrides
 
 
@@ -280,8 +304,8 @@ def format_setting(field: dataclasses.Field) -> list[str]:
     ]
 
 
-def run_program(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1."""
+def start_logging() -> None:
+    """Plain lines on stderr, without the chatter of the libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -289,6 +313,11 @@ def run_program(main: Callable[[], int | None]) -> None:
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1."""
+    start_logging()
     try:
         code = main()
     except SettingError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+# Names of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 PACKAGES = (
     "oneday", "torch", "transformers", "datasets", "accelerate", "tokenizers", "evaluate", "bitsandbytes", "peft",
 )  # fmt: skip
@@ -33,12 +36,28 @@ def usable_cores() -> int:
 def set_threads(num_threads: int | None = None) -> int:
     """Give this process its share of the cores: `accelerate launch` without a config would leave it one.
 
+    It also keeps its freed memory, see `keep_freed_memory`.
+
     Args:
         num_threads: Threads to use; None: usable cores over the processes on this machine.
     """
     share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, num_threads or share))
+    keep_freed_memory()
     return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep freed blocks for the next step instead of giving their pages back; False without glibc.
+
+    Every activation above 128 KiB is otherwise mapped, zeroed page by page, and unmapped again: a fifth of a CPU step.
+    """
+    try:
+        allocator = ctypes.CDLL("libc.so.6")
+        settings = ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26))
+        return all(allocator.mallopt(name, value) == 1 for name, value in settings)
+    except (OSError, AttributeError):
+        return False
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -1,0 +1,69 @@
+"""Measure a recipe: its throughput, its curve against stock's, and what single changes do."""
+
+from __future__ import annotations
+
+import sys
+
+from oneday.assembly import CLASSES
+from oneday.benchmarks.ablation import run_ablation
+from oneday.benchmarks.arguments import (
+    AblationArguments,
+    RecordArguments,
+    SeedArguments,
+    ThroughputArguments,
+    VersusStockArguments,
+)
+from oneday.benchmarks.planning import make_plan
+from oneday.benchmarks.throughput import run_throughput
+from oneday.benchmarks.versus_stock import run_versus_stock
+from oneday.recipe import (
+    build_arguments,
+    fields_of,
+    format_help,
+    resolve_settings,
+    run_program,
+    split_command_line,
+    split_mode,
+)
+
+DESCRIPTION = (
+    "Measure a recipe in one of three modes, named first: throughput, versus-stock, ablate. Every run is a process of "
+    "its own, one after the other; finished runs are kept as records and used again. Other settings are the recipe's."
+)
+DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
+MODES = {
+    "throughput": (run_throughput, (ThroughputArguments,)),
+    "versus-stock": (run_versus_stock, (VersusStockArguments, SeedArguments)),
+    "ablate": (run_ablation, (AblationArguments, SeedArguments)),
+}
+EXAMPLES = {
+    "throughput": "--grid optim=muon,adamw --grid micro_batch_tokens=2048,4096",
+    "versus-stock": "--budget_minutes 10 --seeds 1,2,3",
+    "ablate": "--change muon_learning_rate=1e-2 --change lr_shape=linear,warmup_fraction=0.1",
+}
+
+
+def format_example(mode: str) -> str:
+    """A command that works."""
+    return f"python scripts/benchmark.py {mode} {DEFAULT_RECIPE} {EXAMPLES[mode]}"
+
+
+def main() -> None:
+    """Run one mode and print its table."""
+    mode, argv = split_mode(tuple(MODES))
+    if mode is None:
+        own = (ThroughputArguments, VersusStockArguments, AblationArguments, SeedArguments, RecordArguments)
+        sys.stdout.write(format_help(own, DESCRIPTION, format_example("versus-stock")))
+        return
+    run, mode_classes = MODES[mode]
+    own = (*mode_classes, RecordArguments)
+    settings = resolve_settings((*own, *CLASSES), argv, DESCRIPTION, format_example(mode), DEFAULT_RECIPE)
+    recipe, _ = split_command_line(argv)
+    *mode_args, record_args = build_arguments(own, settings)
+    of_recipe = {key: value for key, value in settings.items() if key not in fields_of(own)}
+    plan = make_plan(recipe or DEFAULT_RECIPE, of_recipe, record_args)
+    print(run(plan, *mode_args))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,58 @@
+"""From settings to a trainer that can start: what the programs that pretrain have in common."""
+
+from __future__ import annotations
+
+import torch
+
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.budget import Budget
+from oneday.modeling import build_model, check_config_file, load_config
+from oneday.objectives import Objective, find_objective
+from oneday.preparation import PreparedData, prepare_data
+from oneday.throughput import set_threads
+from oneday.trainer import BudgetTrainer
+
+# The settings of a pretraining recipe.
+CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
+
+
+def check_settings(model_args: ModelArguments, args: BudgetTrainingArguments) -> Budget:
+    """What can be said before any text is read: the budget and the config file; also gives this process its threads.
+
+    Raises:
+        SettingError: When no budget is set, or the config file cannot be used.
+    """
+    budget = Budget.from_arguments(args)
+    check_config_file(model_args.model_config)
+    set_threads(args.num_threads)
+    return budget
+
+
+def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -> tuple[Objective, PreparedData]:
+    """The objective over the prepared text.
+
+    Raises:
+        SettingError: When there is no such objective, or the text cannot be used.
+    """
+    objective_class = find_objective(args.objective)
+    with args.main_process_first(local=True, desc="preparing the data"):
+        data = prepare_data(data_args, objective_class.kind, args.seed)
+    return objective_class(data.tokenizer, args), data
+
+
+def assemble_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: BudgetTrainingArguments
+) -> tuple[BudgetTrainer, PreparedData]:
+    """A trainer with random weights from `args.seed`, and the text it trains on; see `check_settings` first.
+
+    Raises:
+        SettingError: When a setting cannot work.
+    """
+    objective, data = prepare_objective(data_args, args)
+    config = load_config(
+        model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
+    )
+    torch.manual_seed(args.seed)
+    model = build_model(config, objective.auto_class)
+    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
+    return trainer, data

@@ -1,0 +1,121 @@
+"""ablate: a recipe and one change at a time, all seeds; the difference with its standard error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from oneday.arguments import SettingError
+from oneday.benchmarks.arguments import AblationArguments, SeedArguments
+from oneday.benchmarks.planning import Plan, Text, read_changes, read_text
+from oneday.benchmarks.records import Record, write_summary
+from oneday.modeling import check_config_file
+
+BASE = "base"
+# A verdict needs the difference to be this many standard errors, over this many seeds.
+VERDICT_ERRORS, VERDICT_SEEDS = 2.0, 3
+
+
+def paired_difference(base: Sequence[float], changed: Sequence[float]) -> tuple[float, float]:
+    """(mean difference, its standard error) of values paired by seed; the error of a single pair is NaN.
+
+    >>> paired_difference([4.0, 4.0, 4.0], [3.0, 2.0, 1.0])
+    (-2.0, 0.5773502691896258)
+    """
+    differences = [after - before for before, after in zip(base, changed, strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return fmean(differences), error
+
+
+def run_ablation(plan: Plan, args: AblationArguments, seed_args: SeedArguments) -> str:
+    """Run what is missing, seed by seed, and write the summary; returns the table.
+
+    Raises:
+        SettingError: When no change is given, one cannot work, or a run fails.
+    """
+    if not args.change:
+        raise SettingError("No change is given; add --change NAME=VALUE, once for each change.")
+    changes = {BASE: {}, **{text.replace(" ", ""): read_changes(text, "change") for text in args.change}}
+    texts = {label: plan.text if not change else read_changed_text(plan, change) for label, change in changes.items()}
+    jobs = {
+        label: [plan.our_job("ablation", label, seed, 1, change, texts[label]) for seed in seed_args.seeds]
+        for label, change in changes.items()
+    }
+    records = plan.store.obtain([job for turn in zip(*jobs.values()) for job in turn])
+    groups = {label: [records[job.name] for job in group] for label, group in jobs.items()}
+    rows = [
+        describe_change(label, group, groups[BASE], texts[label].held_out == plan.text.held_out)
+        for label, group in groups.items()
+    ]
+    write_summary(
+        plan.store.folder / f"ablation-{plan.name}.json", rows, list(records.values()), plan.store.environment,
+        benchmark="ablate", recipe=plan.name, budget=plan.budget.limits, measure=plan.text.measure,
+    )  # fmt: skip
+    return format_table(plan, rows, seed_args.seeds)
+
+
+def read_changed_text(plan: Plan, change: dict[str, Any]) -> Text:
+    """The text of a changed recipe; also says early what cannot work about the change."""
+    settings = {**plan.settings, **change}
+    check_config_file(settings["model_config"])
+    return read_text(settings)
+
+
+def describe_change(label: str, group: list[Record], base: list[Record], is_comparable: bool) -> dict[str, Any]:
+    """One row of the table."""
+    measure = group[0]["measure"]
+    losses, base_losses = ([record["final"][measure] for record in records] for records in (group, base))
+    difference, error = paired_difference(base_losses, losses)
+    rates = [fmean(record["tokens_per_second"] for record in records) for records in (group, base)]
+    row = {
+        "change": label,
+        "losses": losses,
+        "mean_loss": fmean(losses),
+        "tokens_per_second": rates[0],
+        "tokens_per_second_ratio": rates[0] / rates[1],
+    }
+    if label != BASE:
+        row |= {
+            "difference": difference if is_comparable else None,
+            "standard_error": error if is_comparable and math.isfinite(error) else None,
+            "verdict": find_verdict(difference, error, len(losses)) if is_comparable else "other text",
+        }
+    return row
+
+
+def find_verdict(difference: float, error: float, num_seeds: int) -> str:
+    """`better` or `worse` only where the difference stands out of its error."""
+    if num_seeds < VERDICT_SEEDS:
+        return f"needs {VERDICT_SEEDS} seeds"
+    if abs(difference) <= VERDICT_ERRORS * error:
+        return "not clear"
+    return "better" if difference < 0 else "worse"
+
+
+def format_table(plan: Plan, rows: list[dict[str, Any]], seeds: list[int]) -> str:
+    """The rows in 80 columns."""
+    lines = [
+        f"{plan.name[:50]}: one change at a time",
+        f"{plan.budget.describe()} a run, seeds {', '.join(map(str, seeds))}",
+        f"{'change':22}{'mean loss':>10}{'difference':>11}{'std. error':>11}{'tokens/s':>9}  verdict",
+        "-" * 80,
+    ]
+    for row in rows:
+        label = row["change"]
+        if len(label) > 21:
+            lines.append(label[:80])
+            label = ""
+        difference, error = row.get("difference"), row.get("standard_error")
+        lines.append(
+            f"{label:22}{row['mean_loss']:>10.4f}{'' if difference is None else f'{difference:+.4f}':>11}"
+            f"{'' if error is None else f'{error:.4f}':>11}{row['tokens_per_second_ratio']:>7.2f} x"
+            f"  {row.get('verdict', '')}".rstrip()
+        )
+    lines += [
+        "-" * 80,
+        f"loss: {plan.text.measure}, nats a predicted token; differences: same seed's runs.",
+        f"A verdict is given beyond {VERDICT_ERRORS:g} standard errors. tokens/s: over the base's.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Settings of the benchmarks; every other setting on the command line is one of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oneday.arguments import SettingError, setting
+
+
+@dataclass
+class ThroughputArguments:
+    """throughput: how fast a recipe trains, over a grid of settings."""
+
+    grid: list[str] | None = setting(
+        None,
+        "NAME=VALUE,VALUE ... of any recipe setting; given several times, all combinations are measured. Empty: "
+        "optim=muon,adamw,adamw_8bit packing_strategy=best_fit,padded torch_compile=false,true.",
+        repeatable=True,
+    )
+    measure_seconds: float = setting(10.0, "Seconds of training steps measured at each point, after the warm-up.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        check_positive("measure_seconds", self.measure_seconds)
+
+
+@dataclass
+class VersusStockArguments:
+    """versus-stock: a recipe against transformers.Trainer as the Hub's own examples use it."""
+
+    baselines: list[str] | None = setting(
+        None,
+        "Stock models: bert, modernbert, gpt2, llama, or a config JSON; empty: bert,modernbert for an encoder's "
+        "recipe, gpt2,llama for a decoder's.",
+    )
+    learning_rates: list[float] = setting(
+        [3e-4, 1e-3, 3e-3], "Learning rates stock chooses from, for each baseline; a single one is taken as it is."
+    )
+    screen_minutes: float = setting(2.5, "Minutes of each run that chooses a learning rate.")
+    sides: list[str] = setting(["ours", "stock"], "What is run: ours, stock or both; records of the other are shown.")
+    num_points: int = setting(24, "Points of each held-out curve, denser early.")
+    stock_rows: int = setting(32, "Rows of stock's batch (per_device_train_batch_size).")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("screen_minutes", "num_points", "stock_rows"):
+            check_positive(name, getattr(self, name))
+        for rate in self.learning_rates:
+            check_positive("learning_rates", rate)
+        if not self.learning_rates:
+            raise SettingError("The setting learning_rates is empty; give one or several, say 3e-4,1e-3,3e-3.")
+        if not self.sides or set(self.sides) - {"ours", "stock"}:
+            raise SettingError(f"The setting sides is {','.join(self.sides)!r}; it must be ours, stock or both.")
+
+
+@dataclass
+class AblationArguments:
+    """ablate: one change at a time from a recipe."""
+
+    change: list[str] | None = setting(
+        None, "NAME=VALUE[,NAME=VALUE ...], one change from the recipe; may be given several times.", repeatable=True
+    )
+
+
+@dataclass
+class SeedArguments:
+    """Repetitions, for versus-stock and ablate."""
+
+    seeds: list[int] = setting([1, 2, 3], "Seeds; every side or change is run with each.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            shown = ",".join(map(str, self.seeds))
+            raise SettingError(f"The setting seeds is {shown!r}; give one or several different ones, say 1,2,3.")
+
+
+@dataclass
+class RecordArguments:
+    """Records: every finished run is kept as a JSON file and used again while it stands."""
+
+    records_dir: str = setting("recipes/benchmarks", "Where records, tables and pictures are kept.")
+    reuse_ours: bool = setting(False, "Use records of our side also when this project's code has changed since.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise SettingError unless `value` is above zero."""
+    if not value > 0:
+        raise SettingError(f"The setting {name} is {value}; it must be above zero.")

@@ -1,0 +1,54 @@
+"""Our side of a benchmark: a recipe run by BudgetTrainer, with its held-out curve."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from oneday.assembly import CLASSES, assemble_trainer, check_settings
+from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
+from oneday.benchmarks.records import Job
+from oneday.recipe import build_arguments
+from oneday.trainer import BudgetTrainer
+
+
+def run_ours(job: Job) -> dict[str, Any]:
+    """Run a recipe in a temporary directory; for a fresh process.
+
+    Args:
+        job: `details` holds `budget_seconds` (None where another kind of budget ends the run) and `num_points`.
+
+    Raises:
+        SettingError: When a setting cannot work.
+        KeyboardInterrupt: When a signal ended it.
+    """
+    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
+        model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": folder})
+        check_settings(model_args, args)
+        trainer, data = assemble_trainer(model_args, data_args, args)
+        held_out = HeldOut(
+            trainer.model,
+            trainer.objective,
+            data.validation,
+            args.micro_batch_tokens,
+            trainer.evaluation_precision,
+            trainer.position_offset,
+        )
+        budget_seconds = job.details["budget_seconds"]
+        times = point_times(budget_seconds, job.details["num_points"]) if budget_seconds else []
+        curve = CurveCallback(trainer.clock, times, held_out.measure, args.device)
+        trainer.add_callback(curve)
+        metrics = trainer.run()
+        if trainer.status == "interrupted":
+            raise KeyboardInterrupt
+        losses = {name_measure(trainer.objective): metrics[name_measure(trainer.objective)]}
+        if "eval_bits_per_byte" in metrics:
+            losses["bits_per_byte"] = metrics["eval_bits_per_byte"]
+        curve.add_point(losses)
+        result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
+        return {**result, "precision": describe_precision(trainer)}
+
+
+def describe_precision(trainer: BudgetTrainer) -> str:
+    """What our side computes in."""
+    return "bfloat16, float32 master weights" if trainer.bf16 else "float32"

@@ -1,0 +1,189 @@
+"""Records: one JSON file a finished run, used again while settings, text, machine and code are what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from oneday.arguments import SettingError
+from oneday.benchmarks.processes import RunError, run_in_fresh_process
+from oneday.budget import write_whole
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+# Of the environment, what decides a measurement; of the packages, all but this project.
+SAME_ENVIRONMENT = ("device", "device_type", "cores", "threads", "num_processes", "python")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a side, a seed.
+
+    Attributes:
+        kind: `ours`, `stock`, `ablation` or `throughput`.
+        name: Of the record's file, without `.json`.
+        run: Called with this job in a fresh process; returns what the record holds beside the job's own facts.
+        recipe: Every setting of the recipe, for `run`; may hold paths and goes into no record.
+        details: Facts for `run` that the record repeats (budget_seconds, seed, learning_rate ...).
+        settings: Everything that decides the result beside machine and code; a record counts only where it is equal.
+    """
+
+    kind: str
+    name: str
+    run: Callable[[Job], Record]
+    recipe: dict[str, Any]
+    details: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordStore:
+    """The records in a directory.
+
+    Attributes:
+        folder: Where they lie.
+        environment: This machine, from `throughput.describe_environment`.
+        reuse_ours: Take records of our side whatever code they are of.
+    """
+
+    folder: Path
+    environment: dict[str, Any]
+    reuse_ours: bool = False
+
+    def find(self, job: Job) -> Record | None:
+        """The record of this job if there is one that stands; says why one does not."""
+        path = self.folder / f"{job.name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            difference = find_difference(record, job, self.environment, self.reuse_ours)
+        except OSError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            difference = "it is damaged"
+        if difference is None:
+            return record
+        logger.info("The record %s is not used: %s.", path.name, difference)
+        return None
+
+    def obtain(self, jobs: Iterable[Job], failures: dict[str, str] | None = None) -> dict[str, Record]:
+        """The record of each job by its name, those that are missing run one after the other in the order given.
+
+        Args:
+            jobs: Runs of different names.
+            failures: Takes the reason of each run that fails, by its name, and the others go on; None: raise.
+
+        Raises:
+            SettingError: When a run fails or the directory cannot be written; finished runs keep their records.
+        """
+        jobs = list(jobs)
+        records = {job.name: self.find(job) for job in jobs}
+        missing = [job for job in jobs if records[job.name] is None]
+        if missing:
+            self.check_folder()
+        seconds = [job.details.get("budget_seconds") or job.details.get("measure_seconds") or 0.0 for job in missing]
+        if len(missing) < len(jobs):
+            logger.info("%d of %d runs have records that stand.", len(jobs) - len(missing), len(jobs))
+        for place, job in enumerate(missing):
+            left = sum(seconds[place:]) / 60
+            logger.info("Run %d of %d: %s; %.1f minutes of budgets left.", place + 1, len(missing), job.name, left)
+            try:
+                records[job.name] = self.run(job)
+            except RunError as error:
+                if failures is None:
+                    raise
+                failures[job.name] = error.reason
+        return {name: record for name, record in records.items() if record is not None}
+
+    def check_folder(self) -> None:
+        """Raise SettingError, before anything is run, when records cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            reason = None if os.access(self.folder, os.W_OK) else "no permission"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is not None:
+            raise SettingError(
+                f"The setting records_dir is {str(self.folder)!r}, which cannot be written ({reason}); name another."
+            )
+
+    def run(self, job: Job) -> Record:
+        """Run a job and write its record whole."""
+        source_hash = hash_source()  # of what the process is about to import
+        result = run_in_fresh_process(job.run, job, job.name)
+        record = {
+            "kind": job.kind,
+            "name": job.name,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **job.details,
+            **result,
+            "settings": job.settings,
+            "source_hash": source_hash,
+        }
+        write_json(self.folder / f"{job.name}.json", record)
+        return record
+
+
+def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse_ours: bool) -> str | None:
+    """Why a record does not stand for a job, in words; None when it does."""
+    then = record["environment"]
+    for name in SAME_ENVIRONMENT:
+        if then[name] != environment[name]:
+            return f"{name} was {then[name]}, now {environment[name]}"
+    for name in sorted((then["packages"].keys() | environment["packages"].keys()) - {"oneday"}):
+        old, new = then["packages"].get(name), environment["packages"].get(name)
+        if old != new:
+            return f"{name} was {old}, now {new}"
+    before, now = record["settings"], normalise(job.settings)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            return f"{name} was {before.get(name)}, now {now.get(name)}"
+    if job.kind != "stock" and not reuse_ours and record["source_hash"] != hash_source():
+        return "this project's code has changed since (reuse_ours takes it all the same)"
+    return None
+
+
+def normalise(value: Any) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def hash_source() -> str:
+    """16 hex digits over this project's library, file by file.
+
+    A commit would say less: a tree with changes has none, and committing a record makes a new one.
+    """
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_summary(
+    path: Path, rows: list[dict[str, Any]], records: list[Record], environment: dict[str, Any], **facts: Any
+) -> None:
+    """Write a benchmark's table as JSON: its rows, and the hardware, versions, commits and seeds behind them."""
+    content = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **facts,
+        "rows": rows,
+        "seeds": sorted({record["seed"] for record in records}),
+        "commits": sorted({str(record["environment"]["commit"]) for record in records}),
+        "environment": environment,
+        "records": [f"{record['name']}.json" for record in records],
+    }
+    write_json(path, content)

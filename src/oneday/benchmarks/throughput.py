@@ -1,0 +1,225 @@
+"""throughput: tokens a second, MFU, memory and optimizer state over a grid of settings, in real training steps."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import textwrap
+from statistics import median
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from oneday.arguments import SettingError
+from oneday.assembly import CLASSES, assemble_trainer, check_settings
+from oneday.benchmarks.arguments import ThroughputArguments
+from oneday.benchmarks.ours import describe_precision
+from oneday.benchmarks.planning import QUIET, Plan, describe_settings, describe_text, read_setting, slug
+from oneday.benchmarks.records import Job, Record, normalise, write_summary
+from oneday.modeling import count_parameters
+from oneday.optimizers import count_state_bytes
+from oneday.recipe import Settings, build_arguments
+from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
+from oneday.trainer import BudgetTrainer
+
+DEFAULT_GRID = ("optim=muon,adamw,adamw_8bit", "packing_strategy=best_fit,padded", "torch_compile=false,true")
+WARMUP_STEPS = 3
+# A budget that does not end, so that the steps are those of a run's beginning, at the full batch.
+ENDLESS = {
+    **dict.fromkeys(("budget_minutes", "budget_tokens", "budget_flops", "budget_steps", "budget_usd", "budget_kwh")),
+    "budget_hours": 1e6,
+    "batch_size_tokens_start": None,
+    "save_minutes": 1e6,
+    "save_steps": None,
+}
+
+
+class StepTimer(TrainerCallback):
+    """Takes the time of steps after a warm-up, and ends the training when there are enough.
+
+    Args:
+        trainer: The trainer it is added to.
+        measure_seconds: How long to measure.
+
+    Attributes:
+        warmup: Seconds of each warm-up step, compilation included.
+        steps: One dictionary a measured step: seconds of `data`, `forward_backward`, `optimizer`, and the `step`.
+    """
+
+    def __init__(self, trainer: BudgetTrainer, measure_seconds: float) -> None:
+        self.trainer, self.measure_seconds = trainer, measure_seconds
+        self.warmup: list[float] = []
+        self.steps: list[dict[str, float]] = []
+        self.tokens, self.flops = 0, 0.0
+        self.data_before = self.gradients_at = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first step's data were read before the clock started; later ones are on its ledger."""
+        self.step_from = self.trainer.clock.now() if not self.warmup else self.step_from
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gradients are there, and clipped."""
+        synchronize(args.device)
+        self.gradients_at = self.trainer.clock.now()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Enter the step; what the trainer did since the last one's end belongs to it."""
+        synchronize(args.device)
+        trainer, now = self.trainer, self.trainer.clock.now()
+        seconds, self.step_from = now - self.step_from, now
+        data, self.data_before = trainer.clock.ledger["data"] - self.data_before, trainer.clock.ledger["data"]
+        if len(self.warmup) < WARMUP_STEPS:
+            self.warmup.append(seconds)
+            return
+        record = trainer.step_record
+        forward_backward = self.gradients_at - record.begun
+        self.steps.append(
+            {
+                "step": seconds,
+                "data": data,
+                "forward_backward": forward_backward,
+                "optimizer": max(0.0, seconds - data - forward_backward),
+            }
+        )
+        self.tokens += record.tokens
+        self.flops += record.flops
+        if sum(step["step"] for step in self.steps) >= self.measure_seconds:
+            control.should_training_stop = True
+
+
+def measure_throughput(job: Job) -> Record:
+    """Train at one point of the grid; for a fresh process.
+
+    Args:
+        job: `details` holds `measure_seconds`.
+
+    Raises:
+        SettingError: When the point cannot run.
+    """
+    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
+        model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": folder})
+        check_settings(model_args, args)
+        trainer, data = assemble_trainer(model_args, data_args, args)
+        timer = StepTimer(trainer, job.details["measure_seconds"])
+        trainer.add_callback(timer)
+        trainer.signals = []
+        trainer.train()
+        # The machine may be slower at one time than at another: the better of before and after is its peak.
+        peak_after = measure_peak_flops.__wrapped__(args.device, trainer.bf16)
+        peak_flops = max(trainer.peak_flops, peak_after)
+        seconds = sum(step["step"] for step in timer.steps)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        return {
+            "tokens_per_second": timer.tokens / seconds,
+            "flops_per_second": timer.flops / seconds,
+            "mfu": timer.flops / seconds / peak_flops,
+            "peak_flops_measured": peak_flops,
+            "precision": describe_precision(trainer),
+            "num_steps": len(timer.steps),
+            "step_seconds": {key: median(step[key] for step in timer.steps) for key in timer.steps[0]},
+            "compile_seconds": measure_compile_seconds(timer) if args.use_compile else None,
+            "peak_memory_bytes": peak_memory_bytes(args.device),
+            "optimizer_state_bytes": count_state_bytes(optimizer.optimizers),
+            "packing_efficiency": data.train.packing_efficiency,
+            "num_parameters": count_parameters(trainer.model)[0],
+            "environment": describe_environment(args.device),
+        }
+
+
+def measure_compile_seconds(timer: StepTimer) -> float:
+    """What the warm-up steps took beyond as many ordinary ones."""
+    ordinary = median(step["step"] for step in timer.steps)
+    return max(0.0, sum(timer.warmup) - len(timer.warmup) * ordinary)
+
+
+def run_throughput(plan: Plan, args: ThroughputArguments) -> str:
+    """Measure every point of the grid in a process of its own and write the summary; returns the table.
+
+    Raises:
+        SettingError: When the grid names no setting; a point that cannot run is a row instead.
+    """
+    points = expand_grid(args.grid or DEFAULT_GRID)
+    jobs = [make_job(plan, point, args.measure_seconds) for point in points]
+    reasons: dict[str, str] = {}
+    found = plan.store.obtain(jobs, reasons)
+    records = list(found.values())
+    rows = [
+        {"point": point, **({"reason": reasons[job.name]} if job.name in reasons else pick_figures(found[job.name]))}
+        for point, job in zip(points, jobs)
+    ]
+    write_summary(
+        plan.store.folder / f"throughput-{plan.name}.json", rows, records, plan.store.environment,
+        benchmark="throughput", recipe=plan.name,
+    )  # fmt: skip
+    return format_table(plan, rows, records)
+
+
+def pick_figures(record: Record) -> dict[str, Any]:
+    """What the table shows of a record."""
+    names = ("tokens_per_second", "mfu", "step_seconds", "compile_seconds", "peak_memory_bytes")
+    return {name: record[name] for name in (*names, "optimizer_state_bytes")}
+
+
+def expand_grid(grid: tuple[str, ...] | list[str]) -> list[Settings]:
+    """`["optim=muon,adamw", "torch_compile=false"]` -> the settings of each combination.
+
+    Raises:
+        SettingError: On an unknown setting, one named twice, or a value of the wrong type.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in grid:
+        name, equals, values = text.partition("=")
+        name = name.strip()
+        if not equals or not values or name in axes:
+            raise SettingError(f"The setting grid is {text!r}; write NAME=VALUE,VALUE ..., each name once.")
+        axes[name] = [read_setting(name, value, "--grid") for value in values.split(",")]
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def make_job(plan: Plan, point: Settings, measure_seconds: float) -> Job:
+    """The run of one point."""
+    recipe = {**plan.settings, **QUIET, **ENDLESS, **point}
+    label = ",".join(f"{name}={value}" for name, value in point.items())
+    details = {"recipe": plan.name, "point": point, "measure_seconds": measure_seconds, "seed": recipe["seed"]}
+    text = {key: value for key, value in describe_text(plan.text).items() if key != "held_out"}
+    settings = {**describe_settings(recipe), **text, "seed": recipe["seed"], "measure_seconds": measure_seconds}
+    return Job(
+        "throughput", f"throughput-{plan.name}-{slug(label)}", measure_throughput, recipe, details, normalise(settings)
+    )
+
+
+def format_table(plan: Plan, rows: list[dict[str, Any]], records: list[Record]) -> str:
+    """The rows in 80 columns; a point that cannot run gives its reason."""
+    lines = [
+        f"{plan.name[:30]}: training steps on {plan.store.environment['device'][:30]}",
+        f"{'tokens/s':>10}{'MFU':>7}{'data':>8}{'fwd+bwd':>9}{'optim.':>8}{'step':>8}{'compile':>9}{'memory':>10}"
+        f"{'state':>9}",
+        f"{'':>10}{'':>7}{'ms':>8}{'ms':>9}{'ms':>8}{'ms':>8}{'s':>9}{'MB':>10}{'MB':>9}",
+        "-" * 80,
+    ]
+    for row in rows:
+        label = ", ".join(f"{name}={str(value).lower()}" for name, value in row["point"].items())
+        lines += textwrap.wrap(label, 80)
+        if "reason" in row:
+            lines += textwrap.wrap(f"cannot run: {row['reason']}", 78, initial_indent="  ", subsequent_indent="  ")
+            continue
+        steps, compiling = row["step_seconds"], row["compile_seconds"]
+        parts = [f"{1000 * steps[key]:.1f}" for key in ("data", "forward_backward", "optimizer", "step")]
+        lines.append(
+            f"{row['tokens_per_second']:>10,.0f}{row['mfu']:>7.1%}{parts[0]:>8}{parts[1]:>9}{parts[2]:>8}{parts[3]:>8}"
+            f"{'' if compiling is None else f'{compiling:.1f}':>9}{row['peak_memory_bytes'] / 1e6:>10,.0f}"
+            f"{row['optimizer_state_bytes'] / 1e6:>9,.1f}"
+        )
+    lines.append("-" * 80)
+    if records:
+        best = max(record["peak_flops_measured"] for record in records)
+        kind = records[0]["precision"].split()[0].rstrip(",")
+        lines.append(f"MFU: of {best / 1e12:.3f} TFLOP/s, the best {kind} matrix product beside the points;")
+        lines.append(f"{plan.store.environment['threads']} threads; medians a step, warm-up and compilation left out.")
+    return "\n".join(lines)

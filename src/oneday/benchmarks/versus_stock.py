@@ -1,0 +1,247 @@
+"""versus-stock: held-out curves of a recipe and of stock models at the same wall clock, and the time to match."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from transformers import AutoConfig
+
+from oneday.arguments import SettingError
+from oneday.benchmarks.arguments import SeedArguments, VersusStockArguments
+from oneday.benchmarks.picture import draw_versus_stock
+from oneday.benchmarks.planning import Plan
+from oneday.benchmarks.records import Job, Record, write_summary
+from oneday.modeling import check_config_file
+from oneday.objectives import find_objective
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = {
+    "bert": "model_configs/baseline-bert.json",
+    "modernbert": "model_configs/quickstart-bert.json",
+    "gpt2": "model_configs/baseline-gpt2.json",
+    "llama": "model_configs/baseline-llama.json",
+}
+DEFAULT_BASELINES = {"encoder": ["bert", "modernbert"], "decoder": ["gpt2", "llama"]}
+
+
+@dataclass(frozen=True)
+class Match:
+    """How many times sooner ours has stock's final loss.
+
+    Attributes:
+        ratio: Budget over the time at which it is passed; None: never.
+        is_bound: It was passed before the first point, so the ratio is at least this.
+    """
+
+    ratio: float | None
+    is_bound: bool = False
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return "not reached"
+        return f"{'> ' if self.is_bound else ''}{self.ratio:.2f} x"
+
+
+def time_to_match(points: Sequence[dict[str, float]], target: float, budget_seconds: float, measure: str) -> Match:
+    """The budget over the time at which a curve first reaches a loss, linear between its points.
+
+    >>> curve = [{"clock_seconds": 10.0, "loss": 5.0}, {"clock_seconds": 20.0, "loss": 3.0}]
+    >>> str(time_to_match(curve, 4.5, 25.0, "loss"))
+    '2.00 x'
+
+    Args:
+        points: Of the curve, ascending in `clock_seconds`.
+        target: The loss to reach.
+        budget_seconds: Of both sides.
+        measure: Name of the loss.
+    """
+    first = points[0]
+    if first[measure] <= target:
+        return Match(budget_seconds / first["clock_seconds"], is_bound=True)
+    for before, after in itertools.pairwise(points):
+        if after[measure] <= target:
+            share = (before[measure] - target) / (before[measure] - after[measure])
+            seconds = before["clock_seconds"] + share * (after["clock_seconds"] - before["clock_seconds"])
+            return Match(budget_seconds / seconds)
+    return Match(None)
+
+
+def median_match(matches: Sequence[Match]) -> Match:
+    """The median over seeds, of an even number the lower of the two in the middle; not reached counts as lowest."""
+    ranked = sorted(matches, key=lambda match: match.ratio or 0.0)
+    return ranked[(len(ranked) - 1) // 2]
+
+
+def run_versus_stock(plan: Plan, args: VersusStockArguments, seed_args: SeedArguments) -> str:
+    """Run what is missing of both sides in turn, write summary and picture; returns the table.
+
+    Raises:
+        SettingError: When the recipe has no wall-clock budget alone, or a run fails.
+    """
+    budget_seconds = check_budget(plan)
+    baselines = find_baselines(plan, args)
+    jobs = {"ours": [plan.our_job("ours", "", seed, args.num_points) for seed in seed_args.seeds]}
+    for name, config in baselines.items():
+        rate = choose_learning_rate(plan, args, name, config, seed_args.seeds[0])
+        if rate is not None:
+            facts = (budget_seconds, args.num_points, args.stock_rows)
+            jobs[name] = [plan.stock_job(name, config, rate, seed, *facts) for seed in seed_args.seeds]
+    sides = gather(plan, args, jobs)
+    rows = [describe_side(name, records, sides.get("ours"), budget_seconds) for name, records in sides.items()]
+    records = [record for group in sides.values() for record in group]
+    folder = plan.store.folder
+    write_summary(
+        folder / f"versus_stock-{plan.name}.json", rows, records, plan.store.environment,
+        benchmark="versus-stock", recipe=plan.name, budget_seconds=budget_seconds, measure=plan.text.measure,
+    )  # fmt: skip
+    picture = folder / f"versus_stock-{plan.name}.png"
+    draw_versus_stock(picture, sides, plan.text.measure, budget_seconds)
+    return format_table(plan, rows, records, budget_seconds)
+
+
+def check_budget(plan: Plan) -> float:
+    """The wall-clock budget in seconds.
+
+    Raises:
+        SettingError: When there is none, or another limit could end our side before stock's.
+    """
+    limits, seconds = plan.budget.limits, plan.budget.clock_limit_seconds
+    others = [kind for kind in limits if kind in ("tokens", "flops", "steps")]
+    if seconds is None or others:
+        given = ", ".join(f"budget_{kind}" for kind in limits)
+        raise SettingError(
+            f"versus-stock compares at one wall clock, but the recipe is limited by {given}; set budget_minutes and "
+            "the others to null."
+        )
+    return seconds
+
+
+def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
+    """Name -> config file of each baseline.
+
+    Raises:
+        SettingError: On an unknown name or a file that cannot be used.
+    """
+    found = {}
+    for name in args.baselines or DEFAULT_BASELINES[plan.text.kind]:
+        if name.endswith(".json"):
+            found[check_config_file(name).stem] = name
+        elif name in CONFIGS:
+            found[name] = CONFIGS[name]
+        else:
+            raise SettingError(
+                f"The setting baselines has {name!r}; it must be one of {', '.join(CONFIGS)}, or a config JSON."
+            )
+    own = plan.settings["model_config"]
+    if "modernbert" in found and json.loads(check_config_file(own).read_text())["model_type"] == "modernbert":
+        found["modernbert"] = own
+    auto_class = find_objective(plan.settings["objective"]).auto_class
+    for name, config in found.items():
+        if type(AutoConfig.from_pretrained(str(check_config_file(config)))) not in auto_class._model_mapping:
+            raise SettingError(
+                f"The setting baselines has {name!r}, which has no {auto_class.__name__}; leave it out."
+            )
+    return found
+
+
+def choose_learning_rate(plan: Plan, args: VersusStockArguments, name: str, config: str, seed: int) -> float | None:
+    """The best of the learning rates in short runs, the only one without a run; None: stock is not to be run."""
+    if len(args.learning_rates) == 1:
+        return args.learning_rates[0]
+    jobs = [
+        plan.stock_job(name, config, rate, seed, 60 * args.screen_minutes, 1, args.stock_rows)
+        for rate in args.learning_rates
+    ]
+    if "stock" in args.sides:
+        records = list(plan.store.obtain(jobs).values())
+    else:
+        records = [record for record in map(plan.store.find, jobs) if record is not None]
+        if len(records) < len(jobs):
+            return None
+    best = min(records, key=lambda record: record["final"][record["measure"]])
+    shown = ", ".join(f"{r['learning_rate']:g}: {r['final'][r['measure']]:.4f}" for r in records)
+    logger.info("Stock %s: learning rate %g is the best of %s.", name, best["learning_rate"], shown)
+    return best["learning_rate"]
+
+
+def gather(plan: Plan, args: VersusStockArguments, jobs: dict[str, list[Job]]) -> dict[str, list[Record]]:
+    """Records by side: those asked for are run where missing, in turn; of the others what stands is taken."""
+    wanted = {side: ("ours" if side == "ours" else "stock") in args.sides for side in jobs}
+    in_turn = [job for turn in zip(*jobs.values()) for job, side in zip(turn, jobs) if wanted[side]]
+    records = plan.store.obtain(in_turn)
+    sides = {}
+    for side, group in jobs.items():
+        found = [records[job.name] if wanted[side] else plan.store.find(job) for job in group]
+        if all(record is not None for record in found):
+            sides[side] = found
+    return sides
+
+
+def describe_side(
+    name: str, records: list[Record], ours: list[Record] | None, budget_seconds: float
+) -> dict[str, Any]:
+    """One row of the table; times to match are of the same seed's two runs."""
+    measure = records[0]["measure"]
+    row = {
+        "side": name,
+        "learning_rate": records[0]["learning_rate"],
+        "num_parameters": records[0]["num_parameters"],
+        "seeds": [record["seed"] for record in records],
+        **{
+            key: median(record[key] for record in records)
+            for key in ("tokens_per_second", "mfu", "peak_memory_bytes", "clock_seconds", "tokens", "steps")
+        },
+        "final_losses": [record["final"][measure] for record in records],
+        "final_loss": median(record["final"][measure] for record in records),
+    }
+    if "bits_per_byte" in records[0]["final"]:
+        row["bits_per_byte"] = median(record["final"]["bits_per_byte"] for record in records)
+    if name != "ours" and ours:
+        matches = [
+            time_to_match(our["curve"], stock["final"][measure], budget_seconds, measure)
+            for our, stock in zip(ours, records)
+        ]
+        row["times_to_match"] = [str(match) for match in matches]
+        row["time_to_match"] = str(median_match(matches))
+        row["tokens_per_second_ratio"] = median(our["tokens_per_second"] for our in ours) / row["tokens_per_second"]
+    return row
+
+
+def format_table(plan: Plan, rows: list[dict[str, Any]], records: list[Record], budget_seconds: float) -> str:
+    """The rows in 80 columns."""
+    lines = [
+        f"{plan.name[:44]}: {budget_seconds / 60:g} minutes of wall clock a run",
+        f"text: {plan.text.corpus[:72]}",
+        f"{'side':14}{'parameters':>11}{'tokens/s':>10}{'MFU':>8}{'loss':>8}{'time to match':>15}{'tokens/s':>12}",
+        f"{'':14}{'':>11}{'':>10}{'':>8}{'':>8}{'':>15}{'ours/stock':>12}",
+        "-" * 78,
+    ]
+    for row in rows:
+        ratio = row.get("tokens_per_second_ratio")
+        lines.append(
+            f"{row['side'][:14]:14}{row['num_parameters'] / 1e6:>9.2f} M{row['tokens_per_second']:>10,.0f}"
+            f"{row['mfu']:>8.1%}{row['final_loss']:>8.3f}{row.get('time_to_match', ''):>15}"
+            + (f"{ratio:>10.2f} x" if ratio else "")
+        )
+        losses = " ".join(f"{loss:.3f}" for loss in row["final_losses"])
+        lines.append(f"  learning rate {row['learning_rate']:g}; each seed: {losses}")
+    environment = records[0]["environment"] if records else plan.store.environment
+    lines += [
+        "-" * 78,
+        f"loss: {plan.text.measure}, nats a predicted token, median of seeds {shown_seeds(rows)}",
+        "time to match: the budget over the time at which ours passes stock's final loss",
+        f"{environment['device'][:56]}, {environment['threads']} threads",
+    ]
+    return "\n".join(lines)
+
+
+def shown_seeds(rows: list[dict[str, Any]]) -> str:
+    """`1, 2, 3`, or nothing without rows."""
+    return ", ".join(map(str, rows[0]["seeds"])) if rows else "(none)"

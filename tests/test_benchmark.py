@@ -1,0 +1,553 @@
+"""Benchmarks: both sides measured alike, arithmetic by hand, records that stand or fall, and whole benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROW_LENGTH
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.assembly import CLASSES
+from oneday.benchmarks.ablation import describe_change, find_verdict, paired_difference, run_ablation
+from oneday.benchmarks.arguments import AblationArguments, SeedArguments, VersusStockArguments
+from oneday.benchmarks.heldout import CurveCallback, HeldOut, point_times
+from oneday.benchmarks.ours import run_ours
+from oneday.benchmarks.planning import Plan, Text, read_changes
+from oneday.benchmarks.records import Job, RecordStore, hash_source
+from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
+from oneday.benchmarks.throughput import expand_grid
+from oneday.benchmarks.versus_stock import choose_learning_rate, median_match, time_to_match
+from oneday.budget import Budget, BudgetClock
+from oneday.collators import CausalCollator, MaskedCollator
+from oneday.corpus import Corpus
+from oneday.modeling import FlopCounter
+from oneday.objectives import EVALUATION_SEED, find_objective
+from oneday.packed_dataset import pack_corpus
+from oneday.preparation import PreparedData
+from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
+
+ROOT = Path(__file__).parent.parent
+TINY_BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": 192}  # fmt: skip
+TINY_GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 320}
+
+
+def build_stock(settings, auto_class):
+    torch.manual_seed(0)
+    return auto_class.from_config(AutoConfig.for_model(**settings))
+
+
+@pytest.fixture
+def objectives(tokenizers, tmp_path):
+    args = BudgetTrainingArguments(output_dir=str(tmp_path), budget_steps=1, use_cpu=True)
+    return {
+        "encoder": find_objective("mlm")(tokenizers["encoder"], args),
+        "decoder": find_objective("clm")(tokenizers["decoder"], args),
+    }
+
+
+# ---- Measuring ----
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "padded"])
+@pytest.mark.parametrize(("kind", "settings"), [("encoder", TINY_BERT), ("decoder", TINY_GPT2)])
+def test_stock_is_measured_as_a_plain_computation_would(kind, settings, strategy, objectives, texts, tmp_path):
+    """Row by row, the whole row as one text, dropout off: the mean of -log p over the positions that ours predicts."""
+    tokenizer = objectives[kind].tokenizer
+    rows = pack_corpus([texts[270:]], tokenizer, kind, ROW_LENGTH, strategy, tmp_path / "rows")
+    model = build_stock(settings, AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM)
+    held_out = HeldOut(model.train(), objectives[kind], rows, 4 * ROW_LENGTH, nullcontext, plain=True)
+    measured = held_out.measure()
+    assert model.training, "the model goes on training"
+
+    if kind == "encoder":
+        collator = MaskedCollator(tokenizer, EVALUATION_SEED, 0, 0.15)
+    else:
+        collator = CausalCollator(tokenizer, EVALUATION_SEED, 0)
+    nats, predicted = 0.0, 0
+    for index in range(len(rows)):
+        tokens, lengths = rows.get_rows([index])
+        batch = collator(tokens, lengths, np.array([index]))
+        used = int(lengths[0].sum())
+        with torch.no_grad():
+            logits = model.eval()(input_ids=batch.inputs["input_ids"][:, :used]).logits[0]
+        nats += F.cross_entropy(logits[batch.positions], batch.labels, reduction="sum").item()
+        predicted += len(batch.labels)
+    name = "eval_mlm_loss" if kind == "encoder" else "eval_loss"
+    assert measured[name] == pytest.approx(nats / predicted, rel=1e-5)
+    if kind == "decoder":
+        assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / rows.num_bytes_text, rel=1e-5)
+
+
+def test_both_sides_see_the_same_masks(objectives, packed, make_model):
+    stock = build_stock(TINY_BERT, AutoModelForMaskedLM)
+    sides = [
+        HeldOut(model, objectives["encoder"], packed["encoder"][1], 64, nullcontext, plain=plain)
+        for model, plain in ((make_model("modernbert"), False), (stock, True))
+    ]
+    for part in sides[0].parts:
+        ours, theirs = (side.collate(part) for side in sides)
+        assert torch.equal(ours.inputs["input_ids"], theirs.inputs["input_ids"])
+        assert torch.equal(ours.positions, theirs.positions)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert {"input_ids"} <= theirs.inputs.keys() <= {"input_ids", "attention_mask"}
+    hidden = sum(len(sides[0].collate(part).labels) for part in sides[0].parts)
+    assert hidden / packed["encoder"][1].num_tokens == pytest.approx(0.15, abs=0.03)
+
+
+def test_points_are_denser_early_and_cost_no_time():
+    times = point_times(100.0, 10)
+    assert len(times) == 9
+    assert times[4] == pytest.approx(100 * 0.5**1.7)
+    assert all(np.diff(np.diff([0.0, *times, 100.0])) > 0)
+
+    seconds = [0.0]
+    clock = BudgetClock(Budget(seconds=100.0), now=lambda: seconds[0])
+
+    def measure():
+        seconds[0] += 1000.0
+        return {"eval_loss": 5.0 - clock.steps}
+
+    curve = CurveCallback(clock, [1.0, 2.0, 30.0], measure, torch.device("cpu"))
+    clock.start()
+    for _ in range(4):
+        seconds[0] += 10.0
+        clock.count_step(8, 1.0, 10.0)
+        curve.on_step_end(None, None, None)
+    curve.on_train_end(None, None, None)
+    curve.add_point({"eval_loss": 0.5})
+    assert [point["clock_seconds"] for point in curve.points] == [10.0, 30.0, 40.0]
+    assert [point["eval_loss"] for point in curve.points] == [4.0, 2.0, 0.5]
+    assert [point["tokens"] for point in curve.points] == [8, 24, 32]
+
+
+# ---- Stock's data and clock ----
+
+
+@pytest.fixture
+def prepared(texts, tokenizers, packed):
+    def prepare(kind):
+        train, validation = (Dataset.from_dict({"text": part}) for part in (texts[:270], texts[270:]))
+        return PreparedData(Corpus("texts", train, validation, "c"), tokenizers[kind], *packed[kind], 0.0)
+
+    return prepare
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_chunks_are_the_documents_one_after_another(kind, prepared, texts, tokenizers):
+    """As the examples' own code makes them: tokenizer(text) with special tokens, joined, cut, the rest dropped."""
+    expected = [token for text in texts[:270] for token in tokenizers[kind](text)["input_ids"]]
+    chunks = chunk_documents(prepared(kind), kind, ROW_LENGTH, None)
+    assert chunks.shape == (len(expected) // ROW_LENGTH, ROW_LENGTH)
+    assert chunks.ravel().tolist() == expected[: chunks.size]
+    item = ChunkDataset(chunks, tokenizers[kind].all_special_ids, kind)[0]
+    if kind == "encoder":
+        known = tokenizers[kind].get_special_tokens_mask(item["input_ids"], already_has_special_tokens=True)
+        assert item["special_tokens_mask"] == known
+        assert sum(known) >= 1
+    else:
+        assert item["labels"] == item["input_ids"]
+
+
+def test_only_so_much_is_tokenised_as_can_be_seen(prepared, tmp_path):
+    data = prepared("encoder")
+    whole = load_chunks(data, "encoder", ROW_LENGTH, 1e9, tmp_path)
+    files = set((tmp_path / "stock").iterdir())
+    again = load_chunks(data, "encoder", ROW_LENGTH, 2e9, tmp_path)
+    assert np.array_equal(whole, again)
+    assert set((tmp_path / "stock").iterdir()) == files, "one file serves every budget that sees the whole text"
+    many = dataclasses.replace(data, corpus=dataclasses.replace(data.corpus))
+    many.corpus.train = Dataset.from_dict({"text": list(data.corpus.train["text"]) * 10})
+    part = chunk_documents(many, "encoder", ROW_LENGTH, 4096)
+    assert 4096 - ROW_LENGTH <= part.size < 0.95 * 10 * whole.size
+    with pytest.raises(SettingError, match="fewer than max_seq_length"):
+        chunk_documents(dataclasses.replace(data, corpus=dataclasses.replace(
+            data.corpus, train=Dataset.from_dict({"text": ["ka lo"]}))), "encoder", ROW_LENGTH, None)  # fmt: skip
+
+
+def test_the_last_batch_of_a_pass_is_counted_as_small_as_it_is():
+    model = build_stock(TINY_BERT, AutoModelForMaskedLM)
+    seconds = [0.0]
+    clock = BudgetClock(Budget(seconds=100.0), now=lambda: seconds[0])
+    counter = StepClock(clock, FlopCounter(model), num_chunks=10, rows=4, row_length=ROW_LENGTH)
+    for step in range(1, 7):
+        state = type("State", (), {"global_step": step})
+        counter.on_step_begin(None, state, None)
+        seconds[0] += 2.0
+        counter.on_step_end(None, state, None)
+    assert clock.tokens == 20 * ROW_LENGTH
+    assert clock.ledger["steps"] == pytest.approx(12.0)
+    everywhere = FlopCounter(model).step_flops(20 * ROW_LENGTH, 20 * ROW_LENGTH**2, 20 * ROW_LENGTH)
+    assert clock.flops == pytest.approx(everywhere), "the head runs on every position"
+
+
+# ---- Arithmetic ----
+
+
+def curve_of(*points):
+    return [{"clock_seconds": float(seconds), "loss": loss} for seconds, loss in points]
+
+
+def test_time_to_match():
+    curve = curve_of((10, 6.0), (20, 5.0), (40, 5.5), (100, 4.0))
+    assert time_to_match(curve, 5.25, 100.0, "loss").ratio == pytest.approx(100 / 17.5)
+    assert time_to_match(curve, 5.0, 100.0, "loss").ratio == pytest.approx(5.0), "the first time it is there"
+    assert time_to_match(curve, 4.5, 100.0, "loss").ratio == pytest.approx(100 / 80)
+    assert str(time_to_match(curve, 6.5, 100.0, "loss")) == "> 10.00 x"
+    assert str(time_to_match(curve, 3.9, 100.0, "loss")) == "not reached"
+
+
+def test_median_of_matches():
+    curve = curve_of((10, 6.0), (50, 4.0))
+    fast, slow, never = (time_to_match(curve, target, 100.0, "loss") for target in (6.5, 4.0, 3.0))
+    assert median_match([never, fast, slow]) == slow
+    assert median_match([never, never, fast]) == never
+    assert median_match([fast, fast, slow]) == fast
+    assert median_match([slow, fast]) == slow, "of two, the more careful"
+
+
+def test_paired_difference_by_hand():
+    """Differences -0.3, -0.1, -0.2: mean -0.2, standard deviation 0.1, over the root of 3."""
+    mean, error = paired_difference([5.0, 4.0, 6.0], [4.7, 3.9, 5.8])
+    assert mean == pytest.approx(-0.2)
+    assert error == pytest.approx(0.1 / math.sqrt(3))
+    assert math.isnan(paired_difference([1.0], [2.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "seeds", "verdict"),
+    [
+        (-0.2, 0.09, 3, "better"),
+        (0.2, 0.09, 3, "worse"),
+        (-0.2, 0.11, 3, "not clear"),
+        (-0.2, 0.01, 2, "needs 3 seeds"),
+    ],
+)
+def test_verdict_only_beyond_two_standard_errors(difference, error, seeds, verdict):
+    assert find_verdict(difference, error, seeds) == verdict
+
+
+def test_changes_of_one_kind_of_text_only_are_compared():
+    def records(*losses):
+        return [{"measure": "loss", "final": {"loss": loss}, "tokens_per_second": 100.0} for loss in losses]
+
+    row = describe_change("optim=adamw", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), is_comparable=True)
+    assert row["difference"] == pytest.approx(-0.9)
+    assert (row["verdict"], row["tokens_per_second_ratio"]) == ("better", 1.0)
+    row = describe_change("vocab_size=90", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), is_comparable=False)
+    assert (row["difference"], row["verdict"]) == (None, "other text")
+
+
+def test_grid_and_changes_are_read():
+    assert expand_grid(["optim=muon,adamw", "torch_compile=false"]) == [
+        {"optim": "muon", "torch_compile": False},
+        {"optim": "adamw", "torch_compile": False},
+    ]
+    assert read_changes("lr_shape=linear,warmup_fraction=0.1", "change") == {
+        "lr_shape": "linear",
+        "warmup_fraction": 0.1,
+    }
+    assert read_changes("dataset_name=a.txt,b.txt,seed=3", "change") == {"dataset_name": "a.txt,b.txt", "seed": 3}
+
+
+def test_repeated_words_of_the_command_line():
+    assert split_command_line(["--a", "1", "--a", "2", "--b", "1", "--b", "2"], {"a"})[1] == {"a": [1, 2], "b": 2}
+    assert split_mode(("x", "y"), ["y", "r.yaml"]) == ("y", ["r.yaml"])
+    assert split_mode(("x", "y"), ["--help"]) == (None, ["--help"])
+
+
+# ---- Records ----
+
+ENVIRONMENT = {
+    "device": "A processor", "device_type": "cpu", "cores": 2, "threads": 2, "num_processes": 1, "python": "3.11.9",
+    "packages": {"oneday": "0.1.0", "torch": "2.13.0"}, "commit": "abc",
+}  # fmt: skip
+
+
+def make_job(kind="ours", **settings):
+    return Job(kind, "a-record", run_ours, {}, {}, {"budget_seconds": 60.0, "seed": 1, "rates": (1, 2)} | settings)
+
+
+def write_record(folder, job, environment=ENVIRONMENT, source_hash=None, **facts):
+    record = {"name": job.name, "settings": job.settings, "environment": environment, **facts}
+    record["source_hash"] = source_hash or hash_source()
+    (folder / f"{job.name}.json").write_text(json.dumps(record))
+
+
+def test_a_record_stands_while_nothing_changes(tmp_path):
+    store = RecordStore(tmp_path, ENVIRONMENT)
+    assert store.find(make_job()) is None
+    write_record(tmp_path, make_job())
+    assert store.find(make_job())["settings"]["seed"] == 1
+    assert store.obtain([make_job()]).keys() == {"a-record"}
+    moved = ENVIRONMENT | {"commit": "def", "packages": ENVIRONMENT["packages"] | {"oneday": "0.2.0"}}
+    assert RecordStore(tmp_path, moved).find(make_job()), "a new commit of the same code changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device": "Another"}, "device was A processor, now Another"),
+        ({"threads": 1}, "threads was 2, now 1"),
+        ({"packages": {"oneday": "0.1.0", "torch": "2.14.0"}}, "torch was 2.13.0, now 2.14.0"),
+    ],
+)
+def test_a_record_falls_with_its_machine(tmp_path, caplog, change, words):
+    caplog.set_level("INFO")
+    write_record(tmp_path, make_job("stock"))
+    assert RecordStore(tmp_path, ENVIRONMENT | change).find(make_job("stock")) is None
+    assert words in caplog.text
+
+
+def test_a_record_falls_with_its_settings(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_record(tmp_path, make_job("stock"))
+    assert RecordStore(tmp_path, ENVIRONMENT).find(make_job("stock", seed=2)) is None
+    assert "seed was 1, now 2" in caplog.text
+    assert RecordStore(tmp_path, ENVIRONMENT).find(make_job("stock", new=3)) is None
+    assert "new was None, now 3" in caplog.text
+
+
+def test_only_our_side_falls_with_our_code(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_record(tmp_path, make_job(), source_hash="other")
+    assert RecordStore(tmp_path, ENVIRONMENT).find(make_job("ours")) is None
+    assert "code has changed" in caplog.text
+    assert RecordStore(tmp_path, ENVIRONMENT, reuse_ours=True).find(make_job("ours"))
+    assert RecordStore(tmp_path, ENVIRONMENT).find(make_job("stock"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_record_falls(tmp_path, caplog, text):
+    caplog.set_level("INFO")
+    (tmp_path / "a-record.json").write_text(text)
+    assert RecordStore(tmp_path, ENVIRONMENT).find(make_job()) is None
+    assert "damaged" in caplog.text
+
+
+def test_the_best_learning_rate_is_taken(tmp_path):
+    """From records of short runs: 1e-3 has the lowest final loss; without all of them stock is left out."""
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY_BERT))
+    settings = complete_settings((BudgetTrainingArguments,), {"max_seq_length": 32})
+    plan = Plan("tiny", settings, RecordStore(tmp_path, ENVIRONMENT))
+    plan.__dict__["text"] = Text("f", "h", "texts", "encoder", "eval_mlm_loss")
+    args = VersusStockArguments(learning_rates=[3e-4, 1e-3, 3e-3], screen_minutes=2.0, sides=["ours"])
+    assert choose_learning_rate(plan, args, "tiny", str(config), 1) is None
+    for rate, loss in zip(args.learning_rates, (6.0, 5.5, 5.6)):
+        job = plan.stock_job("tiny", str(config), rate, 1, 120.0, 1, 32)
+        write_record(tmp_path, job, final={"eval_mlm_loss": loss}, measure="eval_mlm_loss", learning_rate=rate)
+    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 1e-3
+    args.sides = ["stock"]
+    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 1e-3, "records that stand are not run again"
+    args.learning_rates = [7e-4]
+    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 7e-4
+
+
+# ---- Whole benchmarks ----
+
+
+@pytest.fixture
+def recipe(texts, tmp_path):
+    """A recipe of a tiny encoder over the shared text, with 3 seconds of budget."""
+    text = tmp_path / "texts.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    ours = TINY_BERT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for name, config in (("ours", ours), ("rival", TINY_BERT), ("gpt2", TINY_GPT2)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    path = tmp_path / "mini" / "pretrain.yaml"
+    path.parent.mkdir()
+    settings = {
+        "model_config": str(tmp_path / "ours.json"), "dataset_name": str(text), "validation_fraction": 0.1,
+        "vocab_size": 150, "max_seq_length": ROW_LENGTH, "batch_size_tokens": 512, "micro_batch_tokens": 512,
+        "optim": "adamw", "learning_rate": 3e-3, "budget_minutes": 0.05,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, tmp_path, capsys):
+    """Runs scripts/benchmark.py in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+
+    def run(*argv):
+        spec = importlib.util.spec_from_file_location("script_benchmark", ROOT / "scripts" / "benchmark.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            run_program(module.main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+OTHER_BASELINES = {
+    "modernbert": {"model_type": "modernbert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
+                   "intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": 192},
+    "gpt2": TINY_GPT2,
+    "llama": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
+              "intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": 320, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_BASELINES)
+def test_stock_runs_every_kind_of_baseline(name, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    config = tmp_path / f"{name}.json"
+    config.write_text(json.dumps(OTHER_BASELINES[name]))
+    settings = yaml.safe_load(recipe.read_text())
+    if name != "modernbert":
+        settings |= {"objective": "clm", "tokenizer_type": "bpe", "vocab_size": 320}
+    complete = complete_settings(CLASSES, settings)
+    plan = Plan("tiny", complete, RecordStore(tmp_path, ENVIRONMENT))
+    job = plan.stock_job(name, str(config), 1e-2, 1, 1.0, 2, 8)
+    record = run_stock(job)
+    first, last = (point[plan.text.measure] for point in (record["curve"][0], record["final"]))
+    assert last < first < math.log(400)
+    assert ("bits_per_byte" in record["final"]) == (name != "modernbert")
+    again = json.loads(json.dumps(record))
+    assert again["steps"] == max(1, round(1.0 / again["step_seconds_probed"]))
+
+
+def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path):
+    records = tmp_path / "records"
+    argv = ["versus-stock", recipe, "--baselines", tmp_path / "rival.json", "--learning_rates", "1e-3", "--seeds", 1,
+            "--num_points", 5, "--records_dir", records]  # fmt: skip
+    code, table, stderr = run_benchmark(*argv)
+    assert code == 0, stderr
+    assert max(map(len, table.splitlines())) <= 80, table
+    assert {path.name for path in records.iterdir()} == {
+        "ours-mini-pretrain-3s-seed1.json", "stock-mini-pretrain-rival-lr0.001-3s-seed1.json",
+        "versus_stock-mini-pretrain.json", "versus_stock-mini-pretrain.png",
+    }  # fmt: skip
+    assert (records / "versus_stock-mini-pretrain.png").read_bytes().startswith(b"\x89PNG")
+    ours, stock = (json.loads(next(records.glob(f"{kind}-*.json")).read_text()) for kind in ("ours", "stock"))
+    for record in (ours, stock):
+        seconds = [point["clock_seconds"] for point in record["curve"]]
+        assert seconds == sorted(seconds)
+        assert 2 <= len(seconds) <= 5
+        assert record["final"] == record["curve"][-1]
+        assert record["final"]["eval_mlm_loss"] < math.log(150), "it learnt something"
+        assert record["tokens"] == record["final"]["tokens"] > 0
+        assert record["mfu"] == pytest.approx(record["flops"] / seconds[-1] / record["peak_flops_measured"])
+        assert {"date", "peak_memory_bytes", "num_parameters", "environment", "seed", "settings"} <= record.keys()
+        assert str(tmp_path.parent) not in json.dumps(record), "no path of this machine"
+    assert ours["settings"]["held_out"] == stock["settings"]["held_out"]
+    assert ours["clock_seconds"] <= 3.0 * 1.02
+    passes, rest = divmod(stock["steps"], math.ceil(stock["num_chunks"] / 32))
+    assert stock["tokens"] == (passes * stock["num_chunks"] + 32 * rest) * ROW_LENGTH
+    assert stock["steps"] == max(1, round(3.0 / stock["step_seconds_probed"]))
+
+    summary = json.loads((records / "versus_stock-mini-pretrain.json").read_text())
+    assert summary["seeds"] == [1]
+    assert [row["side"] for row in summary["rows"]] == ["ours", "rival"]
+    measured = time_to_match(ours["curve"], stock["final"]["eval_mlm_loss"], 3.0, "eval_mlm_loss")
+    assert summary["rows"][1]["time_to_match"] == str(measured)
+    assert str(measured) in table
+
+    before = {path: path.read_bytes() for path in records.glob("*seed1.json")}
+    code, again, stderr = run_benchmark(*argv)
+    assert code == 0
+    assert again == table
+    assert "2 of 2 runs have records that stand" in stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path):
+    records = tmp_path / "records"
+    code, table, stderr = run_benchmark(
+        "throughput", recipe, "--grid", "optim=adamw,adamw_9bit", "--measure_seconds", 0.5, "--records_dir", records
+    )
+    assert code == 0, stderr
+    assert max(map(len, table.splitlines())) <= 80, table
+    assert "cannot run: The setting optim is 'adamw_9bit'" in " ".join(table.split())
+    record = json.loads((records / "throughput-mini-pretrain-optim=adamw.json").read_text())
+    assert record["tokens_per_second"] > 0
+    assert record["mfu"] == pytest.approx(record["flops_per_second"] / record["peak_flops_measured"])
+    steps = record["step_seconds"]
+    assert steps["data"] + steps["forward_backward"] + steps["optimizer"] == pytest.approx(steps["step"], rel=0.3)
+    assert 8 * record["num_parameters"] == pytest.approx(record["optimizer_state_bytes"], rel=0.01), "two moments"
+    summary = json.loads((records / "throughput-mini-pretrain.json").read_text())
+    assert [row["point"]["optim"] for row in summary["rows"]] == ["adamw", "adamw_9bit"]
+    assert summary["environment"]["packages"]["torch"] == metadata.version("torch")
+
+
+def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
+    """Base and change are really run, over a budget of steps; the table is of their records."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    records = tmp_path / "records"
+    records.mkdir()
+    settings = yaml.safe_load(recipe.read_text()) | {"budget_minutes": None, "budget_steps": 4}
+    plan = Plan("tiny", complete_settings(CLASSES, settings), RecordStore(records, ENVIRONMENT))
+    for label, change in (("base", {}), ("lr_shape=linear", {"lr_shape": "linear"})):
+        job = plan.our_job("ablation", label, 7, 1, change)
+        assert job.name == f"ablation-tiny-{label}-4steps-seed7"
+        result = run_ours(job)
+        assert result["steps"] == 4
+        write_record(records, job, **job.details | {key: result[key] for key in result.keys() - {"environment"}})
+    table = run_ablation(plan, AblationArguments(change=["lr_shape = linear"]), SeedArguments(seeds=[7]))
+    assert max(map(len, table.splitlines())) <= 80, table
+    rows = json.loads((records / "ablation-tiny.json").read_text())["rows"]
+    assert [row["change"] for row in rows] == ["base", "lr_shape=linear"]
+    base, changed = (row["losses"][0] for row in rows)
+    assert base != changed
+    assert rows[1]["difference"] == pytest.approx(changed - base)
+    assert (rows[1]["standard_error"], rows[1]["verdict"]) == (None, "needs 3 seeds")
+
+
+BAD = [
+    ((), "first word of the command is missing; it must be one of throughput, versus-stock, ablate"),
+    (("speed",), "first word of the command is 'speed'"),
+    (("throughput", "--grid", "optim"), "grid is 'optim'; write NAME=VALUE"),
+    (("throughput", "--grid", "optimizer=muon"), "unknown setting 'optimizer'; the nearest is"),
+    (("throughput", "--grid", "micro_batch_tokens=many"), "micro_batch_tokens is 'many'; it must be int"),
+    (("throughput", "--measure_seconds", "0"), "measure_seconds is 0"),
+    (("throughput", "--seeds", "1"), "unknown setting 'seeds'"),
+    (("versus-stock", "--sides", "mine"), "sides is 'mine'"),
+    (("versus-stock", "--seeds", "1,1"), "seeds is '1,1'"),
+    (("versus-stock", "--learning_rates", "0.0"), "learning_rates is 0"),
+    (("versus-stock", "--baselines", "xlnet"), "baselines has 'xlnet'"),
+    (("versus-stock", "--baselines", "GPT2"), "baselines has 'gpt2', which has no AutoModelForMaskedLM"),
+    (("versus-stock", "--budget_steps", "5"), "one wall clock"),
+    (("versus-stock", "--budget_minutes", "0"), "budget_minutes is 0"),
+    (("ablate",), "No change is given"),
+    (("ablate", "--change", "linear"), "change is 'linear'; write NAME=VALUE"),
+    (("ablate", "--change", "lr_shap=linear"), "unknown setting 'lr_shap'; the nearest is 'lr_shape'"),
+    (("throughput", "--grid", "optim=adamw", "--records_dir", "FILE"), "records_dir is .*cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv) or "nothing" for argv, _ in BAD])
+def test_bad_input_gets_one_sentence(run_benchmark, recipe, tmp_path, argv, words):
+    (tmp_path / "file").write_text("mine")
+    places = {"FILE": str(tmp_path / "file"), "GPT2": str(tmp_path / "gpt2.json")}
+    argv = [places.get(word, word) for word in argv]
+    if argv and argv[0] != "speed":
+        argv.insert(1, str(recipe))
+        argv += [] if "--records_dir" in argv else ["--records_dir", str(tmp_path / "records")]
+    code, _, stderr = run_benchmark(*argv)
+    assert code == 1
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert re.search(words, errors[0]), errors[0]
+    assert "Traceback" not in stderr
+    assert not os.path.exists(tmp_path / "records")
