@@ -36,14 +36,11 @@ def usable_cores() -> int:
 def set_threads(num_threads: int | None = None) -> int:
     """Give this process its share of the cores: `accelerate launch` without a config would leave it one.
 
-    It also keeps its freed memory, see `keep_freed_memory`.
-
     Args:
         num_threads: Threads to use; None: usable cores over the processes on this machine.
     """
     share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, num_threads or share))
-    keep_freed_memory()
     return torch.get_num_threads()
 
 

@@ -37,7 +37,7 @@ from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
 from oneday.row_sources import RowSource, ShuffledRows
 from oneday.schedules import ProgressScheduler, interpolate, learning_rate_multiplier
-from oneday.throughput import has_fast_bf16, measure_peak_flops, synchronize
+from oneday.throughput import has_fast_bf16, keep_freed_memory, measure_peak_flops, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class BudgetTrainer(Trainer):
                 f"{args.world_size} processes and {args.n_gpu} GPUs were given; this version trains with one process "
                 "on one device: start one, with CUDA_VISIBLE_DEVICES=0."
             )
+        keep_freed_memory()
         self.objective, self.data_fingerprint = objective, data_fingerprint
         self.clock = BudgetClock(Budget.from_arguments(args))
         self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
