@@ -29,7 +29,7 @@ from oneday.benchmarks.arguments import AblationArguments, SeedArguments, Versus
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, point_times
 from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.planning import Plan, Text, read_changes
-from oneday.benchmarks.records import Job, RecordStore, hash_source
+from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
 from oneday.benchmarks.throughput import expand_grid
 from oneday.benchmarks.versus_stock import choose_learning_rate, median_match, time_to_match
@@ -551,3 +551,10 @@ def test_bad_input_gets_one_sentence(run_benchmark, recipe, tmp_path, argv, word
     assert re.search(words, errors[0]), errors[0]
     assert "Traceback" not in stderr
     assert not os.path.exists(tmp_path / "records")
+
+
+def test_a_record_of_a_machine_of_another_speed_does_not_stand():
+    record = {"peak_flops_measured": 4.0e11}
+    assert find_speed_difference(record, 4.5e11) is None
+    assert find_speed_difference(record, None) is None
+    assert find_speed_difference(record, 7.6e11) == "the machine's peak was 0.40 TFLOP/s, now 0.76"

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import DECODERS, ENCODERS, ROW_LENGTH
+from test_attention import DECODERS as ALL_DECODERS
+from test_attention import DOCUMENTS, build_tiny
+from test_attention import ENCODERS as ALL_ENCODERS
+from test_attention import ROW_LENGTH as TINY_ROW_LENGTH
+from torch import nn
 from torch.nn import functional as F
+
+from oneday.attention import build_layout, position_offset
+from oneday.collators import Batch
+from oneday.mixed_precision import HalfWeights
+from oneday.objectives import SelectedPositions
 
 
 def plain_loss(model, batches, kind):
@@ -88,3 +98,51 @@ def test_bits_per_byte_counts_every_byte_of_the_text(make_trainer, texts):
     num_bytes = sum(len(text.encode()) for text in texts[270:])
     nats = metrics["eval_loss"] * predicted
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-6)
+
+
+def build_batches(model):
+    """The documents of test_attention as two micro-batches, a third of the tokens predicted."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for documents in (DOCUMENTS[:1], DOCUMENTS[1:]):
+        layout = build_layout(documents, TINY_ROW_LENGTH, position_offset(model))
+        ids = torch.randint(4, 60, (len(documents), TINY_ROW_LENGTH), generator=generator)
+        places = [
+            row * TINY_ROW_LENGTH + i for row, lengths in enumerate(documents) for i in range(0, sum(lengths), 3)
+        ]
+        labels = torch.randint(4, 60, (len(places),), generator=generator)
+        lengths = np.concatenate([np.array(lengths) for lengths in documents])
+        batches.append(Batch({"input_ids": ids, **layout._asdict()}, torch.tensor(places), labels, lengths))
+    return batches
+
+
+@pytest.mark.parametrize("name", [*ALL_ENCODERS, *ALL_DECODERS])
+def test_every_supported_architecture_has_the_plain_loss_and_gradient(name):
+    """Packed attention, head on chosen positions, fused loss and lent weights, float32, against stock document by
+    document; with weights far from their first values, so that attention is not uniform."""
+    model = build_tiny(name, spread=0.2).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    batches = build_batches(model)
+    count = sum(len(batch.labels) for batch in batches)
+    selected, half = SelectedPositions(model), HalfWeights(model, enabled=False)
+    losses = []
+    with half.lent():
+        for batch in batches:
+            losses.append(selected.summed_loss(model, batch) / count)
+            losses[-1].backward()
+            half.collect()
+    expected = plain_loss(reference, batches, None)
+    expected.backward()
+    assert sum(losses).item() == pytest.approx(expected.item(), abs=1e-5)
+    for (label, ours), plain in zip(model.named_parameters(), reference.parameters()):
+        assert (ours.grad is None) == (plain.grad is None), label
+        if plain.grad is not None:
+            scale = plain.grad.abs().max().item()
+            assert (ours.grad - plain.grad).abs().max().item() < 1e-5 + 1e-5 * scale, label

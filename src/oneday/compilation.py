@@ -29,9 +29,7 @@ def compile_layers(model: nn.Module) -> int:
     """
     layers = find_layers(model)
     if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        logger.warning(
-            "torch_compile is true, but no C++ compiler is there: running uncompiled; install g++."
-        )
+        logger.warning("torch_compile is true, but no C++ compiler is there: running uncompiled; install g++.")
         return 0
     torch._dynamo.config.cache_size_limit = max(16, torch._dynamo.config.cache_size_limit)
     for layer in layers:

@@ -36,6 +36,7 @@ from oneday.glue_results import (
     summarize_runs,
     write_json,
 )
+from oneday.throughput import keep_freed_memory, set_threads
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def run_protocol(args: FinetuneArguments) -> dict:
         SettingError: When a setting cannot work; nothing has been written then.
     """
     names = check_arguments(args)
+    set_threads()
+    keep_freed_memory()
     checkpoint = load_checkpoint(args.model_name_or_path)
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     output_dir = find_output_dir(args)

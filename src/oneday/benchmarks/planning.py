@@ -28,7 +28,7 @@ from oneday.recipe import (
     read_value,
     refused_settings,
 )
-from oneday.throughput import describe_environment
+from oneday.throughput import describe_environment, has_fast_bf16, measure_peak_flops
 
 # A benchmark's own choices over the recipe: only the final evaluation, as on the other side, and no trackers.
 QUIET = {"num_evaluations": 1, "eval_steps": None, "eval_on_start": False, "report_to": "none"}
@@ -162,7 +162,13 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
     model_args, _, args = build_arguments(CLASSES, complete)
     check_settings(model_args, args)
     path = Path(recipe_path)
-    store = RecordStore(Path(record_args.records_dir), describe_environment(args.device), record_args.reuse_ours)
+    bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+    store = RecordStore(
+        Path(record_args.records_dir),
+        describe_environment(args.device),
+        record_args.reuse_ours,
+        measure_peak_flops(args.device, bf16),
+    )
     return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
 
 

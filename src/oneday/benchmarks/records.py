@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 # Of the environment, what decides a measurement; of the packages, all but this project.
 SAME_ENVIRONMENT = ("device", "device_type", "cores", "threads", "num_processes", "python")
+# Relative difference of the measured peak up to which a machine counts as the same; virtual ones drift by a tenth.
+SAME_SPEED = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class RecordStore:
         folder: Where they lie.
         environment: This machine, from `throughput.describe_environment`.
         reuse_ours: Take records of our side whatever code they are of.
+        peak_flops: FLOP/s of this machine now; None: records stand whatever theirs was. Processors of one name differ.
     """
 
     folder: Path
     environment: dict[str, Any]
     reuse_ours: bool = False
+    peak_flops: float | None = None
 
     def find(self, job: Job) -> Record | None:
         """The record of this job if there is one that stands; says why one does not."""
@@ -64,6 +68,7 @@ class RecordStore:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             difference = find_difference(record, job, self.environment, self.reuse_ours)
+            difference = difference or find_speed_difference(record, self.peak_flops)
         except OSError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -148,6 +153,14 @@ def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse
     if job.kind != "stock" and not reuse_ours and record["source_hash"] != hash_source():
         return "this project's code has changed since (reuse_ours takes it all the same)"
     return None
+
+
+def find_speed_difference(record: Record, peak_flops: float | None) -> str | None:
+    """Why a record is of a faster or slower machine, in words; None when it is of one like this."""
+    then = record["peak_flops_measured"]
+    if peak_flops is None or abs(peak_flops / then - 1.0) <= SAME_SPEED:
+        return None
+    return f"the machine's peak was {then / 1e12:.2f} TFLOP/s, now {peak_flops / 1e12:.2f}"
 
 
 def normalise(value: Any) -> Any:
