@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from conftest import ROW_LENGTH
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
 
-from oneday import compilation
-from oneday.compilation import find_layers
+from oneday.compilation import compile_layers, find_layers
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "qwen3"])
@@ -14,11 +18,36 @@ def test_the_layers_are_found(make_model, name):
     assert len(find_layers(make_model(name))) == 2
 
 
-def test_without_a_compiler_it_says_so_and_runs_uncompiled(make_trainer, monkeypatch, caplog):
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+def test_where_compiling_fails_it_says_so_and_runs_uncompiled(make_trainer, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found in ['g++']")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
     trainer = make_trainer("bert", budget_steps=1, torch_compile=True)
-    assert "no C++ compiler is there" in caplog.text
     assert trainer.run()["eval_loss"] > 0
+    assert "No working C++ compiler found" in caplog.text and "running uncompiled" in caplog.text
+    assert trainer.clock.ledger["compilation"] > 0
+    assert not any(layer._compiled_call_impl for layer in find_layers(trainer.model))
+
+
+def test_a_model_without_repeated_layers_says_so(caplog):
+    assert compile_layers(nn.Linear(2, 2)) == 0
+    assert "no repeated layers" in caplog.text
+
+
+def test_micro_batches_have_one_size_while_the_batch_grows(make_trainer):
+    sizes = {}
+    for compiled in (False, True):
+        tokens = {"batch_size_tokens_start": 4 * ROW_LENGTH, "batch_size_tokens": 9 * ROW_LENGTH}
+        settings = {**tokens, "micro_batch_tokens": 9 * ROW_LENGTH, "torch_compile": compiled}
+        trainer = make_trainer("bert", budget_steps=1, output=f"run-{compiled}", **settings)
+        plans = []
+        for progress in (0.0, 0.2, 0.4, 0.6, 1.0):
+            trainer.clock._progress = progress
+            plans.append(trainer.plan_step(trainer.args, ROW_LENGTH))
+        sizes[compiled] = [plan.micro_rows for plan in plans]
+        assert plans[0].num_rows == 4 and plans[-1].num_rows >= 8
+    assert len(set(sizes[False])) > 1 and set(sizes[True]) == {4}
 
 
 @pytest.mark.slow
@@ -40,6 +69,10 @@ def test_loss_and_gradient_equal_the_eager_path(make_trainer, name):
     assert held_out == pytest.approx(eager_eval, abs=1e-5)
 
 
-def test_a_compiled_run_keeps_the_checkpoints_names(make_trainer):
-    trainer = make_trainer("modernbert", budget_steps=1, torch_compile=True)
-    assert not any("_orig_mod" in name for name in trainer.model.state_dict())
+@pytest.mark.slow
+def test_one_graph_serves_all_layers_and_any_number_of_documents(make_trainer):
+    counters.clear()
+    trainer = make_trainer("bert", budget_steps=3, torch_compile=True)
+    trainer.run()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not any("_orig_mod" in name for name in load_file(Path(trainer.args.output_dir) / "model.safetensors"))

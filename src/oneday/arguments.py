@@ -87,6 +87,8 @@ REFUSED_SETTINGS = {
     "warmup_steps": DECIDED.format("warmup_fraction"),
     "eval_strategy": DECIDED.format("num_evaluations or eval_steps"),
     "save_strategy": DECIDED.format("save_minutes or save_steps"),
+    "torch_compile_backend": "has no effect here; set torch_compile instead",
+    "torch_compile_mode": "has no effect here; set torch_compile instead",
     "save_only_model": "would lose the optimizer of a resumed run; leave it out",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), NO_PUSH),
     **dict.fromkeys(

@@ -22,7 +22,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
 # Where the seconds of a run go; `other` is what no entry before it claims.
-LEDGER = ("initialization", "steps", "data", "evaluation", "checkpoints", "lost", "other")
+LEDGER = ("initialization", "compilation", "steps", "data", "evaluation", "checkpoints", "lost", "other")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Budget:
     """Limits of a run; None is no limit. The first one used up ends the run.
 
     Attributes:
-        seconds: Wall clock from the first training step to the final model on disk.
+        seconds: Wall clock from the first training step, or what prepares it (counted embeddings, compiling), to the
+            final model on disk.
         tokens: Tokens trained on, padding not counted.
         flops: Floating-point operations executed, forward and backward.
         steps: Optimizer steps.
@@ -103,12 +104,14 @@ class BudgetClock:
         now: Returns seconds on a monotonic clock.
         carried_seconds: Budget seconds that earlier processes of this run spent.
         reserve_seconds: Kept for the final evaluation and save; may be re-estimated at any time.
+        preparation_seconds: Spent before the first step on initialising and compiling; progress starts after them.
     """
 
     budget: Budget
     now: Callable[[], float] = time.monotonic
     carried_seconds: float = 0.0
     reserve_seconds: float = 0.0
+    preparation_seconds: float = 0.0
     tokens: int = 0
     flops: float = 0.0
     steps: int = 0
@@ -182,8 +185,8 @@ class BudgetClock:
         used = {kind: spent[kind] / limit for kind, limit in self.budget.limits.items() if kind in spent}
         limit = self.budget.clock_limit_seconds
         if limit is not None:
-            seconds = self.elapsed_seconds + more_steps * self.expected_step_seconds
-            used["seconds"] = seconds / max(limit - self.reserve_seconds, 1e-9)
+            seconds = self.elapsed_seconds + more_steps * self.expected_step_seconds - self.preparation_seconds
+            used["seconds"] = seconds / max(limit - self.reserve_seconds - self.preparation_seconds, 1e-9)
         return used
 
     def step_progress(self, tokens: int, flops: float) -> float:
@@ -247,6 +250,7 @@ class BudgetClock:
             "steps": self.steps,
             "progress": self._progress,
             "reserve_seconds": self.reserve_seconds,
+            "preparation_seconds": self.preparation_seconds,
             "ledger": dict(self.ledger),
         }
 
@@ -256,6 +260,7 @@ class BudgetClock:
         self.carried_seconds = max(self.carried_seconds, state["elapsed_seconds"])
         self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
         self._progress, self.reserve_seconds = state["progress"], state["reserve_seconds"]
+        self.preparation_seconds = state["preparation_seconds"]
         self.ledger.update(state["ledger"])
         self.ledger["lost"] += lost
 

@@ -62,7 +62,7 @@ class BudgetCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The clock of a new run starts with its first step."""
+        """The clock of a new run starts with its first step, unless preparing it has started the clock."""
         self.trainer.clock.start()
 
     def on_step_end(

@@ -7,7 +7,7 @@ loss, whose sizes change from step to step, stay outside.
 from __future__ import annotations
 
 import logging
-import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,18 +23,36 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_layers(model: nn.Module) -> int:
-    """Compile the repeated layers in place; returns how many. State dict and module names stay as they are.
+    """Have the repeated layers compiled in place at their first call; returns how many.
 
-    Without a C++ compiler, which a CPU needs, the model runs uncompiled and a warning says so.
+    State dict and module names stay as they are. `try_compiled` makes the first call.
     """
     layers = find_layers(model)
-    if next(model.parameters()).device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        logger.warning("torch_compile is true, but no C++ compiler is there: running uncompiled; install g++.")
-        return 0
-    torch._dynamo.config.cache_size_limit = max(16, torch._dynamo.config.cache_size_limit)
+    if not layers:
+        logger.warning(
+            "torch_compile is true, but %s has no repeated layers: running uncompiled.", type(model).__name__
+        )
     for layer in layers:
         layer.compile(dynamic=False)
     return len(layers)
+
+
+def try_compiled(model: nn.Module, run: Callable[[], None]) -> bool:
+    """Call `run`, which compiles; if that fails, say why, leave the model uncompiled and return False.
+
+    Compiling needs a C++ compiler on a CPU and a C compiler on a GPU, at run time.
+    """
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler's back ends fail in many ways
+        for layer in find_layers(model):
+            layer._compiled_call_impl = None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason[:120])
+        return False
+    return True
 
 
 def mark_varying(bounds: Tensor) -> None:

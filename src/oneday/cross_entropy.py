@@ -23,6 +23,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (num_predicted, vocabulary), any floating type.
         labels: (num_predicted,) int64.
     """
+    assert len(logits) == len(labels), f"{len(logits)} rows of logits, {len(labels)} labels"
     if logits.shape[0] == 0:
         return logits.sum().float()
     rows = chunk_rows(logits.device.type, logits.shape[-1])
@@ -42,11 +43,14 @@ def summed_linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | N
         bias: (vocabulary,) or None.
         labels: (num_predicted,) int64.
     """
+    assert len(hidden) == len(labels), f"{len(hidden)} rows of states, {len(labels)} labels"
     device = hidden.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
+    # A table and its bias stay in float32 while the model computes in bfloat16.
+    weight, bias = weight.to(hidden.dtype), bias if bias is None else bias.to(hidden.dtype)
     if not torch.is_grad_enabled() or hidden.shape[0] == 0:
         rows = chunk_rows(device, weight.shape[0])
         parts = zip(hidden.split(rows), labels.split(rows))
@@ -93,7 +97,7 @@ def add_to(total: Tensor | None, part: Tensor) -> Tensor:
 def find_fusable_projection(model: nn.Module) -> nn.Linear | None:
     """The output projection, if the model's logits are exactly its output (no soft cap or scale after it); else None.
 
-    Found by trying: with the projection replaced by the identity the model must return what went into it.
+    Found by trying: the logits of four tokens must be exactly the projection's own output.
     """
     projection = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear):

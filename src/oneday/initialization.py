@@ -28,7 +28,7 @@ WINDOW = 2
 # Counts read at most this many tokens: more changes the vectors less than it costs.
 MAX_TOKENS = 12_000_000
 # Cells of the table of counts. A larger vocabulary keeps all its rows and only the most frequent columns.
-MAX_CELLS = 2**28
+MAX_CELLS = 2**26
 POWER_ITERATIONS = 1
 # Standard deviation of the vectors' elements.
 EMBEDDING_STD = 0.1
@@ -94,7 +94,7 @@ def count_cooccurrences(dataset: PackedDataset, vocab_size: int, special_ids: Se
             pairs.append((right, column_of[left]))
         for word, context in pairs:
             keys = (word * num_columns + context)[context >= 0]
-            counts += np.bincount(keys, minlength=counts.size).astype(np.float32) / distance
+            counts += np.bincount(keys, minlength=counts.size) * np.float32(1 / distance)
     counts = counts.reshape(vocab_size, num_columns)
     return counts if num_columns < vocab_size else counts + counts.T
 

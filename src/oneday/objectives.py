@@ -24,15 +24,16 @@ STANDARD_MLM_PROBABILITY = 0.15
 class SelectedPositions:
     """Lets a stock model's head see only chosen positions, and ends it before the output projection where it can.
 
-    A forward hook on the base model replaces its (rows, row_length, width) output by the (1, num_predicted, width)
-    rows that are predicted; the stock head then runs on those alone, whatever the architecture's head is. Where the
-    logits are the output projection's own result, that projection passes its input through and is fused with the loss.
+    A forward hook on the body (the base model, or the part of it that the head calls) replaces its (rows, row_length,
+    width) output by the (1, num_predicted, width) rows that are predicted; the stock head then runs on those alone,
+    whatever the architecture's head is. Where the logits are the output projection's own result, that projection
+    passes its input through and is fused with the loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.positions: torch.Tensor | None = None
         self.projection = find_fusable_projection(model)
-        model.base_model.register_forward_hook(self.select)
+        find_body(model).register_forward_hook(self.select)
 
     def select(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook; does nothing while no positions are set."""
@@ -47,7 +48,7 @@ class SelectedPositions:
         if self.projection is not None:
             self.projection.forward = pass_through
         try:
-            output = model(**batch.inputs).logits[0]
+            output = model(**batch.inputs).logits[0]  # (num_predicted, ...)
         finally:
             self.positions = None
             if self.projection is not None:
@@ -55,6 +56,29 @@ class SelectedPositions:
         if self.projection is None:
             return summed_cross_entropy(output, batch.labels)
         return summed_linear_cross_entropy(output, self.projection.weight, self.projection.bias, batch.labels)
+
+
+def find_body(model: nn.Module) -> nn.Module:
+    """The module whose `last_hidden_state` the head gets, found by a forward of four tokens.
+
+    Usually it is `base_model`, but OPT's head calls `base_model.decoder` and no hook of `base_model` runs.
+    """
+    ended: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if getattr(output, "last_hidden_state", None) is not None:
+            ended.append(module)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(4, device=next(model.parameters()).device)[None])
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return ended[-1] if ended else model.base_model  # the outermost one ends last
 
 
 def pass_through(hidden: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import read_carried_seconds
 from oneday.callbacks import note_signals
+from oneday.compilation import try_compiled
 from oneday.initialization import initialize_embeddings
 
 if TYPE_CHECKING:
@@ -61,25 +62,33 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
     if trainer.args.eval_on_start and checkpoint is None:
         trainer.evaluate()
     trainer.args.eval_on_start = False
-    if checkpoint is None and trainer.args.embedding_init == "cooccurrence":
-        initialize_in_budget(trainer)
+    prepare_first_step(trainer, is_new=checkpoint is None)
     if trainer.next_step_fits():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     elif checkpoint is None:
         raise SettingError(
-            f"The budget ({trainer.clock.budget.describe()}) is too small for one step besides the final evaluation "
-            f"and save, which take {trainer.clock.reserve_seconds:.1f} s here; raise it."
+            f"The budget ({trainer.clock.budget.describe()}) is too small for one step: initialising and compiling "
+            f"took {trainer.clock.preparation_seconds:.1f} s here, the final evaluation and save take "
+            f"{trainer.clock.reserve_seconds:.1f} s; raise it."
         )
     else:
         trainer._load_from_checkpoint(str(checkpoint))
 
 
-def initialize_in_budget(trainer: BudgetTrainer) -> None:
-    """Start the clock and set the embeddings from the corpus."""
-    trainer.clock.start()
-    with trainer.clock.account("initialization"):
-        tokenizer = trainer.processing_class
-        initialize_embeddings(trainer.model, trainer.train_dataset, tokenizer.all_special_ids, trainer.args.seed)
+def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
+    """Set the embeddings of a new run from the corpus and compile, on the clock; progress starts after it."""
+    clock, args = trainer.clock, trainer.args
+    if is_new and args.embedding_init == "cooccurrence":
+        clock.start()
+        with clock.account("initialization"):
+            special_ids = trainer.processing_class.all_special_ids
+            initialize_embeddings(trainer.model, trainer.train_dataset, special_ids, args.seed)
+    if args.use_compile:
+        clock.start()
+        with clock.account("compilation"):
+            args.use_compile = try_compiled(trainer.model, trainer.rehearse_step)
+    if is_new:
+        clock.preparation_seconds = clock.elapsed_seconds
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:

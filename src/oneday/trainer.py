@@ -54,6 +54,12 @@ class StepRecord:
     loss: torch.Tensor
 
 
+def micro_tokens(args: BudgetTrainingArguments) -> int:
+    """Tokens of a micro-batch; compiled layers get all of one size, that of the smallest step, and compile once."""
+    smallest = args.batch_size_tokens_start if args.use_compile else None
+    return min(args.micro_batch_tokens, smallest or args.micro_batch_tokens)
+
+
 class BudgetTrainer(Trainer):
     """Pretrains a stock model inside a budget.
 
@@ -130,7 +136,7 @@ class BudgetTrainer(Trainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
-        largest_rows, _ = plan_rows(largest, args.micro_batch_tokens, source.row_length, args.world_size)
+        largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
         return StepLoader(
             source,
             self.objective.training_collator(self.position_offset),
@@ -144,7 +150,7 @@ class BudgetTrainer(Trainer):
         """Size of the next step, as the schedules say at the present progress."""
         progress = self.clock.progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
-        return StepPlan(*plan_rows(tokens, args.micro_batch_tokens, row_length, args.world_size), progress)
+        return StepPlan(*plan_rows(tokens, micro_tokens(args), row_length, args.world_size), progress)
 
     def get_train_dataloader(self) -> StepLoader:
         """The loader as it is: it shards by rank itself, so accelerate must not."""
@@ -185,6 +191,14 @@ class BudgetTrainer(Trainer):
         self.accelerator.backward(loss * self.args.world_size)
         self.half_weights.collect()
         return loss.detach()
+
+    def rehearse_step(self) -> None:
+        """Forward and backward over the coming micro-batch, for what happens only once; leaves no gradient."""
+        self.model.train()
+        batch = self.loader.peek()[0].to(self.args.device)
+        with self.half_weights.lent():
+            self.backward(self.model, batch, len(batch.labels))
+        self.model.zero_grad()
 
     def count_step(self, step: list[Batch]) -> tuple[int, float, int]:
         """(tokens, FLOPs, predicted tokens) of a step; windowed layers count the pairs inside their window."""

@@ -1,13 +1,15 @@
-"""One run at a time, each in a process of its own: no warm cache, thread pool or memory is handed on."""
+"""One run at a time, each in a process of its own: no thread pool, memory or compiled code is handed on."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from oneday.recipe import start_logging
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+# Where torch.compile looks for what it has compiled before.
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class RunError(SettingError):
@@ -64,18 +68,26 @@ def work(function: Callable[[Any], dict[str, Any]], argument: Any, sender: Conne
     """The process: sends `{"result": ...}` or `{"error": ...}`; does not outlive its parent."""
     start_logging()
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="oneday-compiled-") as folder:
+        for name in COMPILER_CACHES:
+            os.environ[name] = str(Path(folder) / name.lower())
+        outcome = attempt(function, argument)
+    sender.send(outcome)
+
+
+def attempt(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+    """`{"result": ...}` or `{"error": ...}`."""
     try:
-        outcome = {"result": function(argument)}
+        return {"result": function(argument)}
     except SettingError as error:
-        outcome = {"error": str(error)}
+        return {"error": str(error)}
     except torch.OutOfMemoryError:
-        outcome = {"error": "the GPU's memory does not hold it; lower micro_batch_tokens."}
+        return {"error": "the GPU's memory does not hold it; lower micro_batch_tokens."}
     except KeyboardInterrupt:
-        outcome = {"error": "a signal ended it; run the same command again to go on with the others."}
+        return {"error": "a signal ended it; run the same command again to go on with the others."}
     except Exception as error:
         logger.exception("A run failed.")
-        outcome = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    sender.send(outcome)
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
 def leave_with_parent() -> None:
