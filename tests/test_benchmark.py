@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
 from oneday.benchmarks.throughput import expand_grid
-from oneday.benchmarks.versus_stock import choose_learning_rate, median_match, time_to_match
+from oneday.benchmarks.versus_stock import choose_batch_and_rate, median_match, time_to_match
 from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
 from oneday.corpus import Corpus
@@ -348,16 +349,20 @@ def test_the_best_learning_rate_is_taken(tmp_path):
     settings = complete_settings((BudgetTrainingArguments,), {"max_seq_length": 32})
     plan = Plan("tiny", settings, RecordStore(tmp_path, ENVIRONMENT))
     plan.__dict__["text"] = Text("f", "h", "texts", "encoder", "eval_mlm_loss")
-    args = VersusStockArguments(learning_rates=[3e-4, 1e-3, 3e-3], screen_minutes=2.0, sides=["ours"])
-    assert choose_learning_rate(plan, args, "tiny", str(config), 1) is None
-    for rate, loss in zip(args.learning_rates, (6.0, 5.5, 5.6)):
-        job = plan.stock_job("tiny", str(config), rate, 1, 120.0, 1, 32)
-        write_record(tmp_path, job, final={"eval_mlm_loss": loss}, measure="eval_mlm_loss", learning_rate=rate)
-    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 1e-3
+    args = VersusStockArguments(
+        learning_rates=[3e-4, 1e-3, 3e-3], stock_rows=[8, 32], screen_minutes=2.0, sides=["ours"]
+    )
+    assert choose_batch_and_rate(plan, args, "tiny", str(config), 1) is None
+    grid = list(itertools.product(args.stock_rows, args.learning_rates))
+    for (rows, rate), loss in zip(grid, (6.0, 5.5, 5.6, 6.1, 6.2, 5.9)):
+        job = plan.stock_job("tiny", str(config), rows, rate, 1, 120.0, 1)
+        facts = {"measure": "eval_mlm_loss", "learning_rate": rate, "rows": rows}
+        write_record(tmp_path, job, final={"eval_mlm_loss": loss}, **facts)
+    assert choose_batch_and_rate(plan, args, "tiny", str(config), 1) == (8, 1e-3)
     args.sides = ["stock"]
-    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 1e-3, "records that stand are not run again"
-    args.learning_rates = [7e-4]
-    assert choose_learning_rate(plan, args, "tiny", str(config), 1) == 7e-4
+    assert choose_batch_and_rate(plan, args, "tiny", str(config), 1) == (8, 1e-3), "records that stand are kept"
+    args.learning_rates, args.stock_rows = [7e-4], [16]
+    assert choose_batch_and_rate(plan, args, "tiny", str(config), 1) == (16, 7e-4)
 
 
 # ---- Whole benchmarks ----
@@ -419,7 +424,7 @@ def test_stock_runs_every_kind_of_baseline(name, recipe, tmp_path, monkeypatch):
         settings |= {"objective": "clm", "tokenizer_type": "bpe", "vocab_size": 320}
     complete = complete_settings(CLASSES, settings)
     plan = Plan("tiny", complete, RecordStore(tmp_path, ENVIRONMENT))
-    job = plan.stock_job(name, str(config), 1e-2, 1, 1.0, 2, 8)
+    job = plan.stock_job(name, str(config), 8, 1e-2, 1, 1.0, 2)
     record = run_stock(job)
     first, last = (point[plan.text.measure] for point in (record["curve"][0], record["final"]))
     assert last < first < math.log(400)
@@ -430,13 +435,14 @@ def test_stock_runs_every_kind_of_baseline(name, recipe, tmp_path, monkeypatch):
 
 def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path):
     records = tmp_path / "records"
-    argv = ["versus-stock", recipe, "--baselines", tmp_path / "rival.json", "--learning_rates", "1e-3", "--seeds", 1,
+    argv = ["versus-stock", recipe, "--baselines", tmp_path / "rival.json",
+            "--learning_rates", "1e-3", "--stock_rows", 8, "--seeds", 1,
             "--num_points", 5, "--records_dir", records]  # fmt: skip
     code, table, stderr = run_benchmark(*argv)
     assert code == 0, stderr
     assert max(map(len, table.splitlines())) <= 80, table
     assert {path.name for path in records.iterdir()} == {
-        "ours-mini-pretrain-3s-seed1.json", "stock-mini-pretrain-rival-lr0.001-3s-seed1.json",
+        "ours-mini-pretrain-3s-seed1.json", "stock-mini-pretrain-rival-8rows-lr0.001-3s-seed1.json",
         "versus_stock-mini-pretrain.json", "versus_stock-mini-pretrain.png",
     }  # fmt: skip
     assert (records / "versus_stock-mini-pretrain.png").read_bytes().startswith(b"\x89PNG")
@@ -453,14 +459,15 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path):
         assert str(tmp_path.parent) not in json.dumps(record), "no path of this machine"
     assert ours["settings"]["held_out"] == stock["settings"]["held_out"]
     assert ours["clock_seconds"] <= 3.0 * 1.02
-    passes, rest = divmod(stock["steps"], math.ceil(stock["num_chunks"] / 32))
-    assert stock["tokens"] == (passes * stock["num_chunks"] + 32 * rest) * ROW_LENGTH
+    passes, rest = divmod(stock["steps"], math.ceil(stock["num_chunks"] / 8))
+    assert stock["tokens"] == (passes * stock["num_chunks"] + 8 * rest) * ROW_LENGTH
     assert stock["steps"] == max(1, round(3.0 / stock["step_seconds_probed"]))
 
     summary = json.loads((records / "versus_stock-mini-pretrain.json").read_text())
     assert summary["seeds"] == [1]
     assert [row["side"] for row in summary["rows"]] == ["ours", "rival"]
-    measured = time_to_match(ours["curve"], stock["final"]["eval_mlm_loss"], 3.0, "eval_mlm_loss")
+    target = stock["final"]
+    measured = time_to_match(ours["curve"], target["eval_mlm_loss"], target["clock_seconds"], "eval_mlm_loss")
     assert summary["rows"][1]["time_to_match"] == str(measured)
     assert str(measured) in table
 

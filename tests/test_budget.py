@@ -108,6 +108,22 @@ def test_step_progress_is_read_at_the_middle_of_the_step():
     assert clock.step_progress(100, 0) == pytest.approx(0.05)
 
 
+def test_progress_starts_after_the_preparation_and_still_ends_with_the_budget():
+    now = FakeTime()
+    clock = BudgetClock(Budget(seconds=100), now=now, reserve_seconds=10)
+    clock.start()
+    now.seconds += 30
+    assert clock.progress == pytest.approx(1 / 3)
+    clock.end_preparation()
+    assert clock.progress == 0.0
+    now.seconds += 30
+    assert clock.progress == pytest.approx(0.5)
+    again = BudgetClock(Budget(seconds=100), now=now)
+    again.load_state_dict(clock.state_dict())
+    assert again.preparation_seconds == 30 and again.progress == pytest.approx(0.5)
+    assert clock.fits_seconds(29.9) and not clock.fits_seconds(30.1)
+
+
 def test_a_pause_costs_nothing():
     time = FakeTime()
     clock = BudgetClock(Budget(seconds=100.0), now=time)

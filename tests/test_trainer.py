@@ -111,10 +111,19 @@ class StopAt(TrainerCallback):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon", "adamw_8bit"])
+RESUMED = {
+    "adamw": {},
+    "muon": {"bf16": True},
+    "adamw_8bit": {},
+    "muon_8bit": {"bf16": True, "embedding_init": "cooccurrence"},
+}
+
+
+@pytest.mark.parametrize("optim", RESUMED)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_resume_gives_the_same_weights_to_the_bit(make_trainer, name, optim):
     settings = {"budget_steps": 12, "optim": optim, "save_steps": 4, "batch_size_tokens_start": 4 * ROW_LENGTH}
+    settings |= RESUMED[optim]
     whole = make_trainer(name, "whole", **settings)
     whole.run()
     killed = make_trainer(name, "killed", **settings)

@@ -127,6 +127,10 @@ class BudgetClock:
         if self._started is None:
             self._started = self.now() if since is None else since
 
+    def end_preparation(self) -> None:
+        """What has been spent so far prepared the first step: progress is 0 now."""
+        self.preparation_seconds, self._progress = self.elapsed_seconds, 0.0
+
     def stop(self) -> None:
         """Stop counting: the final model is on disk."""
         self._stopped = self.now()

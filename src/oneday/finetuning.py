@@ -57,7 +57,7 @@ def run_protocol(args: FinetuneArguments) -> dict:
         SettingError: When a setting cannot work; nothing has been written then.
     """
     names = check_arguments(args)
-    set_threads()
+    set_threads(args.num_threads)
     keep_freed_memory()
     checkpoint = load_checkpoint(args.model_name_or_path)
     prepared = [prepare_task(name, args, checkpoint) for name in names]

@@ -58,6 +58,7 @@ class FinetuneArguments:
     max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
     bf16: bool | None = setting(None, "bfloat16 autocast; empty: where the hardware has it.")
     use_cpu: bool = setting(False, "Use the CPU even where there is a GPU.")
+    num_threads: int | None = setting(None, "CPU threads; empty: the usable cores.")
 
 
 # What one run's scores follow from; seeds count for the protocol's name.

@@ -88,7 +88,7 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
         with clock.account("compilation"):
             args.use_compile = try_compiled(trainer.model, trainer.rehearse_step)
     if is_new:
-        clock.preparation_seconds = clock.elapsed_seconds
+        clock.end_preparation()
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:

@@ -34,21 +34,26 @@ class VersusStockArguments:
         "recipe, gpt2,llama for a decoder's.",
     )
     learning_rates: list[float] = setting(
-        [3e-4, 1e-3, 3e-3], "Learning rates stock chooses from, for each baseline; a single one is taken as it is."
+        [3e-4, 1e-3, 3e-3], "Learning rates stock chooses from, for each baseline, by short runs unless it is one."
     )
     screen_minutes: float = setting(2.5, "Minutes of each run that chooses a learning rate.")
     sides: list[str] = setting(["ours", "stock"], "What is run: ours, stock or both; records of the other are shown.")
     num_points: int = setting(24, "Points of each held-out curve, denser early.")
-    stock_rows: int = setting(32, "Rows of stock's batch (per_device_train_batch_size).")
+    stock_rows: list[int] = setting(
+        [8, 32],
+        "Rows of a batch (per_device_train_batch_size) that stock chooses from together with its learning rate; the "
+        "examples' default is 8.",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("screen_minutes", "num_points", "stock_rows"):
+        for name in ("screen_minutes", "num_points"):
             check_positive(name, getattr(self, name))
-        for rate in self.learning_rates:
-            check_positive("learning_rates", rate)
-        if not self.learning_rates:
-            raise SettingError("The setting learning_rates is empty; give one or several, say 3e-4,1e-3,3e-3.")
+        for name, example in (("learning_rates", "3e-4,1e-3,3e-3"), ("stock_rows", "8,32")):
+            for value in getattr(self, name):
+                check_positive(name, value)
+            if not getattr(self, name):
+                raise SettingError(f"The setting {name} is empty; give one or several, say {example}.")
         if not self.sides or set(self.sides) - {"ours", "stock"}:
             raise SettingError(f"The setting sides is {','.join(self.sides)!r}; it must be ours, stock or both.")
 

@@ -14,11 +14,12 @@ from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import RecordArguments
 from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.ours import run_ours
-from oneday.benchmarks.records import Job, RecordStore, normalise
+from oneday.benchmarks.records import Job, RecordStore, hash_source, normalise
 from oneday.benchmarks.stock import run_stock
 from oneday.budget import Budget
 from oneday.modeling import check_config_file
 from oneday.recipe import (
+    SAME_KIND,
     Settings,
     build_arguments,
     check_layer,
@@ -92,7 +93,7 @@ class Plan:
         text: Text | None = None,
     ) -> Job:
         """A run of the recipe, with changes (on `text`, where they change that), under one seed."""
-        recipe = {**self.settings, **QUIET, **(changes or {}), "seed": seed}
+        recipe = {**merge_changes(self.settings, changes or {}), **QUIET, "seed": seed}
         budget, text = read_budget(recipe), text or self.text
         details = {
             "recipe": self.name,
@@ -117,11 +118,11 @@ class Plan:
         self,
         baseline: str,
         config: str,
+        rows: int,
         learning_rate: float,
         seed: int,
         budget_seconds: float,
         num_points: int,
-        rows: int,
     ) -> Job:
         """A run of a stock model. Of the recipe only the text counts, so that its records outlive changes of it."""
         details = {
@@ -140,9 +141,10 @@ class Plan:
             **{key: self.settings[key] for key in ("max_seq_length", "objective", "bf16")},
             **describe_text(self.text),
             "model": read_model(config),
+            "method": hash_source("benchmarks/stock.py", "benchmarks/heldout.py"),
         }
         budget = name_budget(Budget(seconds=budget_seconds))
-        name = f"stock-{self.name}-{baseline}-lr{learning_rate:g}-{budget}-seed{seed}"
+        name = f"stock-{self.name}-{baseline}-{rows}rows-lr{learning_rate:g}-{budget}-seed{seed}"
         recipe = {**self.settings, "model_config": config, "seed": seed}
         return Job("stock", name, run_stock, recipe, details, normalise(settings))
 
@@ -170,6 +172,12 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
         measure_peak_flops(args.device, bf16),
     )
     return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
+
+
+def merge_changes(settings: Settings, changes: Settings) -> Settings:
+    """Settings with changes; of settings that are one (budget_hours and budget_minutes) the changed one counts."""
+    replaced = {name for names in SAME_KIND if any(changes.get(n) is not None for n in names) for name in names}
+    return {**settings, **dict.fromkeys(replaced & settings.keys()), **changes}
 
 
 def read_budget(settings: Settings) -> Budget:

@@ -157,8 +157,10 @@ def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse
 
 def find_speed_difference(record: Record, peak_flops: float | None) -> str | None:
     """Why a record is of a faster or slower machine, in words; None when it is of one like this."""
+    if peak_flops is None:
+        return None
     then = record["peak_flops_measured"]
-    if peak_flops is None or abs(peak_flops / then - 1.0) <= SAME_SPEED:
+    if abs(peak_flops / then - 1.0) <= SAME_SPEED:
         return None
     return f"the machine's peak was {then / 1e12:.2f} TFLOP/s, now {peak_flops / 1e12:.2f}"
 
@@ -168,14 +170,14 @@ def normalise(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def hash_source() -> str:
-    """16 hex digits over this project's library, file by file.
+def hash_source(*names: str) -> str:
+    """16 hex digits over this project's library, file by file, or over some files of it.
 
     A commit would say less: a tree with changes has none, and committing a record makes a new one.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in [package / name for name in names] or sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

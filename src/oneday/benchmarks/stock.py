@@ -2,8 +2,8 @@
 
 Documents with their special tokens are concatenated and cut into rows; rows hold several documents, which see each
 other; the head runs on every position; AdamW with a linear schedule over a step count that is probed to fill the
-budget. Where the examples leave a choice, the better one for stock is taken: 6 % warm-up, bfloat16 where it is fast,
-masks of special tokens known ahead instead of looked up.
+budget. Where the examples leave a choice, it is made for stock: the best batch and learning rate of a grid, 6 %
+warm-up, bfloat16 where it is fast, masks of special tokens known ahead instead of looked up.
 """
 
 from __future__ import annotations
@@ -217,6 +217,7 @@ def build_stock_trainer(
         report_to="none",
         disable_tqdm=True,
     )
+    stock_args._n_gpu = min(stock_args.n_gpu, 1)  # one GPU, as ours; more would be DataParallel
     if objective.kind == "encoder":
         collator = DataCollatorForLanguageModeling(objective.tokenizer, mlm_probability=STANDARD_MLM_PROBABILITY)
     else:

@@ -36,7 +36,7 @@ class Match:
     """How many times sooner ours has stock's final loss.
 
     Attributes:
-        ratio: Budget over the time at which it is passed; None: never.
+        ratio: Stock's time over the time at which it is passed; None: never.
         is_bound: It was passed before the first point, so the ratio is at least this.
     """
 
@@ -49,8 +49,8 @@ class Match:
         return f"{'> ' if self.is_bound else ''}{self.ratio:.2f} x"
 
 
-def time_to_match(points: Sequence[dict[str, float]], target: float, budget_seconds: float, measure: str) -> Match:
-    """The budget over the time at which a curve first reaches a loss, linear between its points.
+def time_to_match(points: Sequence[dict[str, float]], target: float, stock_seconds: float, measure: str) -> Match:
+    """Stock's time over the time at which a curve first reaches its loss, linear between its points.
 
     >>> curve = [{"clock_seconds": 10.0, "loss": 5.0}, {"clock_seconds": 20.0, "loss": 3.0}]
     >>> str(time_to_match(curve, 4.5, 25.0, "loss"))
@@ -59,17 +59,17 @@ def time_to_match(points: Sequence[dict[str, float]], target: float, budget_seco
     Args:
         points: Of the curve, ascending in `clock_seconds`.
         target: The loss to reach.
-        budget_seconds: Of both sides.
+        stock_seconds: What stock took; the budget, but for what its probed steps were off.
         measure: Name of the loss.
     """
     first = points[0]
     if first[measure] <= target:
-        return Match(budget_seconds / first["clock_seconds"], is_bound=True)
+        return Match(stock_seconds / first["clock_seconds"], is_bound=True)
     for before, after in itertools.pairwise(points):
         if after[measure] <= target:
             share = (before[measure] - target) / (before[measure] - after[measure])
             seconds = before["clock_seconds"] + share * (after["clock_seconds"] - before["clock_seconds"])
-            return Match(budget_seconds / seconds)
+            return Match(stock_seconds / seconds)
     return Match(None)
 
 
@@ -89,12 +89,12 @@ def run_versus_stock(plan: Plan, args: VersusStockArguments, seed_args: SeedArgu
     baselines = find_baselines(plan, args)
     jobs = {"ours": [plan.our_job("ours", "", seed, args.num_points) for seed in seed_args.seeds]}
     for name, config in baselines.items():
-        rate = choose_learning_rate(plan, args, name, config, seed_args.seeds[0])
-        if rate is not None:
-            facts = (budget_seconds, args.num_points, args.stock_rows)
-            jobs[name] = [plan.stock_job(name, config, rate, seed, *facts) for seed in seed_args.seeds]
+        chosen = choose_batch_and_rate(plan, args, name, config, seed_args.seeds[0])
+        if chosen is not None:
+            facts = (budget_seconds, args.num_points)
+            jobs[name] = [plan.stock_job(name, config, *chosen, seed, *facts) for seed in seed_args.seeds]
     sides = gather(plan, args, jobs)
-    rows = [describe_side(name, records, sides.get("ours"), budget_seconds) for name, records in sides.items()]
+    rows = [describe_side(name, records, sides.get("ours")) for name, records in sides.items()]
     records = [record for group in sides.values() for record in group]
     folder = plan.store.folder
     write_summary(
@@ -151,14 +151,14 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
     return found
 
 
-def choose_learning_rate(plan: Plan, args: VersusStockArguments, name: str, config: str, seed: int) -> float | None:
-    """The best of the learning rates in short runs, the only one without a run; None: stock is not to be run."""
-    if len(args.learning_rates) == 1:
-        return args.learning_rates[0]
-    jobs = [
-        plan.stock_job(name, config, rate, seed, 60 * args.screen_minutes, 1, args.stock_rows)
-        for rate in args.learning_rates
-    ]
+def choose_batch_and_rate(
+    plan: Plan, args: VersusStockArguments, name: str, config: str, seed: int
+) -> tuple[int, float] | None:
+    """The best (rows, learning rate) in short runs, the only one without a run; None: stock is not to be run."""
+    grid = list(itertools.product(args.stock_rows, args.learning_rates))
+    if len(grid) == 1:
+        return grid[0]
+    jobs = [plan.stock_job(name, config, *point, seed, 60 * args.screen_minutes, 1) for point in grid]
     if "stock" in args.sides:
         records = list(plan.store.obtain(jobs).values())
     else:
@@ -166,9 +166,9 @@ def choose_learning_rate(plan: Plan, args: VersusStockArguments, name: str, conf
         if len(records) < len(jobs):
             return None
     best = min(records, key=lambda record: record["final"][record["measure"]])
-    shown = ", ".join(f"{r['learning_rate']:g}: {r['final'][r['measure']]:.4f}" for r in records)
-    logger.info("Stock %s: learning rate %g is the best of %s.", name, best["learning_rate"], shown)
-    return best["learning_rate"]
+    shown = ", ".join(f"{r['rows']} x {r['learning_rate']:g}: {r['final'][r['measure']]:.4f}" for r in records)
+    logger.info("Stock %s: %d rows at %g are the best of %s.", name, best["rows"], best["learning_rate"], shown)
+    return best["rows"], best["learning_rate"]
 
 
 def gather(plan: Plan, args: VersusStockArguments, jobs: dict[str, list[Job]]) -> dict[str, list[Record]]:
@@ -184,14 +184,13 @@ def gather(plan: Plan, args: VersusStockArguments, jobs: dict[str, list[Job]]) -
     return sides
 
 
-def describe_side(
-    name: str, records: list[Record], ours: list[Record] | None, budget_seconds: float
-) -> dict[str, Any]:
+def describe_side(name: str, records: list[Record], ours: list[Record] | None) -> dict[str, Any]:
     """One row of the table; times to match are of the same seed's two runs."""
     measure = records[0]["measure"]
     row = {
         "side": name,
         "learning_rate": records[0]["learning_rate"],
+        "rows": records[0].get("rows"),
         "num_parameters": records[0]["num_parameters"],
         "seeds": [record["seed"] for record in records],
         **{
@@ -205,7 +204,7 @@ def describe_side(
         row["bits_per_byte"] = median(record["final"]["bits_per_byte"] for record in records)
     if name != "ours" and ours:
         matches = [
-            time_to_match(our["curve"], stock["final"][measure], budget_seconds, measure)
+            time_to_match(our["curve"], stock["final"][measure], stock["final"]["clock_seconds"], measure)
             for our, stock in zip(ours, records)
         ]
         row["times_to_match"] = [str(match) for match in matches]
@@ -231,12 +230,13 @@ def format_table(plan: Plan, rows: list[dict[str, Any]], records: list[Record], 
             + (f"{ratio:>10.2f} x" if ratio else "")
         )
         losses = " ".join(f"{loss:.3f}" for loss in row["final_losses"])
-        lines.append(f"  learning rate {row['learning_rate']:g}; each seed: {losses}")
+        batch = f"{row['rows']} rows, " if row["rows"] else ""
+        lines.append(f"  {batch}learning rate {row['learning_rate']:g}, {row['clock_seconds']:.0f} s; seeds: {losses}")
     environment = records[0]["environment"] if records else plan.store.environment
     lines += [
         "-" * 78,
         f"loss: {plan.text.measure}, nats a predicted token, median of seeds {shown_seeds(rows)}",
-        "time to match: the budget over the time at which ours passes stock's final loss",
+        "time to match: stock's time over the time at which ours passes its final loss",
         f"{environment['device'][:56]}, {environment['threads']} threads",
     ]
     return "\n".join(lines)
