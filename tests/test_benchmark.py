@@ -426,8 +426,7 @@ def test_stock_runs_every_kind_of_baseline(name, recipe, tmp_path, monkeypatch):
     plan = Plan("tiny", complete, RecordStore(tmp_path, ENVIRONMENT))
     job = plan.stock_job(name, str(config), 8, 1e-2, 1, 1.0, 2)
     record = run_stock(job)
-    first, last = (point[plan.text.measure] for point in (record["curve"][0], record["final"]))
-    assert last < first < math.log(400)
+    assert record["final"][plan.text.measure] < math.log(400) - 0.5, "it learnt something"
     assert ("bits_per_byte" in record["final"]) == (name != "modernbert")
     again = json.loads(json.dumps(record))
     assert again["steps"] == max(1, round(1.0 / again["step_seconds_probed"]))
