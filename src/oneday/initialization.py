@@ -63,6 +63,9 @@ def initialize_embeddings(model: nn.Module, dataset: PackedDataset, special_ids:
     information = positive_pmi(torch.from_numpy(counts).to(table.device))
     seen = information.any(1)
     vectors = factorize(information, table.shape[1], generator)
+    # What all vectors share says nothing of a word and drowns the rest when a classifier reads the model (Mu &
+    # Viswanath 2018, arXiv 1702.01417).
+    vectors -= vectors[seen].mean(0)
     with torch.no_grad():
         table.mul_(EMBEDDING_STD / table.std())
         table[seen] = (vectors * (EMBEDDING_STD / vectors[seen].std()))[seen]
