@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROW_LENGTH
 from safetensors.torch import load_file
 from torch import nn
@@ -71,6 +72,7 @@ def test_loss_and_gradient_equal_the_eager_path(make_trainer, name):
 
 @pytest.mark.slow
 def test_one_graph_serves_all_layers_and_any_number_of_documents(make_trainer):
+    torch._dynamo.reset()  # of what other tests compiled
     counters.clear()
     trainer = make_trainer("bert", budget_steps=3, torch_compile=True)
     trainer.run()
