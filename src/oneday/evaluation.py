@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -22,14 +22,13 @@ def evaluate_objective(
     dataset: PackedDataset,
     micro_batch_tokens: int,
     precision: Callable[[], AbstractContextManager],
-    position_offset: int = 0,
+    collators: Mapping[str, Collator],
     rank: int = 0,
     num_processes: int = 1,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
-    own_only: bool = False,
     max_parts: int | None = None,
 ) -> dict[str, float]:
-    """Mean held-out losses a predicted token, in nats, under each of the objective's evaluation collators.
+    """Mean held-out losses a predicted token, in nats, under each collator.
 
     Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
 
@@ -39,12 +38,11 @@ def evaluate_objective(
         dataset: Packed held-out rows.
         micro_batch_tokens: Tokens of one forward pass.
         precision: Opens the context in which the model computes.
-        position_offset: First position id of the architecture.
+        collators: By the name of the loss; of `objective.evaluation_collators`.
         rank: This process; it takes every `num_processes`-th micro-batch.
         num_processes: All of them.
         reduce_sum: Sums a tensor over the processes.
         max_parts: Only the first micro-batches, to see how long one takes.
-        own_only: Only the objective's own loss, not those that let objectives compare.
     """
     training = model.training
     model.eval()
@@ -52,8 +50,7 @@ def evaluate_objective(
     rows = max(1, micro_batch_tokens // dataset.row_length)
     parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
     metrics = {}
-    collators = list(objective.evaluation_collators(position_offset).items())
-    for name, collator in collators[:1] if own_only else collators:
+    for name, collator in collators.items():
         with precision():
             sums = [sum_part(model, objective, dataset, collator, part, device) for part in parts[:max_parts]]
         nats, predicted = (sum(values) for values in zip(*sums))

@@ -272,17 +272,17 @@ class BudgetTrainer(Trainer):
 
     def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
         """Held-out losses of the present weights."""
+        collators = list(self.objective.evaluation_collators(self.position_offset).items())
         metrics = evaluate_objective(
             self.model,
             self.objective,
             self.eval_dataset,
             self.args.micro_batch_tokens,
             self.evaluation_precision,
-            self.position_offset,
+            dict(collators[:1] if own_only else collators),
             self.args.process_index,
             self.args.world_size,
             self.reduce_sum,
-            own_only,
             max_parts,
         )
         synchronize(self.args.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from oneday.budget import BudgetClock
 from oneday.collators import Batch, mark_documents
+from oneday.evaluation import evaluate_objective
 from oneday.modeling import count_parameters
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
@@ -67,34 +67,27 @@ class HeldOut:
         if not hasattr(model, "selected_positions"):
             objective.attach(model)
         self.model, self.objective, self.dataset, self.plain = model, objective, dataset, plain
-        self.device = next(model.parameters()).device
+        self.micro_batch_tokens, self.precision = micro_batch_tokens, precision
         self.measure_name = name_measure(objective)
         self.collator = objective.evaluation_collators(position_offset)[self.measure_name]
-        rows = max(1, micro_batch_tokens // dataset.row_length)
-        self.parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))
-        self.precision = precision
 
-    @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """The loss of the present weights; for decoders also `bits_per_byte` of the held-out text."""
-        training = self.model.training
-        self.model.eval()
-        nats, predicted = 0.0, 0
-        with self.precision():
-            for part in self.parts:
-                batch = self.collate(part).to(self.device)
-                nats += self.objective.summed_loss(self.model, batch).item()
-                predicted += len(batch.labels)
-        self.model.train(training)
-        losses = {self.measure_name: nats / max(predicted, 1)}
-        if self.objective.kind == "decoder":
-            losses["bits_per_byte"] = nats / math.log(2) / self.dataset.num_bytes_text
+        losses = evaluate_objective(
+            self.model,
+            self.objective,
+            self.dataset,
+            self.micro_batch_tokens,
+            self.precision,
+            {self.measure_name: self.collate},
+        )
+        if "eval_bits_per_byte" in losses:
+            losses["bits_per_byte"] = losses.pop("eval_bits_per_byte")
         return losses
 
-    def collate(self, part: np.ndarray) -> Batch:
-        """The rows of these indices, with what stands at the predicted positions hidden."""
-        rows, doc_lengths = self.dataset.get_rows(part)
-        batch = self.collator(rows, doc_lengths, part)
+    def collate(self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray) -> Batch:
+        """The objective's held-out batch of these rows, of a plain one only what stock models are trained on."""
+        batch = self.collator(rows, doc_lengths, sample_indices)
         if self.plain:
             batch.inputs = {key: batch.inputs[key] for key in ("input_ids", "use_cache") if key in batch.inputs}
             is_text = mark_documents(doc_lengths, rows.shape[1])
