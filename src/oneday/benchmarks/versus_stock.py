@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from oneday.objectives import find_objective
 
 logger = logging.getLogger(__name__)
 
+# Stock models of about 6 M parameters; for a recipe of another size name config files.
 CONFIGS = {
     "bert": "model_configs/baseline-bert.json",
     "modernbert": "model_configs/quickstart-bert.json",
@@ -139,9 +139,6 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
             raise SettingError(
                 f"The setting baselines has {name!r}; it must be one of {', '.join(CONFIGS)}, or a config JSON."
             )
-    own = plan.settings["model_config"]
-    if "modernbert" in found and json.loads(check_config_file(own).read_text())["model_type"] == "modernbert":
-        found["modernbert"] = own
     auto_class = find_objective(plan.settings["objective"]).auto_class
     for name, config in found.items():
         if type(AutoConfig.from_pretrained(str(check_config_file(config)))) not in auto_class._model_mapping:
