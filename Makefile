@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export CUDA_VISIBLE_DEVICES ?= 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow soak lint format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: install ## Run the tests (no network)
 
 test-slow: install ## Run the tests that take minutes
 	$(PY) -m pytest -m slow
+
+soak: install ## Kill a run 50 times at random moments (about 20 minutes)
+	$(PY) tests/soak.py
 
 lint: install ## Check style
 	$(PY) -m ruff check .

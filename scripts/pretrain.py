@@ -8,8 +8,10 @@ import torch
 
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
+from oneday.extension import extend_run
 from oneday.model_card import write_reports
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
+from oneday.replay import read_replayed_settings
 from oneday.run_directory import create_run, discard_run, inspect_run, lock_run
 
 DESCRIPTION = "Pretrain a language model from scratch until a budget is used up. Times in hours or minutes as named."
@@ -23,8 +25,10 @@ logger = logging.getLogger("oneday.pretrain")
 def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
+    if settings["replay"]:
+        settings = read_replayed_settings(settings)
     model_args, data_args, args = build_arguments(CLASSES, settings)
-    check_settings(model_args, args)
+    budget = check_settings(model_args, args)
     state = inspect_run(args.output_dir, settings)
     if state == "finished":
         logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
@@ -32,9 +36,11 @@ def main() -> int:
     trainer, data = assemble_trainer(model_args, data_args, args)
     if state == "new":
         create_run(args.output_dir, settings)
+    elif state == "extended":
+        extend_run(args.output_dir, settings, budget)
     with lock_run(args.output_dir):
         try:
-            metrics = trainer.run(resume=state == "resumed")
+            metrics = trainer.run(resume=state != "new")
         except (SettingError, torch.OutOfMemoryError) as error:
             if state == "new" and trainer.clock.steps == 0:
                 discard_run(args.output_dir)

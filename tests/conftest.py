@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,12 +12,13 @@ os.environ.setdefault("CI", "1")
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainerCallback
 
 from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import PACKED
 from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
+from oneday.run_directory import read_metrics
 from oneday.tokenization import train_tokenizer
 from oneday.trainer import BudgetTrainer
 
@@ -35,6 +37,29 @@ DECODERS = {
     "qwen3": {**TINY, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
     "nanochat": {**TINY, "num_key_value_heads": 2},
 }
+
+
+class StopAt(TrainerCallback):
+    """Behaves like a process that is killed (or told to stop) before a step."""
+
+    def __init__(self, step, number=None):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.number is None:
+                raise KeyboardInterrupt("killed")
+            signal.raise_signal(self.number)
+
+
+def steps_of(trainer):
+    """The steps that led to a trainer's weights, from its metrics."""
+    return [event for event in read_metrics(trainer.args.output_dir) if event["event"] == "step"]
+
+
+def weights(trainer):
+    """A copy of its weights."""
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 @pytest.fixture(scope="session")

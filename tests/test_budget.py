@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.budget import Budget, BudgetClock, read_carried_seconds
+from oneday.budget import Budget, BudgetClock, read_report
+from oneday.throughput import process_age_seconds
 
 
 class FakeTime:
@@ -40,7 +42,8 @@ def test_units(tmp_path):
         ({"budget_tokens": -5.0}, "budget_tokens is -5"),
         ({"budget_minutes": float("nan")}, "budget_minutes is nan"),
         ({"budget_usd": 1.0}, "usd_per_hour"),
-        ({"budget_kwh": 1.0}, "stated_watts"),
+        ({"budget_kwh": 1.0, "stated_watts": 0.0}, "stated_watts is 0"),
+        ({"stated_watts": -1.0, "budget_steps": 5}, "stated_watts is -1"),
     ],
 )
 def test_bad_budgets_are_refused(tmp_path, settings, words):
@@ -114,13 +117,13 @@ def test_progress_starts_after_the_preparation_and_still_ends_with_the_budget():
     clock.start()
     now.seconds += 30
     assert clock.progress == pytest.approx(1 / 3)
-    clock.end_preparation()
+    clock.start_progress()
     assert clock.progress == 0.0
     now.seconds += 30
     assert clock.progress == pytest.approx(0.5)
     again = BudgetClock(Budget(seconds=100), now=now)
     again.load_state_dict(clock.state_dict())
-    assert again.preparation_seconds == 30 and again.progress == pytest.approx(0.5)
+    assert again.origin["seconds"] == 30 and again.progress == pytest.approx(0.5)
     assert clock.fits_seconds(29.9) and not clock.fits_seconds(30.1)
 
 
@@ -162,7 +165,7 @@ def test_a_killed_process_is_charged_and_idle_time_is_not(tmp_path):
     time.seconds += 5000
 
     second = BudgetClock(
-        Budget(seconds=100.0), now=time, carried_seconds=read_carried_seconds(tmp_path / "budget.json")
+        Budget(seconds=100.0), now=time, carried_seconds=read_report(tmp_path / "budget.json")["spent"]["seconds"]
     )
     second.load_state_dict(checkpoint)
     second.start()
@@ -185,3 +188,30 @@ def test_budget_json_says_limit_spent_and_ledger(tmp_path):
     assert report["ledger_seconds"]["other"] == pytest.approx(10)
     assert report["used_fraction"] == pytest.approx(0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
+
+
+def test_setting_the_system_clock_does_no_harm(monkeypatch):
+    clock = BudgetClock(Budget(seconds=100.0))
+    clock.start()
+    age = process_age_seconds()
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    assert 0 <= clock.elapsed_seconds < 5
+    assert 0 < age <= process_age_seconds() < age + 5
+
+
+def test_skipped_steps_cost_time_and_count_for_nothing_else():
+    now = FakeTime()
+    clock = BudgetClock(Budget(tokens=1000), now=now)
+    clock.start()
+    clock.count_step(100, 5.0, 1.0)
+    now.seconds += 2
+    clock.count_skip(2.0)
+    assert (clock.tokens, clock.steps, clock.skipped_steps, clock.steps_taken) == (100, 1, 1, 2)
+    assert clock.ledger["lost"] == 2.0
+    clock.rewind({"tokens": 0, "flops": 0.0, "steps": 0})
+    assert (clock.tokens, clock.steps, clock.steps_taken) == (0, 0, 2)
+    assert clock.progress == 0.0
+    clock.count_step(300, 5.0, 1.0)
+    assert clock.progress == pytest.approx(0.3)
+    clock.rewind({"tokens": 100, "flops": 0.0, "steps": 1})
+    assert clock.progress == pytest.approx(0.3), "progress never falls"

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oneday.packing
-from oneday.packing import GATHER_CHUNK_TOKENS, build_rows, pack_best_fit, pack_padded, packing_efficiency, split_long
+from oneday.packing import (
+    GATHER_CHUNK_TOKENS,
+    build_rows,
+    cut_rows,
+    pack_best_fit,
+    pack_padded,
+    packing_efficiency,
+    split_long,
+)
 
 PAD = 0
 
@@ -124,3 +132,15 @@ def test_efficiency_and_speed(row_length):
 
 def test_efficiency_of_nothing():
     assert packing_efficiency(np.array([]), 0, 8) == 0.0
+
+
+def test_rows_are_cut_with_their_documents():
+    rows = np.array([[1, 2, 3, 4, 5, 6, 7, 0], [8, 9, 0, 0, 0, 0, 0, 0]])
+    lengths = [np.array([3, 3, 1]), np.array([2])]
+    short, pieces, samples = cut_rows(rows, lengths, np.array([10, 4]), 4)
+    assert short.tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
+    assert [piece.tolist() for piece in pieces] == [[3, 1], [2, 1], [2]]
+    assert samples.tolist() == [20, 21, 8], "what holds only padding is left out"
+    assert sum(int(piece.sum()) for piece in pieces) == sum(int(length.sum()) for length in lengths)
+    same = cut_rows(rows, lengths, np.array([10, 4]), 8)
+    assert same[0].tolist() == rows.tolist() and same[2].tolist() == [10, 4]

@@ -16,6 +16,7 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
+from oneday.checkpoints import list_checkpoints
 from oneday.recipe import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     assert results["steps"] == 3
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     events = [event["event"] for event in rundir.read_metrics(out)]
-    assert events == ["eval", "start", "step", "step", "step", "eval", "end"]
+    assert events == ["eval", "start", "step", "step", "checkpoint", "step", "eval", "end"]
     assert list(out.rglob("events.out.tfevents*")), "TensorBoard got the run"
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -155,7 +156,7 @@ def test_killed_by_a_signal_and_started_again(text_file, tmp_path):
         time.sleep(0.05)
     first.terminate()
     assert first.wait(60) == 75, (tmp_path / "log").read_text()
-    assert rundir.list_checkpoints(out)
+    assert list_checkpoints(out)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(ROOT / "recipes/accelerate_configs/cpu.yaml"), "scripts/pretrain.py", *settings]
     second = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -240,7 +241,7 @@ def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeyp
     code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))
     assert code == 1
     assert "is full" in stderr
-    assert not list(out.rglob("*.safetensors"))
+    assert not list(out.glob("*.safetensors"))
 
 
 def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):

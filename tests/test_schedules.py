@@ -7,7 +7,13 @@ import math
 import pytest
 
 from oneday.arguments import SettingError
-from oneday.schedules import LR_SHAPES, interpolate, learning_rate_multiplier
+from oneday.schedules import (
+    LR_SHAPES,
+    choose_row_length,
+    find_plateau_end,
+    interpolate,
+    learning_rate_multiplier,
+)
 
 
 @pytest.mark.parametrize("name", LR_SHAPES)
@@ -58,3 +64,18 @@ def test_interpolate():
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(SettingError, match=words):
         learning_rate_multiplier(*settings)
+
+
+@pytest.mark.parametrize(("start", "end"), [(128, 1024), (64, 192), (96, 96), (None, 512)])
+def test_row_lengths_only_grow_and_divide_the_last(start, end):
+    lengths = [choose_row_length(start, end, step / 100, 0.6) for step in range(101)]
+    assert lengths == sorted(lengths) and lengths[0] == (start or end) and set(lengths[60:]) == {end}
+    assert all(end % length == 0 for length in lengths)
+
+
+def test_the_plateau_ends_where_the_rate_begins_to_fall():
+    for shape in LR_SHAPES:
+        end = find_plateau_end(shape, 0.3)
+        multiplier = learning_rate_multiplier(shape, 0.1, 0.3)
+        assert all(multiplier(step / 100) == 1.0 for step in range(10, int(100 * end)))
+        assert end == 1.0 or multiplier(max(end, 0.1) + 0.05) != 1.0

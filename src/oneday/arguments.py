@@ -104,7 +104,8 @@ REFUSED_SETTINGS = {
 }  # fmt: skip
 POSITIVE_SETTINGS = (
     "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
-    "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads",
+    "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads", "max_seq_length_start",
+    "max_bad_steps",
 )  # fmt: skip
 
 
@@ -123,8 +124,17 @@ class BudgetTrainingArguments(TrainingArguments):
     budget_steps: int | None = setting(None, "Budget of optimizer steps.")
     budget_usd: float | None = setting(None, "Budget of money, in US dollars; needs usd_per_hour.")
     usd_per_hour: float | None = setting(None, "Price of this machine, in US dollars an hour.")
-    budget_kwh: float | None = setting(None, "Budget of energy, in kilowatt-hours; needs stated_watts.")
-    stated_watts: float | None = setting(None, "Power this machine draws, in watts.")
+    budget_kwh: float | None = setting(
+        None, "Budget of energy, in kilowatt-hours: metered by the GPU's and CPU's counters, or at stated_watts."
+    )
+    stated_watts: float | None = setting(None, "Power this machine draws, in watts; takes the place of the counters.")
+    extend: bool = setting(
+        False,
+        "Give a finished run the larger budget that is set now: it goes on from before its learning rate fell.",
+    )
+    replay: str | None = setting(
+        None, "A run directory: do again, step by step, what that run did, whatever this machine's speed."
+    )
 
     objective: str = setting("mlm", "What is predicted: mlm (masked tokens) or clm (the next token).")
     mlm_probability: float = setting(0.25, "Fraction of the tokens predicted, for mlm.")
@@ -141,6 +151,10 @@ class BudgetTrainingArguments(TrainingArguments):
         None, "Tokens of a step at the start; grows linearly to batch_size_tokens. Empty: constant."
     )
     batch_ramp_fraction: float = setting(0.6, "Fraction of the budget at which the batch has its full size.")
+    max_seq_length_start: int | None = setting(
+        None, "Tokens of a row at the start; doubles up to max_seq_length, which it must divide. Empty: constant."
+    )
+    seq_length_ramp_fraction: float = setting(0.5, "Fraction of the budget at which rows have their full length.")
     micro_batch_tokens: int = setting(16_384, "Tokens of one forward and backward pass on one process.")
 
     optim: str = setting("muon", "adamw, adamw_8bit, lion_8bit, ademamix_8bit, muon or muon_8bit.")
@@ -150,6 +164,9 @@ class BudgetTrainingArguments(TrainingArguments):
     adam_beta1: float = setting(0.9, "First-moment decay of AdamW.")
     adam_beta2: float = setting(0.98, "Second-moment decay of AdamW.")
     adam_epsilon: float = setting(1e-8, "Epsilon of AdamW.")
+    max_bad_steps: int = setting(
+        5, "Steps in a row whose loss or gradient is not finite, after which the last checkpoint is taken again."
+    )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     lr_shape: str = setting("trapezoid", "trapezoid, linear, cosine, one_minus_sqrt, triangle or constant.")
     warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
@@ -191,5 +208,5 @@ class BudgetTrainingArguments(TrainingArguments):
         self.logging_nan_inf_filter = False
         self.disable_tqdm = bool(self.disable_tqdm)
         self.eval_strategy = self.save_strategy = "no"
-        self.max_steps = self.budget_steps or 2**31
+        self.max_steps = 2**31
         super().__post_init__()

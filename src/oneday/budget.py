@@ -1,13 +1,12 @@
 """What may be spent (Budget) and what has been (BudgetClock). Knows nothing of training.
 
 Every kind of budget drives one number, `progress`, from 0 at the first step to 1 at the last. Wall clock, money and
-energy at a stated power are one clock read in different units; tokens, FLOPs and steps are counts.
+energy at a stated power are one clock read in different units; tokens, FLOPs, steps and metered energy are counts.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.durable_files import write_whole
+from oneday.energy import EnergyMeter, open_energy_meter
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
@@ -36,7 +39,7 @@ class Budget:
         flops: Floating-point operations executed, forward and backward.
         steps: Optimizer steps.
         usd: US dollars, at `usd_per_hour`.
-        kwh: Kilowatt-hours, at `stated_watts`.
+        kwh: Kilowatt-hours: metered, or at `stated_watts` where that is given.
     """
 
     seconds: float | None = None
@@ -63,8 +66,9 @@ class Budget:
         if all(value is None for value in given.values()):
             raise SettingError("No budget is set; set one of " + ", ".join(f"budget_{name}" for name in names) + ".")
         for name, rate in (("usd", "usd_per_hour"), ("kwh", "stated_watts")):
-            if given[name] is not None and not (getattr(args, rate) or 0) > 0:
-                raise SettingError(f"budget_{name} is set but {rate} is {getattr(args, rate)}; set {rate} above zero.")
+            value, is_needed = getattr(args, rate), given[name] is not None and rate == "usd_per_hour"
+            if (value is not None or is_needed) and not (value or 0) > 0:
+                raise SettingError(f"The setting {rate} is {value}; it must be above zero for budget_{name}.")
         minutes = given["hours"] * 60 if given["hours"] is not None else given["minutes"]
         return cls(
             seconds=None if minutes is None else minutes * 60,
@@ -80,12 +84,17 @@ class Budget:
         return {kind: float(getattr(self, kind)) for kind in kinds if getattr(self, kind) is not None}
 
     @property
+    def needs_meter(self) -> bool:
+        """Whether energy is limited and no power is stated."""
+        return self.kwh is not None and not self.stated_watts
+
+    @property
     def clock_limit_seconds(self) -> float | None:
         """The wall-clock limit that time, money and energy together set, in seconds."""
         limits = [self.seconds]
         if self.usd is not None:
             limits.append(self.usd / self.usd_per_hour * SECONDS_PER_HOUR)
-        if self.kwh is not None:
+        if self.kwh is not None and self.stated_watts:
             limits.append(self.kwh * JOULES_PER_KWH / self.stated_watts)
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -104,21 +113,35 @@ class BudgetClock:
         now: Returns seconds on a monotonic clock.
         carried_seconds: Budget seconds that earlier processes of this run spent.
         reserve_seconds: Kept for the final evaluation and save; may be re-estimated at any time.
-        preparation_seconds: Spent before the first step on initialising and compiling; progress starts after them.
+        origin: Spent, of each kind, where progress is 0: before it the run was initialised and compiled.
+        meter: Reads the energy used; None where it is reckoned from a stated power.
+        carried_kwh: Metered energy that earlier processes of this run used.
+        discarded_seconds: Spent on a cool-down that an extension threw away; not part of this budget.
+        restart_at: Steps taken at which an extension starts progress at 0 again.
+        steps: Steps that are in the weights.
+        skipped_steps: Steps that were not taken because their numbers were not finite.
+        steps_taken: All of them, those that a rollback threw away included.
     """
 
     budget: Budget
     now: Callable[[], float] = time.monotonic
     carried_seconds: float = 0.0
     reserve_seconds: float = 0.0
-    preparation_seconds: float = 0.0
+    origin: dict[str, float] = field(default_factory=dict)
+    meter: EnergyMeter | None = None
+    carried_kwh: float = 0.0
+    discarded_seconds: float = 0.0
+    restart_at: int | None = None
     tokens: int = 0
     flops: float = 0.0
     steps: int = 0
+    skipped_steps: int = 0
+    steps_taken: int = 0
     ledger: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LEDGER, 0.0))
     _started: float | None = None
     _stopped: float | None = None
     _paused: float | None = None
+    _metered_from: float = 0.0
     _progress: float = 0.0
     _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=20))
 
@@ -126,10 +149,11 @@ class BudgetClock:
         """Start counting: now, or at the reading `since` (a resumed process counts its start-up)."""
         if self._started is None:
             self._started = self.now() if since is None else since
+            self._metered_from = self.meter.read() if self.meter is not None else 0.0
 
-    def end_preparation(self) -> None:
-        """What has been spent so far prepared the first step: progress is 0 now."""
-        self.preparation_seconds, self._progress = self.elapsed_seconds, 0.0
+    def start_progress(self) -> None:
+        """Progress is 0 now: what has been spent so far prepared the first step, or was an earlier run's."""
+        self.origin, self._progress = self.spent(), 0.0
 
     def stop(self) -> None:
         """Stop counting: the final model is on disk."""
@@ -161,7 +185,15 @@ class BudgetClock:
         self.tokens += tokens
         self.flops += flops
         self.steps += 1
+        self.steps_taken += 1
         self.ledger["steps"] += seconds
+        self._step_seconds.append(seconds)
+
+    def count_skip(self, seconds: float) -> None:
+        """Count a step that was taken but left the weights alone: its time is spent, nothing else is."""
+        self.skipped_steps += 1
+        self.steps_taken += 1
+        self.ledger["lost"] += seconds
         self._step_seconds.append(seconds)
 
     @contextmanager
@@ -171,7 +203,7 @@ class BudgetClock:
         try:
             yield
         finally:
-            if self._started is not None:
+            if self._started is not None and self._stopped is None:
                 self.ledger[entry] += self.now() - begun
 
     @property
@@ -179,19 +211,37 @@ class BudgetClock:
         """What the next step will probably take: the median of the last twenty."""
         return median(self._step_seconds) if self._step_seconds else 0.0
 
+    @property
+    def metered_kwh(self) -> float:
+        """Energy used so far by the meter, earlier processes included."""
+        if self.meter is None or self._started is None:
+            return self.carried_kwh
+        return self.carried_kwh + (self.meter.read() - self._metered_from) / JOULES_PER_KWH
+
+    @property
+    def kwh_per_second(self) -> float:
+        """Mean metered power of this run, in kilowatt-hours a second."""
+        return self.metered_kwh / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
+
     def fractions(self, more_tokens: float = 0, more_flops: float = 0, more_steps: float = 0) -> dict[str, float]:
-        """Fraction of each kind used once `more` is added; the clock's is of its limit less the reserve."""
+        """Fraction of each kind used since the origin once `more` is added; of time and energy less the reserve."""
         spent = {
             "tokens": self.tokens + more_tokens,
             "flops": self.flops + more_flops,
             "steps": self.steps + more_steps,
         }
-        used = {kind: spent[kind] / limit for kind, limit in self.budget.limits.items() if kind in spent}
-        limit = self.budget.clock_limit_seconds
-        if limit is not None:
-            seconds = self.elapsed_seconds + more_steps * self.expected_step_seconds - self.preparation_seconds
-            used["seconds"] = seconds / max(limit - self.reserve_seconds - self.preparation_seconds, 1e-9)
-        return used
+        limits = {kind: limit for kind, limit in self.budget.limits.items() if kind in spent}
+        more_seconds = more_steps * self.expected_step_seconds
+        if self.budget.clock_limit_seconds is not None:
+            spent["seconds"] = self.elapsed_seconds + more_seconds
+            limits["seconds"] = self.budget.clock_limit_seconds - self.reserve_seconds
+        if self.budget.needs_meter:
+            spent["kwh"] = self.metered_kwh + more_seconds * self.kwh_per_second
+            limits["kwh"] = self.budget.kwh - self.reserve_seconds * self.kwh_per_second
+        return {
+            kind: (spent[kind] - self.origin.get(kind, 0.0)) / max(limit - self.origin.get(kind, 0.0), 1e-9)
+            for kind, limit in limits.items()
+        }
 
     def step_progress(self, tokens: int, flops: float) -> float:
         """Progress at the middle of the step about to be taken, never below an earlier reading.
@@ -217,8 +267,10 @@ class BudgetClock:
 
     def fits_seconds(self, seconds: float) -> bool:
         """Whether this much more time leaves the reserve whole."""
-        limit = self.budget.clock_limit_seconds
-        return limit is None or self.elapsed_seconds + seconds + self.reserve_seconds <= limit
+        limit, needed = self.budget.clock_limit_seconds, seconds + self.reserve_seconds
+        if self.budget.needs_meter and self.metered_kwh + needed * self.kwh_per_second > self.budget.kwh:
+            return False
+        return limit is None or self.elapsed_seconds + needed <= limit
 
     @property
     def slow_step_seconds(self) -> float:
@@ -233,7 +285,16 @@ class BudgetClock:
             spent["usd"] = hours * self.budget.usd_per_hour
         if self.budget.stated_watts:
             spent["kwh"] = hours * self.budget.stated_watts / 1000
+        elif self.meter is not None or self.carried_kwh:
+            spent["kwh"] = self.metered_kwh
         return spent
+
+    @property
+    def energy_source(self) -> str | None:
+        """Where the kilowatt-hours come from, in words; None: they are not known."""
+        if self.budget.stated_watts:
+            return f"stated power, {self.budget.stated_watts:g} W"
+        return self.meter.source if self.meter is not None else None
 
     def used_fraction(self) -> float:
         """Fraction used of the limit that is nearest, the clock's taken without the reserve."""
@@ -254,7 +315,10 @@ class BudgetClock:
             "steps": self.steps,
             "progress": self._progress,
             "reserve_seconds": self.reserve_seconds,
-            "preparation_seconds": self.preparation_seconds,
+            "metered_kwh": self.metered_kwh,
+            "skipped_steps": self.skipped_steps,
+            "steps_taken": self.steps_taken,
+            "origin": dict(self.origin),
             "ledger": dict(self.ledger),
         }
 
@@ -264,15 +328,30 @@ class BudgetClock:
         self.carried_seconds = max(self.carried_seconds, state["elapsed_seconds"])
         self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
         self._progress, self.reserve_seconds = state["progress"], state["reserve_seconds"]
-        self.preparation_seconds = state["preparation_seconds"]
+        self.origin, self.skipped_steps = dict(state["origin"]), state["skipped_steps"]
+        self.steps_taken = state["steps_taken"]
+        self.carried_kwh = max(self.carried_kwh, state["metered_kwh"])
         self.ledger.update(state["ledger"])
         self.ledger["lost"] += lost
 
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Count tokens, FLOPs and steps from a checkpoint's `state_dict` again; time and progress go on."""
+        self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
+
+    def load_carried(self, report: dict[str, Any]) -> None:
+        """Time and energy of earlier processes, from what `write` wrote last; {}: none."""
+        spent = report.get("spent", {})
+        self.carried_seconds, self.carried_kwh = spent.get("seconds", 0.0), spent.get("kwh", 0.0)
+        self.discarded_seconds = report.get("discarded_seconds", 0.0)
+        self.restart_at = report.get("restart_at")
+
     def load_report(self, report: dict[str, Any]) -> None:
-        """Go on from what `write` wrote."""
+        """Go on from what `write` wrote, with nothing lost since."""
+        self.load_carried(report)
         spent = report["spent"]
-        self.carried_seconds = spent["seconds"]
         self.tokens, self.flops, self.steps = spent["tokens"], spent["flops"], spent["steps"]
+        self.skipped_steps = report["skipped_steps"]
+        self.steps_taken = self.steps + self.skipped_steps
         self.ledger.update(report["ledger_seconds"])
 
     def write(self, path: str | Path, status: str) -> None:
@@ -282,22 +361,33 @@ class BudgetClock:
             "limit": self.budget.limits,
             "spent": self.spent(),
             "used_fraction": self.used_fraction(),
+            "skipped_steps": self.skipped_steps,
+            "discarded_seconds": self.discarded_seconds,
+            "restart_at": self.restart_at,
+            "energy_source": self.energy_source,
             "ledger_seconds": self.balanced_ledger(),
         }
         write_whole(path, json.dumps(report, indent=2) + "\n")
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a file aside and rename it, so that a reader or a crash never meets half of it."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+def open_meter(budget: Budget, device: torch.device) -> EnergyMeter | None:
+    """The energy counters of this machine, unless a power is stated; None: none can be read.
+
+    Raises:
+        SettingError: When energy is limited and cannot be measured.
+    """
+    meter = None if budget.stated_watts else open_energy_meter(device)
+    if budget.needs_meter and meter is None:
+        raise SettingError(
+            f"budget_kwh is {budget.kwh:g}, but no energy counter can be read here; set stated_watts, the machine's "
+            "power in watts."
+        )
+    return meter
 
 
-def read_carried_seconds(path: str | Path) -> float:
-    """Budget seconds that the last process of this run had spent by its last `budget.json`."""
+def read_report(path: str | Path) -> dict[str, Any]:
+    """What the last process of this run wrote as `budget.json`; {} when there is none."""
     try:
-        return float(json.loads(Path(path).read_text())["spent"]["seconds"])
-    except (OSError, ValueError, KeyError):
-        return 0.0
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError):
+        return {}

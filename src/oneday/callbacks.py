@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oneday import run_directory as rundir
+from oneday.checkpoints import list_kept
+from oneday.recovery import SPIKE_DEVIATIONS, roll_back
+from oneday.replay import ReplayClock
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -44,13 +48,33 @@ def note_signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def heartbeat(write: Callable[[], None]) -> Iterator[None]:
+    """Calls `write` every two seconds from a thread, and at the end, so that a killed process pays for its time."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS):
+            write()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write()
+
+
 class BudgetCallback(TrainerCallback):
-    """Counts each step on the clock and decides when to evaluate, save and stop."""
+    """Counts each step on the clock and decides when to evaluate, save, roll back and stop."""
 
     def __init__(self, trainer: BudgetTrainer) -> None:
         self.trainer = trainer
-        self.last_save = self.last_beat = 0.0
+        self.last_save = 0.0
         self.evaluations = 0
+        self.is_past_plateau = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +82,8 @@ class BudgetCallback(TrainerCallback):
         """Count saves and evaluations from here."""
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
+        end, has_kept = self.trainer.plateau_end, bool(list_kept(args.output_dir))
+        self.is_past_plateau = end == 0.0 or (has_kept and self.trainer.clock.progress >= end)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,10 +98,19 @@ class BudgetCallback(TrainerCallback):
         trainer, record = self.trainer, self.trainer.step_record
         trainer.step_loss = float(record.loss)
         trainer.step_seconds = trainer.clock.now() - record.begun
-        trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
+        trainer.step_plan = trainer.loader.current_plan
+        if record.bad_number is None:
+            trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
+            self.note_spike(trainer.guard.note_good(trainer.step_loss))
+        else:
+            trainer.clock.count_skip(trainer.step_seconds)
         state.epoch = trainer.loader.epoch or 0.0
+        if record.bad_number is not None and trainer.guard.note_bad():
+            roll_back(trainer)
         with trainer.clock.account("data"):
             fits = trainer.next_step_fits()
+        if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
+            self.is_past_plateau = trainer.save_as_kept = True
         if trainer.signals:
             trainer.status = "interrupted"
             control.should_save = control.should_training_stop = True
@@ -83,9 +118,15 @@ class BudgetCallback(TrainerCallback):
             control.should_training_stop = True
         else:
             self.schedule(args, control)
-        if time.monotonic() - self.last_beat > HEARTBEAT_SECONDS:
-            trainer.write_budget()
-            self.last_beat = time.monotonic()
+
+    def note_spike(self, is_spike: bool) -> None:
+        """Say that the loss has jumped."""
+        self.trainer.step_record.is_spike = is_spike
+        if is_spike:
+            logger.warning(
+                "The loss jumped to %.3f at step %d, %g standard deviations above the last %d steps.",
+                self.trainer.step_loss, self.trainer.clock.steps, SPIKE_DEVIATIONS, len(self.trainer.guard.losses),
+            )  # fmt: skip
 
     def schedule(self, args: TrainingArguments, control: TrainerControl) -> None:
         """Ask for an evaluation or a checkpoint when one is due and still fits, with a step after it."""
@@ -100,6 +141,9 @@ class BudgetCallback(TrainerCallback):
             wanted = clock.steps % int(args.save_steps) == 0
         else:
             wanted = time.monotonic() - self.last_save > args.save_minutes * 60
+        if isinstance(clock, ReplayClock):
+            wanted = clock.previous().is_saved
+        wanted = wanted or trainer.save_as_kept
         control.should_save = wanted and clock.fits_seconds(seconds)
         self.evaluations = due
         if control.should_save:
@@ -115,38 +159,36 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, trainer: BudgetTrainer) -> None:
         self.trainer = trainer
-        self.grad_norm: float | None = None
-
-    def write(self, event: str, **values: Any) -> None:
-        """Add one line, from the first process only."""
-        if self.trainer.args.should_save:
-            rundir.append_metrics(
-                self.trainer.args.output_dir, {"event": event, **self.trainer.describe_place(), **values}
-            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The start of this process's share."""
-        self.write("start", limits=self.trainer.clock.budget.limits)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the gradient norm that clipping just computed."""
-        self.grad_norm = self.trainer.grad_norm
+        self.trainer.note_event("start", limits=self.trainer.clock.budget.limits)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """One line a step."""
-        trainer, record = self.trainer, self.trainer.step_record
-        self.write(
+        """One line a step, taken or skipped."""
+        trainer, record, plan = self.trainer, self.trainer.step_record, self.trainer.step_plan
+        facts = {
+            "loss": trainer.step_loss,
+            "lr": trainer.lr_scheduler.get_last_lr()[0],
+            "lr_progress": record.progress,
+            "grad_norm": float(trainer.grad_norm),
+            "plan_progress": plan.progress,
+            "num_rows": plan.num_rows,
+            "micro_rows": plan.micro_rows,
+            "row_length": plan.row_length,
+        }
+        if record.bad_number is not None:
+            finite = {key: value for key, value in facts.items() if value is None or math.isfinite(value)}
+            trainer.note_event("skip", not_finite=record.bad_number, **finite)
+            return
+        trainer.note_event(
             "step",
-            loss=trainer.step_loss,
-            lr=trainer.lr_scheduler.get_last_lr()[0],
-            lr_progress=record.progress,
-            grad_norm=None if self.grad_norm is None else float(self.grad_norm),
+            **facts,
+            **({"is_spike": True} if record.is_spike else {}),
             tokens_per_second=record.tokens / trainer.step_seconds,
             mfu=record.flops / trainer.step_seconds / (trainer.peak_flops * args.world_size),
             batch_tokens=record.tokens,
@@ -162,7 +204,7 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """One line an evaluation."""
-        self.write("eval", **metrics)
+        self.trainer.note_event("eval", **metrics)
 
 
 class BudgetProgressCallback(TrainerCallback):

@@ -7,13 +7,14 @@ any position and independent of how many processes there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from oneday.arguments import SettingError
 from oneday.collators import Batch, Collator
+from oneday.packing import cut_rows
 from oneday.row_sources import RowSource
 
 
@@ -25,11 +26,30 @@ class StepPlan:
         num_rows: Rows over all processes; a multiple of `micro_rows` times the number of processes.
         micro_rows: Rows of one forward and backward pass.
         progress: Fraction of the budget spent.
+        row_length: Tokens of the rows that the model sees, a divisor of the packed rows' length; None: that itself.
     """
 
     num_rows: int
     micro_rows: int
     progress: float
+    row_length: int | None = None
+
+
+@dataclass(frozen=True)
+class TakenRows:
+    """What one optimizer step reads, before it is cut into micro-batches.
+
+    Attributes:
+        plan: Its size.
+        samples: (num_rows,) sample indices.
+        rows: (num_rows, packed row length) token ids.
+        doc_lengths: Lengths of each row's documents.
+    """
+
+    plan: StepPlan
+    samples: np.ndarray
+    rows: np.ndarray
+    doc_lengths: list[np.ndarray]
 
 
 def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_processes: int) -> tuple[int, int]:
@@ -71,7 +91,8 @@ class StepLoader:
         self.source, self.collator, self.plan = source, collator, plan
         self.rank, self.num_processes = rank, num_processes
         self.samples_seen = 0
-        self._waiting: tuple[list[Batch], int] | None = None
+        self._taken: TakenRows | None = None
+        self._waiting: list[Batch] | None = None
         needed = largest_step_rows or plan().num_rows
         if source.num_rows is not None and source.num_rows < needed:
             raise SettingError(
@@ -83,7 +104,7 @@ class StepLoader:
         """Step after step, without end."""
         while True:
             step = self.peek()
-            self.samples_seen += self._waiting[1]
+            self.samples_seen += self._taken.plan.num_rows
             self._waiting = None
             yield step
 
@@ -92,14 +113,47 @@ class StepLoader:
         if self._waiting is None:
             plan = self.plan()
             samples = np.arange(self.samples_seen, self.samples_seen + plan.num_rows)
-            rows, doc_lengths = self.source.take(samples)
-            micros = np.arange(plan.num_rows).reshape(-1, plan.micro_rows)[self.rank :: self.num_processes]
-            batches = [
-                self.collator(rows[part], [doc_lengths[row] for row in part], samples[part], plan.progress)
-                for part in micros
-            ]
-            self._waiting = batches, plan.num_rows
-        return self._waiting[0]
+            self._taken = TakenRows(plan, samples, *self.source.take(samples))
+            self._waiting = self.collate(self._taken)
+        return self._waiting
+
+    def collate(self, taken: TakenRows) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        plan = taken.plan
+        batches = []
+        for part in np.arange(plan.num_rows).reshape(-1, plan.micro_rows)[self.rank :: self.num_processes]:
+            rows, samples = taken.rows[part], taken.samples[part]
+            doc_lengths = [taken.doc_lengths[row] for row in part]
+            if plan.row_length is not None and plan.row_length < rows.shape[1]:
+                rows, doc_lengths, samples = cut_rows(rows, doc_lengths, samples, plan.row_length)
+            batches.append(self.collator(rows, doc_lengths, samples, plan.progress))
+        return batches
+
+    @property
+    def current_plan(self) -> StepPlan:
+        """The size of the step that `peek` or iteration gave last."""
+        return self._taken.plan
+
+    def halve_micro_batches(self) -> list[Batch]:
+        """The step given last, in micro-batches of half the rows (or fewer, where half does not divide the step).
+
+        Masks are keyed by sample, so that the loss and its gradient stay what they were.
+
+        Raises:
+            SettingError: When a micro-batch is one row already.
+        """
+        plan = self.current_plan
+        rows_here = plan.num_rows // self.num_processes
+        smaller = next((rows for rows in range(plan.micro_rows // 2, 0, -1) if rows_here % rows == 0), None)
+        if smaller is None:
+            raise SettingError(
+                f"The memory does not hold one row of {self.source.row_length} tokens; lower max_seq_length or take a "
+                "smaller model_config."
+            )
+        self._taken = replace(self._taken, plan=replace(plan, micro_rows=smaller))
+        batches = self.collate(self._taken)
+        self._waiting = None if self._waiting is None else batches
+        return batches
 
     @property
     def epoch(self) -> float | None:
@@ -112,5 +166,5 @@ class StepLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position; what was seen before it is not read again."""
-        self.samples_seen, self._waiting = state["samples_seen"], None
+        self.samples_seen, self._waiting, self._taken = state["samples_seen"], None, None
         self.source.load_state_dict(state["source"])

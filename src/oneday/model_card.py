@@ -11,8 +11,8 @@ import yaml
 
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
-from oneday.budget import write_whole
 from oneday.curves import draw_curve
+from oneday.durable_files import write_whole
 from oneday.modeling import count_parameters
 from oneday.throughput import describe_environment, peak_memory_bytes
 

@@ -29,10 +29,13 @@ class CompositeOptimizer(Optimizer):
 
     Args:
         optimizers: Optimizers over disjoint parameters.
+
+    Attributes:
+        is_skipping: A step leaves parameters and state as they are; what schedulers and counters do is not its affair.
     """
 
     def __init__(self, optimizers: list[Optimizer]) -> None:
-        self.optimizers = optimizers
+        self.optimizers, self.is_skipping = optimizers, False
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
@@ -48,7 +51,7 @@ class CompositeOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step each part."""
         loss = closure() if closure is not None else None
-        for optimizer in self.optimizers:
+        for optimizer in () if self.is_skipping else self.optimizers:
             optimizer.step()
         return loss
 

@@ -185,3 +185,37 @@ def _starts(counts: np.ndarray, with_end: bool = False) -> np.ndarray:
     """Where each run starts: [3, 1, 2] -> [0, 3, 4], and with its end [0, 3, 4, 6]."""
     ends = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     return ends if with_end else ends[:-1]
+
+
+def cut_rows(
+    rows: np.ndarray, doc_lengths: list[np.ndarray], samples: np.ndarray, length: int
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Cuts each packed row into shorter ones; a document that lies across a cut becomes two.
+
+    >>> rows, lengths, samples = cut_rows(np.array([[1, 2, 3, 4, 5, 0]]), [np.array([2, 3])], np.array([7]), 3)
+    >>> rows.tolist(), [part.tolist() for part in lengths], samples.tolist()
+    ([[1, 2, 3], [4, 5, 0]], [[2, 1], [2]], [14, 15])
+
+    Args:
+        rows: (rows, row_length) token ids.
+        doc_lengths: Lengths of each row's documents; they need not fill the row.
+        samples: (rows,) sample indices.
+        length: Tokens of the short rows; divides `row_length`.
+
+    Returns:
+        Short rows with at least one token, the lengths of their documents, and an index for each: that of its row
+        times the number of parts, plus the part.
+    """
+    parts = rows.shape[1] // length
+    assert parts * length == rows.shape[1], (rows.shape, length)
+    pieces, kept = [], []
+    for row, lengths in enumerate(doc_lengths):
+        ends = np.cumsum(lengths)
+        for part in range(parts):
+            cuts = np.clip(np.concatenate([[0], ends]), part * length, (part + 1) * length)
+            inside = np.diff(cuts)
+            if inside.any():
+                pieces.append(inside[inside > 0])
+                kept.append(row * parts + part)
+    indices = (samples[:, None] * parts + np.arange(parts)).ravel()
+    return rows.reshape(-1, length)[kept], pieces, indices[kept]

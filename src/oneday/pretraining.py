@@ -6,16 +6,19 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import psutil
+import torch
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.budget import read_carried_seconds
-from oneday.callbacks import note_signals
+from oneday.budget import read_report
+from oneday.callbacks import heartbeat, note_signals
+from oneday.checkpoints import find_good_checkpoint, read_state
 from oneday.compilation import try_compiled
 from oneday.initialization import initialize_embeddings
+from oneday.recovery import load_checkpoint
+from oneday.throughput import process_age_seconds
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -37,22 +40,46 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
         SettingError: When the budget does not hold one step, or the disk is full.
     """
     with note_signals() as trainer.signals:
-        if not (resume and load_trained(trainer)):
-            train_within_budget(trainer, prepare_resume(trainer) if resume else None)
-            if trainer.status == "interrupted":
+        is_trained = resume and load_trained(trainer)
+        if resume and not is_trained:
+            take_up_clock(trainer)
+        with heartbeat(trainer.write_budget):
+            if not is_trained:
+                train_within_budget(trainer, prepare_resume(trainer) if resume else None)
+                if trainer.status == "interrupted":
+                    return {}
+                check_weights(trainer)
+                trainer.save_final()
+                trainer.status = "trained"
                 trainer.write_budget()
-                return {}
-            trainer.save_final()
-            trainer.status = "trained"
-            trainer.write_budget()
-        metrics = trainer.evaluate()
-        trainer.clock.stop()
-        trainer.status = "finished"
-        trainer.write_budget()
-        rundir.append_metrics(
-            trainer.args.output_dir, {"event": "end", "status": trainer.status, **trainer.describe_place()}
-        )
+            metrics = trainer.evaluate()
+            trainer.clock.stop()
+            trainer.status = "finished"
+        trainer.note_event("end", status=trainer.status)
+        keep_end(trainer)
     return metrics
+
+
+def check_weights(trainer: BudgetTrainer) -> None:
+    """A final model has only finite weights: should they not be, those of the last good checkpoint are taken.
+
+    Raises:
+        SettingError: When there is no checkpoint.
+    """
+    if all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
+        return
+    folder = find_good_checkpoint(trainer.args.output_dir)
+    if folder is None:
+        raise SettingError("The weights are not finite and there is no checkpoint; lower learning_rate.")
+    load_checkpoint(trainer, folder)
+    logger.warning("The weights are not finite: %s becomes the final model.", folder.name)
+
+
+def keep_end(trainer: BudgetTrainer) -> None:
+    """Where the learning rate has no flat phase that could be extended, keep the end, off the clock."""
+    if trainer.optimizer is not None and trainer.plateau_end in (0.0, 1.0):
+        trainer.save_as_kept = True
+        trainer._save_checkpoint(trainer.model)
 
 
 def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None:
@@ -68,7 +95,7 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
     elif checkpoint is None:
         raise SettingError(
             f"The budget ({trainer.clock.budget.describe()}) is too small for one step: initialising and compiling "
-            f"took {trainer.clock.preparation_seconds:.1f} s here, the final evaluation and save take "
+            f"took {trainer.clock.origin.get('seconds', 0.0):.1f} s here, the final evaluation and save take "
             f"{trainer.clock.reserve_seconds:.1f} s; raise it."
         )
     else:
@@ -88,7 +115,7 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
         with clock.account("compilation"):
             args.use_compile = try_compiled(trainer.model, trainer.rehearse_step)
     if is_new:
-        clock.end_preparation()
+        clock.start_progress()
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:
@@ -99,42 +126,57 @@ def load_trained(trainer: BudgetTrainer) -> bool:
     trainer._load_from_checkpoint(trainer.args.output_dir)
     trainer.clock.load_report(report)
     trainer.clock.start()
+    trainer.status = "trained"
     return True
 
 
+def take_up_clock(trainer: BudgetTrainer) -> None:
+    """Go on from what earlier processes had spent, this one's start-up included, before anything writes there."""
+    clock = trainer.clock
+    clock.load_carried(read_report(Path(trainer.args.output_dir) / rundir.BUDGET))
+    clock.start(since=clock.now() - process_age_seconds())
+
+
 def prepare_resume(trainer: BudgetTrainer) -> Path | None:
-    """Set clock and data position from the last checkpoint; the time of killed processes counts.
+    """Set clock and data position from the last whole checkpoint; the time of killed processes counts.
 
     Raises:
         SettingError: When the corpus or the tokenizer is another one than when the checkpoint was written.
     """
-    folder = trainer.args.output_dir
-    trainer.clock.carried_seconds = read_carried_seconds(Path(folder) / rundir.BUDGET)
-    checkpoints = rundir.list_checkpoints(folder)
-    if checkpoints:
-        state = rundir.read_json(checkpoints[-1] / rundir.STATE)
-        if state["data"] != trainer.data_fingerprint:
-            raise SettingError(
-                f"The text or tokenizer of dataset_name is not what {folder} was trained on so far; bring the same "
-                "text back, or name another output_dir."
-            )
-        trainer.clock.load_state_dict(state["clock"])
-        trainer.loader.load_state_dict(state["loader"])
+    clock, checkpoint = trainer.clock, find_good_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None:
+        load_state(trainer, read_state(checkpoint))
     else:
-        trainer.clock.ledger["lost"] = trainer.clock.carried_seconds
-    started = time.time() - psutil.Process().create_time()
-    trainer.clock.start(since=trainer.clock.now() - started)
-    rundir.append_metrics(folder, {"event": "resume", "from_step": trainer.clock.steps, **trainer.describe_place()})
-    logger.info(
-        "Resuming from step %d, %.0f s of the budget spent.", trainer.clock.steps, trainer.clock.elapsed_seconds
-    )
-    return checkpoints[-1] if checkpoints else None
+        clock.ledger["lost"] = clock.carried_seconds
+    if clock.restart_at == clock.steps_taken:
+        clock.start_progress()
+    trainer.note_event("resume", from_step=clock.steps, from_taken=clock.steps_taken)
+    logger.info("Resuming from step %d, %.0f s of the budget spent.", clock.steps, clock.elapsed_seconds)
+    return checkpoint
+
+
+def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
+    """Set clock, data position and micro-batches as a checkpoint has them.
+
+    Raises:
+        SettingError: When the corpus or the tokenizer is another one than when it was written.
+    """
+    if state["data"] != trainer.data_fingerprint:
+        raise SettingError(
+            f"The text or tokenizer of dataset_name is not what {trainer.args.output_dir} was trained on so far; "
+            "bring the same text back, or name another output_dir."
+        )
+    trainer.clock.load_state_dict(state["clock"])
+    trainer.loader.load_state_dict(state["loader"])
+    trainer.micro_batch_limit = state["micro_batch_limit"]
+    if trainer.micro_batch_limit is not None:
+        trainer.args.micro_batch_tokens = min(trainer.args.micro_batch_tokens, trainer.micro_batch_limit)
 
 
 def measure_end(trainer: BudgetTrainer) -> None:
     """Time a save and a part of an evaluation, so that the reserve is right from the first step."""
     begun = time.monotonic()
-    with rundir.staging(trainer.args.output_dir, "trial") as folder:
+    with rundir.refuse_full_disk(trainer.args.output_dir), rundir.staging(trainer.args.output_dir, "trial") as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     trainer.save_seconds = time.monotonic() - begun

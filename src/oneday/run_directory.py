@@ -1,10 +1,11 @@
-"""The run directory: its files, who may write to it, its checkpoints, and the one reader of its metrics."""
+"""The run directory: its files, who may write to it, and the one reader of its metrics."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,24 +14,30 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from safetensors import SafetensorError
 
 from oneday.arguments import SettingError
-from oneday.budget import write_whole
+from oneday.durable_files import synchronize_path, write_whole
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
-ENVIRONMENT, CARD, CURVE, STATE = "environment.json", "README.md", "training_curve.png", "oneday_state.json"
+ENVIRONMENT, CARD, CURVE = "environment.json", "README.md", "training_curve.png"
 STAGING, LOCK = ".staging", ".lock"
+# What writing a file with Python, torch or safetensors may raise.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+NO_SPACE_BYTES = 2**20
+
+logger = logging.getLogger(__name__)
 
 # Settings that do not touch the training: they may change when a run goes on.
 FREE_SETTINGS = {
     "output_dir", "save_minutes", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm",
-    "run_name", "cache_dir",
+    "run_name", "cache_dir", "extend",
     "num_threads", "log_level", "micro_batch_tokens",
 }  # fmt: skip
 
 
 def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
-    """Whether this run is `new`, to be `resumed`, or `finished`. Writes nothing.
+    """Whether this run is `new`, to be `resumed`, `finished`, or finished and to be `extended`. Writes nothing.
 
     Raises:
         SettingError: When the directory holds another run, or files that are not a run's.
@@ -43,13 +50,21 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
         if folder.exists() and any(folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
         return "new"
-    differing = differing_settings(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, settings)
+    before = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    is_finished = (folder / RESULTS).exists()
+    if settings.get("extend") and is_finished:
+        budget = {name: settings.get(name) for name in before.keys() | settings.keys() if name.startswith("budget_")}
+        is_extended = bool(differing_settings(before, {**before, **budget}))
+        before |= budget
+    differing = differing_settings(before, settings)
     if differing:
         raise SettingError(
             f"The output_dir {output_dir} holds a run with other settings ({', '.join(differing)}); "
             "name another output_dir, or give the same settings to go on with that run."
         )
-    return "finished" if (folder / RESULTS).exists() else "resumed"
+    if settings.get("extend") and is_finished:
+        return "extended" if is_extended or read_json(folder / BUDGET).get("status") == "extending" else "finished"
+    return "finished" if is_finished else "resumed"
 
 
 def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
@@ -99,67 +114,72 @@ def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[st
     ]
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints from the oldest to the newest, by step; only whole ones have this name."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def publish(source: Path, target: Path) -> None:
-    """Move a staged directory into place after its bytes are on disk."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(source, target)
-
-
 def publish_files(source: Path, target: Path) -> None:
-    """Move each file of a staged directory into an existing one."""
+    """Move each file of a staged directory into an existing one, its bytes on the disk before its name."""
     for path in sorted(source.iterdir()):
-        with open(path, "rb") as handle:
-            os.fsync(handle.fileno())
+        synchronize_path(path)
         os.replace(path, target / path.name)
+    synchronize_path(target)
     source.rmdir()
 
 
 @contextmanager
 def staging(output_dir: str | Path, name: str) -> Iterator[Path]:
-    """A directory to write into before publishing; whatever is left of it is removed.
-
-    Raises:
-        SettingError: When the disk is full.
-    """
+    """A directory to write into before publishing; whatever is left of it is removed."""
     folder = Path(output_dir) / STAGING / name
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
         yield folder
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SettingError(
-                f"The disk of output_dir {output_dir} is full; free some space and run again."
-            ) from None
-        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
 
 
+def is_disk_full(error: BaseException, folder: str | Path) -> bool:
+    """Whether writing failed for lack of space; torch and safetensors say it in words of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if isinstance(error, (OSError, RuntimeError, SafetensorError)) and "No space left" in str(error):
+        return True
+    return isinstance(error, WRITE_ERRORS) and shutil.disk_usage(folder).free < NO_SPACE_BYTES
+
+
+@contextmanager
+def refuse_full_disk(output_dir: str | Path) -> Iterator[None]:
+    """For what must be written: a full disk becomes one sentence.
+
+    Raises:
+        SettingError: When the disk is full.
+    """
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        if is_disk_full(error, output_dir):
+            raise SettingError(
+                f"The disk of output_dir {output_dir} is full; free some space and run again."
+            ) from None
+        raise
+
+
 def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
-    with open(Path(output_dir) / METRICS, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(event) + "\n")
+    """Add one line to metrics.jsonl; on a full disk the line is lost, the training is not."""
+    try:
+        with open(Path(output_dir) / METRICS, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(event) + "\n")
+    except OSError as error:
+        if not is_disk_full(error, output_dir):
+            raise
+        logger.warning("The disk is full: %s of step %s is not in %s.", event["event"], event["step"], METRICS)
 
 
-def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The events that led to the weights: lines that a resume undid are left out, a torn last line too.
+def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> list[dict[str, Any]]:
+    """The events that led to the weights, a torn last line left out.
 
     Args:
         output_dir: A run directory.
+        undone_by_rollback: Also the lines that a rollback undid; those that a resume undid are always left out.
     """
     path = Path(output_dir) / METRICS
     events: list[dict[str, Any]] = []
@@ -169,6 +189,9 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if event["event"] == "resume":
+            last = event.get("from_taken", event["from_step"])
+            events = [old for old in events if old.get("taken", old["step"]) <= last]
+        elif event["event"] == "rollback" and not undone_by_rollback:
             events = [old for old in events if old["step"] <= event["from_step"]]
         events.append(event)
     return events

@@ -75,9 +75,28 @@ def learning_rate_multiplier(shape: str, warmup_fraction: float, decay_fraction:
     return lambda progress: max(0.0, LR_SHAPES[shape](min(1.0, progress), warmup_fraction, decay_fraction))
 
 
+def find_plateau_end(shape: str, decay_fraction: float) -> float:
+    """Progress up to which a run does not depend on how long it will be; 0: the shape has no flat phase."""
+    return {"trapezoid": 1.0 - decay_fraction, "one_minus_sqrt": 1.0 - decay_fraction, "constant": 1.0}.get(shape, 0.0)
+
+
 def interpolate(start: float | None, end: float, progress: float, until: float = 1.0) -> float:
     """From `start` (None: constant at `end`) linearly to `end`, reached at progress `until`."""
     return end if start is None else start + (end - start) * ramp(progress, until)
+
+
+def choose_row_length(start: int | None, end: int, progress: float, until: float) -> int:
+    """Tokens of a row: `start` doubled as often as it stays under a line from `start` to `end`, reached at `until`.
+
+    >>> [choose_row_length(128, 1024, progress, 0.5) for progress in (0.0, 0.1, 0.25, 0.5)]
+    [128, 256, 512, 1024]
+    """
+    if start is None:
+        return end
+    wanted, length = interpolate(start, end, progress, until), start
+    while 2 * length <= wanted and end % (2 * length) == 0:
+        length *= 2
+    return end if progress >= until else length
 
 
 class ProgressScheduler(LRScheduler):

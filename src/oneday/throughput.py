@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 # Names of glibc's mallopt(3).
@@ -92,6 +93,15 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def process_age_seconds() -> float:
+    """Seconds since this process began, by the kernel's own clock where it can be read."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return time.time() - psutil.Process().create_time()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.attention import position_offset, probe_packing
-from oneday.budget import Budget, BudgetClock, write_whole
+from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
 from oneday.compilation import compile_layers, mark_varying, run_eagerly
@@ -35,8 +31,17 @@ from oneday.objectives import Objective
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
+from oneday.recovery import StepGuard, find_bad_number, fit_into_memory
+from oneday.replay import ReplayClock, read_script
 from oneday.row_sources import RowSource, ShuffledRows
-from oneday.schedules import ProgressScheduler, interpolate, learning_rate_multiplier
+from oneday.saving import RunTrainer
+from oneday.schedules import (
+    ProgressScheduler,
+    choose_row_length,
+    find_plateau_end,
+    interpolate,
+    learning_rate_multiplier,
+)
 from oneday.throughput import has_fast_bf16, keep_freed_memory, measure_peak_flops, synchronize
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StepRecord:
-    """What one optimizer step was: global counts, the mean loss in nats, and when it began."""
+    """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it."""
 
     begun: float
     tokens: int
@@ -52,6 +57,8 @@ class StepRecord:
     num_predicted: int
     progress: float
     loss: torch.Tensor
+    bad_number: str | None = None
+    is_spike: bool = False
 
 
 def micro_tokens(args: BudgetTrainingArguments) -> int:
@@ -60,7 +67,22 @@ def micro_tokens(args: BudgetTrainingArguments) -> int:
     return min(args.micro_batch_tokens, smallest or args.micro_batch_tokens)
 
 
-class BudgetTrainer(Trainer):
+def build_clock(args: BudgetTrainingArguments) -> BudgetClock:
+    """The clock of a run, or of one that repeats another.
+
+    Raises:
+        SettingError: When the budget cannot be measured, or the run to be repeated cannot be read.
+    """
+    budget = Budget.from_arguments(args)
+    meter = open_meter(budget, args.device)
+    return (
+        ReplayClock(budget, meter=meter, script=read_script(args.replay))
+        if args.replay
+        else BudgetClock(budget, meter=meter)
+    )
+
+
+class BudgetTrainer(RunTrainer):
     """Pretrains a stock model inside a budget.
 
     One item of the data loader is a whole optimizer step: a list of micro-batches, whose summed losses are divided by
@@ -99,12 +121,14 @@ class BudgetTrainer(Trainer):
             )
         keep_freed_memory()
         self.objective, self.data_fingerprint = objective, data_fingerprint
-        self.clock = BudgetClock(Budget.from_arguments(args))
+        self.clock = build_clock(args)
+        self.guard = StepGuard(args.max_bad_steps)
+        self.eval_batch_tokens = args.micro_batch_tokens
         self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
+        self.plateau_end = find_plateau_end(args.lr_shape, args.decay_fraction)
         self.step_record: StepRecord | None = None
-        self.eval_seconds = self.save_seconds = self.checkpoint_seconds = 0.0
+        self.eval_seconds = self.save_seconds = 0.0
         self.last_eval: dict[str, float] = {}
-        self.status = "running"
         self.position_offset = position_offset(model)
         probe_packing(model)
         check_optimizer(args.optimizer_name)
@@ -135,6 +159,11 @@ class BudgetTrainer(Trainer):
         """The loader of this rank."""
         seed = args.data_seed if args.data_seed is not None else args.seed
         source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
+        if args.max_seq_length_start is not None and source.row_length % args.max_seq_length_start:
+            raise SettingError(
+                f"The setting max_seq_length_start is {args.max_seq_length_start}, which does not divide the "
+                f"max_seq_length {source.row_length}; set a divisor, say {source.row_length // 4}."
+            )
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
         largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
         return StepLoader(
@@ -148,9 +177,13 @@ class BudgetTrainer(Trainer):
 
     def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
         """Size of the next step, as the schedules say at the present progress."""
+        if isinstance(self.clock, ReplayClock):
+            return self.clock.current().plan
         progress = self.clock.progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
-        return StepPlan(*plan_rows(tokens, micro_tokens(args), row_length, args.world_size), progress)
+        rows = plan_rows(tokens, micro_tokens(args), row_length, args.world_size)
+        cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
+        return StepPlan(*rows, progress, cut)
 
     def get_train_dataloader(self) -> StepLoader:
         """The loader as it is: it shards by rank itself, so accelerate must not."""
@@ -172,15 +205,20 @@ class BudgetTrainer(Trainer):
         tokens, flops, predicted = self.count_step(inputs)
         progress = self.clock.step_progress(tokens, flops)
         self.lr_scheduler.set_progress(progress)
-        total = torch.zeros((), device=self.args.device)
-        with self.half_weights.lent():
-            for index, batch in enumerate(inputs):
-                last = index == len(inputs) - 1
-                with nullcontext() if last else self.accelerator.no_sync(model):
-                    total += self.backward(model, batch.to(self.args.device), predicted)
+        total, _ = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, predicted))
         loss = self.reduce_sum(total)
         self.step_record = StepRecord(begun, tokens, flops, predicted, progress, loss)
         return loss
+
+    def accumulate(self, model: torch.nn.Module, num_predicted: int, step: list[Batch]) -> torch.Tensor:
+        """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
+        total = torch.zeros((), device=self.args.device)
+        with self.half_weights.lent():
+            for index, batch in enumerate(step):
+                last = index == len(step) - 1
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    total += self.backward(model, batch.to(self.args.device), num_predicted)
+        return total
 
     def backward(self, model: torch.nn.Module, batch: Batch, num_predicted: int) -> torch.Tensor:
         """Add one micro-batch's gradient; returns its share of the step's mean loss."""
@@ -195,9 +233,7 @@ class BudgetTrainer(Trainer):
     def rehearse_step(self) -> None:
         """Forward and backward over the coming micro-batch, for what happens only once; leaves no gradient."""
         self.model.train()
-        batch = self.loader.peek()[0].to(self.args.device)
-        with self.half_weights.lent():
-            self.backward(self.model, batch, len(batch.labels))
+        fit_into_memory(self, self.loader.peek(), lambda step: self.accumulate(self.model, 1, step[:1]))
         self.model.zero_grad()
 
     def count_step(self, step: list[Batch]) -> tuple[int, float, int]:
@@ -208,8 +244,10 @@ class BudgetTrainer(Trainer):
         return tokens, self.flop_counter.step_flops(tokens, squares, predicted, lengths), predicted
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
-        """As the parent, and remembered for metrics.jsonl."""
+        """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""
         self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.step_record.bad_number = find_bad_number(self.step_record.loss, self.grad_norm)
+        self.composite.is_skipping = self.step_record.bad_number is not None
         return self.grad_norm
 
     def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
@@ -235,7 +273,7 @@ class BudgetTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.args)
+            self.optimizer = self.composite = build_optimizer(self.model if model is None else model, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -271,88 +309,37 @@ class BudgetTrainer(Trainer):
             yield
 
     def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
-        """Held-out losses of the present weights."""
+        """Held-out losses of the present weights; in smaller batches where memory runs out."""
         collators = list(self.objective.evaluation_collators(self.position_offset).items())
-        metrics = evaluate_objective(
-            self.model,
-            self.objective,
-            self.eval_dataset,
-            self.args.micro_batch_tokens,
-            self.evaluation_precision,
-            dict(collators[:1] if own_only else collators),
-            self.args.process_index,
-            self.args.world_size,
-            self.reduce_sum,
-            max_parts,
-        )
+        self.eval_batch_tokens = min(self.eval_batch_tokens, self.args.micro_batch_tokens)
+        try:
+            metrics = evaluate_objective(
+                self.model,
+                self.objective,
+                self.eval_dataset,
+                self.eval_batch_tokens,
+                self.evaluation_precision,
+                dict(collators[:1] if own_only else collators),
+                self.args.process_index,
+                self.args.world_size,
+                self.reduce_sum,
+                max_parts,
+            )
+        except torch.OutOfMemoryError:
+            if self.eval_batch_tokens <= self.eval_dataset.row_length:
+                raise
+            metrics = None
+        if metrics is None:
+            self.eval_batch_tokens //= 2
+            return self.measure_held_out(own_only, max_parts)
         synchronize(self.args.device)
         return metrics
-
-    # ---- Saving ----
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
-        """Write a checkpoint aside and rename it: a directory of that name is always whole."""
-        name, begun = f"checkpoint-{self.state.global_step}", time.monotonic()
-        with self.clock.account("checkpoints"), rundir.staging(self.args.output_dir, "checkpoint") as folder:
-            self._staging_dir = folder
-            super()._save_checkpoint(model, trial)
-            self._staging_dir = None
-            if self.args.should_save:
-                self.write_state(folder / name)
-                rundir.publish(folder / name, Path(self.args.output_dir) / name)
-                self.remove_old_checkpoints()
-        self.checkpoint_seconds = time.monotonic() - begun
-        rundir.append_metrics(self.args.output_dir, {"event": "checkpoint", **self.describe_place()})
-
-    _staging_dir: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the parent writes checkpoints: the staging directory while one is being written."""
-        return str(self._staging_dir or self.args.output_dir)
-
-    def write_state(self, folder: Path) -> None:
-        """This project's own state beside the parent's: position in the data, and the clock."""
-        state = {
-            "data": self.data_fingerprint,
-            "loader": self.loader.state_dict(),
-            "clock": self.clock.state_dict(),
-        }
-        write_whole(folder / rundir.STATE, json.dumps(state, indent=2) + "\n")
-
-    def remove_old_checkpoints(self) -> None:
-        """Keep the newest `save_total_limit`, and always one."""
-        if self.args.save_total_limit:
-            for folder in rundir.list_checkpoints(self.args.output_dir)[: -max(1, self.args.save_total_limit)]:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def save_final(self) -> None:
-        """The final model and tokenizer at the top of the run directory."""
-        with self.clock.account("checkpoints"), rundir.staging(self.args.output_dir, "final") as folder:
-            self.save_model(str(folder), _internal_call=True)
-            if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)
-                rundir.publish_files(folder, Path(self.args.output_dir))
 
     # ---- A whole run ----
 
     def run(self, resume: bool = False) -> dict[str, float]:
         """Train until the budget is used up, save, evaluate; see `pretraining.run_pretraining`."""
         return run_pretraining(self, resume)
-
-    def describe_place(self) -> dict[str, Any]:
-        """Where the run is: the keys that every line of metrics.jsonl has."""
-        return {
-            "step": self.clock.steps,
-            "tokens": self.clock.tokens,
-            "progress": self.clock.progress,
-            "train_seconds": self.train_seconds,
-            "budget_seconds": self.clock.elapsed_seconds,
-        }
-
-    def write_budget(self) -> None:
-        """Write budget.json: the report at the end, the heartbeat before it."""
-        if self.args.should_save:
-            self.clock.write(Path(self.args.output_dir) / rundir.BUDGET, self.status)
 
     @property
     def train_seconds(self) -> float:

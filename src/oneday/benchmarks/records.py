@@ -14,7 +14,7 @@ from typing import Any
 
 from oneday.arguments import SettingError
 from oneday.benchmarks.processes import RunError, run_in_fresh_process
-from oneday.budget import write_whole
+from oneday.durable_files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,104 @@
+"""Checkpoints that are whole or not there, and which of them counts.
+
+One is written aside, its bytes brought to the disk, sealed with a checksum of every file and renamed into place. A
+directory named `checkpoint-N` was therefore whole once; the seal tells whether it still is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from oneday.durable_files import synchronize_path, write_whole
+
+logger = logging.getLogger(__name__)
+
+STATE, SEAL = "oneday_state.json", "checksums.json"
+PREFIX, DAMAGED = "checkpoint-", "damaged-"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoints from the oldest to the newest, by step; only what was whole once has this name."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def list_kept(output_dir: str | Path) -> list[Path]:
+    """Those that `--extend` can start from: written before the learning rate fell."""
+    return [path for path in list_checkpoints(output_dir) if read_state(path).get("is_kept")]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """This project's own part of a checkpoint: position in the data, clock, counts."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Write `checksums.json`: path -> bytes and SHA-256 of every file in the directory."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    seal = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+    write_whole(folder / SEAL, json.dumps(seal, indent=1) + "\n")
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """What is wrong with a sealed checkpoint, in words; None when every file is as it was written."""
+    try:
+        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except OSError:
+        return f"{SEAL} is missing"
+    except ValueError:
+        return f"{SEAL} is damaged"
+    for name, entry in seal.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if hash_file(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def find_good_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and set aside as `damaged-checkpoint-N`."""
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        logger.warning("%s is damaged (%s) and set aside; the one before it is used.", checkpoint.name, fault)
+        aside = checkpoint.with_name(DAMAGED + checkpoint.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+    return None
+
+
+def publish_checkpoint(source: Path, target: Path) -> None:
+    """Seal a staged checkpoint and move it into place once its bytes are on the disk."""
+    seal_checkpoint(source)
+    for path in [*source.rglob("*"), source]:
+        synchronize_path(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+    synchronize_path(target.parent)
+
+
+def remove_old_checkpoints(output_dir: str | Path, limit: int | None) -> None:
+    """Keep the newest `limit`, at least one, and the one that `--extend` starts from; None keeps all."""
+    if not limit:
+        return
+    kept = list_kept(output_dir)[-1:]
+    ordinary = [path for path in list_checkpoints(output_dir) if path not in kept]
+    for checkpoint in ordinary[: -max(1, limit)]:
+        shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,27 @@
+"""Files that are whole after a crash, whenever it comes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a file aside and rename it, so that a reader or a crash never meets half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def synchronize_path(path: Path) -> None:
+    """Bring a file's bytes, or a directory's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

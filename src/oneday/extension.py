@@ -1,0 +1,89 @@
+"""More budget for a finished run: it goes on from before its learning rate fell, as if it had been planned that long.
+
+Shapes with a flat phase (trapezoid, one_minus_sqrt) leave a checkpoint at its end, constant one at the end of the run.
+The others (linear, cosine, triangle) have decayed all along: they go on from their end, warming up again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError
+from oneday.budget import Budget
+from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state
+from oneday.durable_files import write_whole
+from oneday.schedules import find_plateau_end
+
+logger = logging.getLogger(__name__)
+
+EXTENDING = "extending"
+
+
+def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget) -> None:
+    """Turn a finished run into one that is resumed under a larger budget; may be called again if it was cut off.
+
+    Args:
+        output_dir: The run directory.
+        settings: All settings, with the new budget.
+        budget: That budget.
+
+    Raises:
+        SettingError: When the run cannot be extended, or the budget is not larger than what it has spent.
+    """
+    folder = Path(output_dir)
+    report = rundir.read_json(folder / rundir.BUDGET)
+    base = find_base(folder)
+    is_falling = find_plateau_end(settings["lr_shape"], settings["decay_fraction"]) == 0.0
+    state = read_state(base)["clock"]
+    limits = {**budget.limits, "seconds": budget.clock_limit_seconds}
+    before = {"seconds": state["elapsed_seconds"], **{kind: state[kind] for kind in ("tokens", "flops", "steps")}}
+    for kind, spent in before.items():
+        if limits.get(kind) is not None and limits[kind] <= spent:
+            raise SettingError(
+                f"extend needs a larger budget: {limits[kind]:,.6g} {kind} are set in all, and the run goes on from "
+                f"{spent:,.6g}."
+            )
+    if is_falling:
+        logger.info(
+            "lr_shape %s has no flat phase to go on from: the learning rate warms up again from the end of the run.",
+            settings["lr_shape"],
+        )
+    discarded = report["spent"]["seconds"] - state["elapsed_seconds"] + report.get("discarded_seconds", 0.0)
+    if report.get("status") != EXTENDING:
+        report |= {
+            "status": EXTENDING,
+            "discarded_seconds": discarded,
+            "restart_at": state["steps_taken"] if is_falling else None,
+            "spent": {**report["spent"], "seconds": state["elapsed_seconds"]},
+        }
+        write_whole(folder / rundir.BUDGET, json.dumps(report, indent=2) + "\n")
+    for checkpoint in list_checkpoints(folder):
+        if read_state(checkpoint)["clock"]["steps_taken"] > state["steps_taken"]:
+            shutil.rmtree(checkpoint)
+    write_whole(folder / rundir.RECIPE, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    os.replace(folder / rundir.RESULTS, folder / f"results-{report['spent']['steps']:.0f}-steps.json")
+    logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
+
+
+def find_base(folder: Path) -> Path:
+    """The checkpoint kept for this.
+
+    Raises:
+        SettingError: When there is none that is whole.
+    """
+    for checkpoint in reversed(list_kept(folder)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        raise SettingError(f"The run in {folder} cannot be extended: {checkpoint.name} is damaged ({fault}).")
+    raise SettingError(
+        f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there."
+    )

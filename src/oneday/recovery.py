@@ -1,0 +1,135 @@
+"""What goes wrong while training and how it goes on: numbers that are not finite, memory that does not suffice."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from oneday.arguments import SettingError
+from oneday.checkpoints import find_good_checkpoint, read_state
+from oneday.collators import Batch
+
+if TYPE_CHECKING:
+    from oneday.trainer import BudgetTrainer
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+# A loss is a spike when it stands this many standard deviations above the mean of the good steps before it.
+SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_LEAST_STEPS = 6.0, 100, 20
+# Rollbacks without a good step between them, after which a run ends instead.
+MAX_ROLLBACKS = 3
+
+
+@dataclass
+class StepGuard:
+    """Counts steps that must not move the weights, and says what a spike is.
+
+    Attributes:
+        max_in_row: Bad steps in a row that make a rollback.
+        in_row: Bad steps since the last good one or the last rollback.
+        rollbacks: Rollbacks since the last good step.
+    """
+
+    max_in_row: int
+    in_row: int = 0
+    rollbacks: int = 0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+
+    def note_bad(self) -> bool:
+        """Count a step that was not finite; whether it is time to roll back."""
+        self.in_row += 1
+        return self.in_row >= self.max_in_row
+
+    def note_good(self, loss: float) -> bool:
+        """Count a good step; whether its loss is a spike."""
+        self.in_row = self.rollbacks = 0
+        known = len(self.losses) >= SPIKE_LEAST_STEPS
+        is_spike = known and loss > fmean(self.losses) + SPIKE_DEVIATIONS * stdev(self.losses)
+        self.losses.append(loss)
+        return is_spike
+
+
+def find_bad_number(loss: torch.Tensor, grad_norm: Any) -> str | None:
+    """Which of the two is not finite, `loss` or `gradient`; None: neither."""
+    for name, value in (("loss", loss), ("gradient", grad_norm)):
+        if value is not None and not math.isfinite(float(value)):
+            return name
+    return None
+
+
+def roll_back(trainer: BudgetTrainer) -> None:
+    """Take weights, optimizer and counts of the last good checkpoint; the data read since is not read again.
+
+    Without a checkpoint the weights stay as they are: bad steps have not moved them.
+
+    Raises:
+        SettingError: When rolling back has not helped several times.
+    """
+    guard, clock = trainer.guard, trainer.clock
+    folder = find_good_checkpoint(trainer.args.output_dir)
+    if guard.rollbacks >= MAX_ROLLBACKS:
+        kept = f"{folder.name} is kept" if folder else "there is no checkpoint yet"
+        raise SettingError(
+            f"Loss or gradient were not finite in {guard.max_in_row} steps in a row, {MAX_ROLLBACKS + 1} times, at "
+            f"step {clock.steps} ({kept}); lower learning_rate or muon_learning_rate, or set bf16 to false."
+        )
+    guard.rollbacks, guard.in_row = guard.rollbacks + 1, 0
+    if folder is not None:
+        load_checkpoint(trainer, folder)
+    logger.warning(
+        "%d steps in a row were not finite: going on from step %d with the text that follows.",
+        guard.max_in_row, clock.steps,
+    )  # fmt: skip
+    trainer.note_event("rollback", from_step=clock.steps)
+
+
+def load_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
+    """Put the weights, the optimizer's state and the clock's counts of a checkpoint into a running trainer."""
+    trainer._load_from_checkpoint(str(folder))
+    trainer._load_optimizer_and_scheduler(str(folder))
+    trainer.clock.rewind(read_state(folder)["clock"])
+
+
+def fit_into_memory(
+    trainer: BudgetTrainer, step: list[Batch], run: Callable[[list[Batch]], Result]
+) -> tuple[Result, list[Batch]]:
+    """`run(step)`, again in smaller micro-batches as long as memory runs out.
+
+    Returns:
+        What `run` returned, and the micro-batches that it took.
+
+    Raises:
+        SettingError: When a micro-batch of one row does not fit.
+    """
+    device = trainer.args.device
+    random_states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    while True:
+        try:
+            return run(step), step
+        except torch.OutOfMemoryError:
+            step = []  # outside of this clause nothing holds the tensors of the failed pass
+        trainer.model.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.set_rng_state(random_states[1], device)
+        torch.set_rng_state(random_states[0])
+        step = shrink_micro_batches(trainer)
+
+
+def shrink_micro_batches(trainer: BudgetTrainer) -> list[Batch]:
+    """Halve the micro-batches from the present step on; the optimizer step stays the same size."""
+    step = trainer.loader.halve_micro_batches()
+    tokens = trainer.loader.current_plan.micro_rows * trainer.loader.source.row_length
+    trainer.args.micro_batch_tokens = trainer.micro_batch_limit = tokens
+    logger.warning("Out of memory: going on with micro-batches of %d tokens, the batch stays the same.", tokens)
+    trainer.note_event("oom", micro_batch_tokens=tokens)
+    return step

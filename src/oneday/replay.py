@@ -1,0 +1,115 @@
+"""Doing again, step by step, what a run did with its clock: a wall-clock result becomes one that can be repeated.
+
+Where a run stood when it planned a step (progress, and with it batch, row length and mask rate) and when it took it
+(learning rate) depends on how fast the machine was. Both stand in metrics.jsonl; a replay reads them from there
+instead of its own clock, and gives the same weights on hardware that computes the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError
+from oneday.budget import BudgetClock
+from oneday.loader import StepPlan
+
+ATTEMPTS = ("step", "skip")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One step of the run that is repeated, skipped ones included.
+
+    Attributes:
+        plan: Its size, and the progress when it was planned.
+        lr_progress: Progress that its learning rate was of.
+        is_saved: A checkpoint was written after it.
+    """
+
+    plan: StepPlan
+    lr_progress: float
+    is_saved: bool
+
+
+def read_script(run_dir: str | Path) -> list[Attempt]:
+    """Every step that led to the weights of a run, and those that a rollback threw away.
+
+    Raises:
+        SettingError: When the directory holds no finished run, or one of a version that did not write what is needed.
+    """
+    events = rundir.read_metrics(run_dir, undone_by_rollback=True)
+    if not any(event["event"] == "end" for event in events):
+        raise SettingError(f"The setting replay is {run_dir}, which holds no finished run; name the directory of one.")
+    steps = [event for event in events if event["event"] in ATTEMPTS]
+    saved = {event["taken"] for event in events if event["event"] == "checkpoint"}
+    try:
+        return [
+            Attempt(
+                StepPlan(event["num_rows"], event["micro_rows"], event["plan_progress"], event["row_length"]),
+                event["lr_progress"],
+                event["taken"] in saved,
+            )
+            for event in steps
+        ]
+    except KeyError:
+        raise SettingError(
+            f"The run in {run_dir} is of a version that did not write all of its steps; run it again first."
+        ) from None
+
+
+def read_replayed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run that is to be repeated, with those that do not touch the training from here.
+
+    Args:
+        settings: What the recipe and the command line set; `replay` names the run directory.
+
+    Raises:
+        SettingError: When it holds no run.
+    """
+    path = Path(settings["replay"]) / rundir.RECIPE
+    if not path.is_file():
+        raise SettingError(f"The setting replay is {settings['replay']}, which holds no run; name a run directory.")
+    recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    free = {name: value for name, value in settings.items() if name in rundir.FREE_SETTINGS - {"micro_batch_tokens"}}
+    return {**recorded, **free, "replay": settings["replay"]}
+
+
+@dataclass
+class ReplayClock(BudgetClock):
+    """A clock whose progress is another run's, attempt by attempt; its seconds are its own.
+
+    Attributes:
+        script: What the other run did.
+    """
+
+    script: list[Attempt] = field(default_factory=list)
+
+    def current(self) -> Attempt:
+        """What the other run did at this place; after its end, its last step."""
+        return self.script[min(self.steps_taken, len(self.script) - 1)]
+
+    def previous(self) -> Attempt:
+        """What the other run did in the step just taken."""
+        return self.script[max(0, self.steps_taken - 1)]
+
+    @property
+    def progress(self) -> float:
+        """Progress of the other run when it planned this step; 1 after its last."""
+        return self.current().plan.progress if self.steps_taken < len(self.script) else 1.0
+
+    def step_progress(self, tokens: int, flops: float) -> float:
+        """Progress that the other run's learning rate was of."""
+        return self.current().lr_progress
+
+    def fits(self, tokens: int, flops: float) -> bool:
+        """Whether the other run took another step."""
+        return self.steps_taken < len(self.script)
+
+    def fits_seconds(self, seconds: float) -> bool:
+        """A replay takes the time it takes."""
+        return True

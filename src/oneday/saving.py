@@ -1,0 +1,136 @@
+"""What a trainer writes into its run directory: checkpoints, the final model, events, the heartbeat."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from oneday import run_directory as rundir
+from oneday.arguments import BudgetTrainingArguments
+from oneday.budget import BudgetClock
+from oneday.checkpoints import STATE, publish_checkpoint, remove_old_checkpoints
+from oneday.durable_files import write_whole
+from oneday.loader import StepLoader
+
+logger = logging.getLogger(__name__)
+
+
+class RunTrainer(Trainer):
+    """A Trainer whose run directory is whole at every moment.
+
+    Attributes:
+        clock: What has been spent.
+        loader: Position in the data.
+        data_fingerprint: What data and tokenizer these are.
+        status: `running`, `interrupted`, `trained` (the final model is on disk) or `finished` (and scored).
+        micro_batch_limit: Tokens of the largest micro-batch that memory holds, once it has run out.
+        save_as_kept: The next checkpoint is one that `extend` starts from.
+    """
+
+    args: BudgetTrainingArguments
+    clock: BudgetClock
+    loader: StepLoader
+    data_fingerprint: str
+    status = "running"
+    micro_batch_limit: int | None = None
+    save_as_kept = False
+    checkpoint_seconds = 0.0
+    _staging_dir: Path | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.budget_lock = threading.Lock()
+        super().__init__(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
+        """Write a checkpoint aside, seal and rename it; where that fails, keep the last one and go on."""
+        begun = time.monotonic()
+        try:
+            with self.clock.account("checkpoints"):
+                self.write_checkpoint(model, trial)
+        except rundir.WRITE_ERRORS as error:
+            reason = "the disk is full" if rundir.is_disk_full(error, self.args.output_dir) else str(error)[:120]
+            logger.warning("The checkpoint of step %d was not written: %s.", self.clock.steps, reason)
+            return
+        finally:
+            self.save_as_kept = False
+            self.checkpoint_seconds = time.monotonic() - begun
+        self.note_event("checkpoint")
+
+    def write_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        """The parent's checkpoint and this project's state, whole or not at all."""
+        name, folder = f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)
+        with rundir.staging(folder, "checkpoint") as self._staging_dir:
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.write_state(self._staging_dir / name)
+                    publish_checkpoint(self._staging_dir / name, folder / name)
+                    remove_old_checkpoints(folder, self.args.save_total_limit)
+            finally:
+                self._staging_dir = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the parent writes checkpoints: the staging directory while one is being written."""
+        return str(self._staging_dir or self.args.output_dir)
+
+    def write_state(self, folder: Path) -> None:
+        """This project's own state beside the parent's: position in the data, the clock, what memory allowed."""
+        state = {
+            "data": self.data_fingerprint,
+            "loader": self.loader.state_dict(),
+            "clock": self.clock.state_dict(),
+            "micro_batch_limit": self.micro_batch_limit,
+            "is_kept": self.save_as_kept,
+        }
+        write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
+
+    def save_final(self) -> None:
+        """The final model and tokenizer at the top of the run directory.
+
+        Raises:
+            SettingError: When the disk is full.
+        """
+        folder = Path(self.args.output_dir)
+        with (
+            self.clock.account("checkpoints"),
+            rundir.refuse_full_disk(folder),
+            rundir.staging(folder, "final") as new,
+        ):
+            self.save_model(str(new), _internal_call=True)
+            if self.args.should_save:
+                (new / "training_args.bin").unlink(missing_ok=True)
+                rundir.publish_files(new, folder)
+
+    def describe_place(self) -> dict[str, Any]:
+        """Where the run is: the keys that every line of metrics.jsonl has."""
+        return {
+            "step": self.clock.steps,
+            "taken": self.clock.steps_taken,
+            "tokens": self.clock.tokens,
+            "progress": self.clock.progress,
+            "train_seconds": self.train_seconds,
+            "budget_seconds": self.clock.elapsed_seconds,
+        }
+
+    def note_event(self, event: str, **values: Any) -> None:
+        """Add a line to metrics.jsonl, from the first process only."""
+        if self.args.should_save:
+            rundir.append_metrics(self.args.output_dir, {"event": event, **self.describe_place(), **values})
+
+    def write_budget(self) -> None:
+        """Write budget.json: the report at the end, the heartbeat (from a thread of its own) before it."""
+        if not self.args.should_save:
+            return
+        with self.budget_lock:
+            try:
+                self.clock.write(Path(self.args.output_dir) / rundir.BUDGET, self.status)
+            except OSError as error:
+                if not rundir.is_disk_full(error, self.args.output_dir):
+                    raise

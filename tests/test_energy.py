@@ -1,0 +1,81 @@
+"""Energy counters, on files that look like the kernel's, and a budget of energy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oneday import budget as budget_module
+from oneday.arguments import SettingError
+from oneday.budget import Budget, BudgetClock, open_meter
+from oneday.energy import EnergyMeter, open_cpu_counters
+
+
+def write_counter(root, number, name, microjoules):
+    folder = root / f"intel-rapl:{number}"
+    folder.mkdir(exist_ok=True)
+    (folder / "name").write_text(f"{name}\n")
+    (folder / "energy_uj").write_text(f"{microjoules}\n")
+    (folder / "max_energy_range_uj").write_text("1000000\n")
+
+
+def test_packages_are_added_up_and_wrap_around(tmp_path):
+    write_counter(tmp_path, 0, "package-0", 400_000)
+    write_counter(tmp_path, 1, "package-1", 0)
+    write_counter(tmp_path, 2, "psys", 5)
+    (tmp_path / "intel-rapl:3").mkdir()
+    counters = open_cpu_counters(tmp_path)
+    assert len(counters) == 2
+    write_counter(tmp_path, 0, "package-0", 900_000)
+    write_counter(tmp_path, 1, "package-1", 250_000)
+    assert sum(counter.joules() for counter in counters) == pytest.approx(0.75)
+    write_counter(tmp_path, 0, "package-0", 100_000)
+    assert sum(counter.joules() for counter in counters) == pytest.approx(0.95)
+
+
+def test_no_counters_no_meter(tmp_path, monkeypatch):
+    assert open_cpu_counters(tmp_path) == []
+    monkeypatch.setattr(budget_module, "open_energy_meter", lambda device: None)
+    with pytest.raises(SettingError, match="budget_kwh is 0.5, but no energy counter can be read here; set stated_w"):
+        open_meter(Budget(kwh=0.5), torch.device("cpu"))
+    assert open_meter(Budget(kwh=0.5, stated_watts=100), torch.device("cpu")) is None
+    assert open_meter(Budget(tokens=5), torch.device("cpu")) is None
+
+
+class Machine:
+    """A clock and the energy that its machine has taken."""
+
+    seconds = joules = 0.0
+
+    def run(self, seconds, watts):
+        self.seconds, self.joules = self.seconds + seconds, self.joules + seconds * watts
+
+
+def test_metered_energy_ends_the_run_inside_the_budget():
+    """The machine draws 100 W, then 300 W: time would not have told."""
+    machine = Machine()
+    meter = EnergyMeter("test counter", lambda: machine.joules)
+    clock = BudgetClock(Budget(kwh=0.01), now=lambda: machine.seconds, meter=meter, reserve_seconds=4.0)
+    clock.start()
+    last = 0.0
+    while clock.fits(1, 1):
+        machine.run(1.0, 100 if machine.seconds < 100 else 300)
+        clock.count_step(1, 1, 1.0)
+        assert clock.progress >= last
+        last = clock.progress
+    machine.run(4.0, 300)
+    clock.stop()
+    assert 0.95 * 36_000 < machine.joules <= 1.04 * 36_000
+    assert last > 0.97
+    assert clock.spent()["kwh"] == pytest.approx(machine.joules / 3.6e6)
+    assert clock.energy_source == "test counter"
+
+
+def test_energy_of_a_killed_process_counts():
+    machine = Machine()
+    meter = EnergyMeter("test counter", lambda: machine.joules)
+    clock = BudgetClock(Budget(kwh=1.0), now=lambda: machine.seconds, meter=meter, carried_kwh=0.25)
+    clock.start()
+    machine.run(3600, 100)
+    assert clock.spent()["kwh"] == pytest.approx(0.35)
+    assert clock.used_fraction() == pytest.approx(0.35)

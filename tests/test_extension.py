@@ -1,0 +1,87 @@
+"""More budget for a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import steps_of
+
+from oneday.arguments import SettingError
+from oneday.budget import Budget
+from oneday.checkpoints import list_checkpoints, read_state
+from oneday.extension import extend_run
+from oneday.run_directory import inspect_run
+
+
+def finish(trainer, settings):
+    """Runs it, and leaves what the program would."""
+    trainer.run()
+    folder = Path(trainer.args.output_dir)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "results.json").write_text(json.dumps({"steps": trainer.clock.steps}))
+    return folder
+
+
+@pytest.mark.parametrize("lr_shape", ["trapezoid", "one_minus_sqrt"])
+def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_trainer, lr_shape):
+    settings = {"lr_shape": lr_shape, "decay_fraction": 0.4, "save_steps": 7, "optim": "muon"}
+    folder = finish(make_trainer("bert", budget_steps=20, **settings), settings | {"budget_steps": 20})
+    kept = [path for path in list_checkpoints(folder) if read_state(path)["is_kept"]]
+    assert [path.name for path in kept] == ["checkpoint-12"]
+    longer = settings | {"budget_steps": 40, "extend": True}
+    assert inspect_run(folder, longer) == "extended"
+    extend_run(folder, longer, Budget(steps=40))
+    assert inspect_run(folder, longer) == "resumed"
+    extended = make_trainer("bert", budget_steps=40, **settings)
+    extended.run(resume=True)
+    planned = make_trainer("bert", "planned", budget_steps=40, **settings)
+    planned.run()
+    assert [step["step"] for step in steps_of(extended)] == list(range(1, 41))
+    rates = [[step["lr"] for step in steps_of(trainer)] for trainer in (extended, planned)]
+    assert rates[0][12:] == pytest.approx(rates[1][12:])
+    losses = [trainer.measure_held_out()["eval_loss"] for trainer in (extended, planned)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_discarded_time_is_reported_and_not_counted_again(make_trainer):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
+    folder = finish(make_trainer("bert", budget_minutes=0.05, **settings), settings | {"budget_minutes": 0.05})
+    spent = json.loads((folder / "budget.json").read_text())["spent"]["seconds"]
+    longer = settings | {"budget_minutes": 0.3, "extend": True}
+    extend_run(folder, longer, Budget(seconds=18.0))
+    base = json.loads((folder / "budget.json").read_text())
+    assert base["spent"]["seconds"] + base["discarded_seconds"] == pytest.approx(spent)
+    assert base["spent"]["seconds"] == pytest.approx(spent / 2, rel=0.35)
+    extend_run_again = inspect_run(folder, longer)
+    assert extend_run_again == "resumed"
+
+
+def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
+    caplog.set_level("INFO")
+    settings = {"lr_shape": "linear", "warmup_fraction": 0.2}
+    folder = finish(make_trainer("bert", budget_steps=10, **settings), settings | {"budget_steps": 10})
+    extend_run(folder, settings | {"budget_steps": 30, "decay_fraction": 0.5}, Budget(steps=30))
+    assert "warms up again" in caplog.text
+    extended = make_trainer("bert", budget_steps=30, **settings)
+    extended.run(resume=True)
+    rates = [step["lr"] for step in steps_of(extended)]
+    assert len(rates) == 30 and rates[10] < rates[12] and max(rates[10:]) > 0.8 * max(rates[:10])
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
+    folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
+    assert inspect_run(folder, settings | {"budget_steps": 8, "extend": True}) == "finished"
+    with pytest.raises(SettingError, match="larger budget"):
+        extend_run(folder, settings | {"budget_steps": 3}, Budget(steps=3))
+    with pytest.raises(SettingError, match="other settings"):
+        inspect_run(folder, settings | {"budget_steps": 20, "extend": True, "optim": "muon"})
+    weights_file = next(path for path in list_checkpoints(folder) if read_state(path)["is_kept"]) / "optimizer.pt"
+    weights_file.write_bytes(b"broken")
+    with pytest.raises(SettingError, match="is damaged"):
+        extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20))
+    assert (folder / "results.json").exists(), "nothing was touched"

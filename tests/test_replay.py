@@ -1,0 +1,71 @@
+"""A wall-clock run done again on another clock."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+from conftest import ROW_LENGTH, steps_of, weights
+from test_recovery import Poison, SmallMemory
+from transformers import TrainerCallback
+
+from oneday.arguments import SettingError
+from oneday.replay import read_replayed_settings, read_script
+
+SETTINGS = {
+    "batch_size_tokens_start": 4 * ROW_LENGTH, "max_seq_length_start": ROW_LENGTH // 4, "mlm_probability_end": 0.15,
+    "lr_shape": "trapezoid", "num_evaluations": 2, "optim": "muon",
+}  # fmt: skip
+
+
+class Jitter(TrainerCallback):
+    """Steps that take a random time."""
+
+    def __init__(self, seed):
+        self.generator = random.Random(seed)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(self.generator.choice([0.0, 0.01, 0.08]))
+
+
+@pytest.mark.parametrize("trouble", ["none", "bad numbers", "memory"])
+def test_a_wall_clock_run_is_repeated_to_the_bit(make_trainer, trouble):
+    first = make_trainer("bert", "first", budget_minutes=0.07, save_steps=9, max_bad_steps=2, **SETTINGS)
+    first.add_callback(Jitter(1))
+    if trouble == "bad numbers":
+        first.add_callback(Poison(first, [12, 13]))
+    if trouble == "memory":
+        SmallMemory(first, 2)
+    first.run()
+    assert first.clock.steps > 12
+    again = make_trainer(
+        "bert", "again", budget_minutes=0.07, max_bad_steps=2, replay=first.args.output_dir, **SETTINGS
+    )
+    again.add_callback(Jitter(2))
+    if trouble == "bad numbers":
+        again.add_callback(Poison(again, [12, 13]))
+    again.run()
+    assert again.clock.steps == first.clock.steps
+    assert [step["lr"] for step in steps_of(again)] == [step["lr"] for step in steps_of(first)]
+    assert all(torch.equal(value, weights(first)[key]) for key, value in weights(again).items())
+
+
+def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_path):
+    first = make_trainer("bert", "first", budget_minutes=0.04, **SETTINGS)
+    first.run()
+    again = make_trainer("bert", "again", budget_minutes=0.04, replay=first.args.output_dir, **SETTINGS)
+    again.run()
+    assert read_script(again.args.output_dir) == read_script(first.args.output_dir)
+    (tmp_path / "first" / "recipe.yaml").write_text("budget_minutes: 0.04\noptim: muon\noutput_dir: first\n")
+    given = {"replay": str(tmp_path / "first"), "output_dir": "again", "optim": "adamw", "save_steps": 3}
+    settings = read_replayed_settings(given)
+    assert settings["optim"] == "muon" and settings["output_dir"] == "again" and settings["save_steps"] == 3
+
+
+def test_what_cannot_be_replayed_is_refused(make_trainer, tmp_path):
+    with pytest.raises(SettingError, match="holds no run"):
+        read_replayed_settings({"replay": str(tmp_path / "nowhere")})
+    with pytest.raises(SettingError, match="no finished run"):
+        make_trainer("bert", budget_minutes=1, replay=str(tmp_path / "nowhere"))

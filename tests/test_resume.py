@@ -1,0 +1,273 @@
+"""Interrupted runs: they go on to the bit, from a checkpoint that is whole, inside the same budget."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import ROW_LENGTH, StopAt, steps_of, weights
+from transformers import AutoModelForMaskedLM
+
+from oneday import row_sources, saving
+from oneday.arguments import SettingError
+from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.row_sources import StreamedRows
+from oneday.run_directory import read_metrics
+from oneday.trainer import BudgetTrainer
+
+
+def run_killed(make, step, **settings):
+    """A run that dies before a step (a process that is killed leaves the same on the disk)."""
+    killed = make(**settings)
+    killed.add_callback(StopAt(step))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    return Path(killed.args.output_dir)
+
+
+def assert_same_weights(one, other):
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+RESUMED = {
+    "adamw": {},
+    "muon": {"bf16": True},
+    "adamw_8bit": {},
+    "muon_8bit": {"bf16": True, "embedding_init": "cooccurrence"},
+}
+
+
+@pytest.mark.parametrize("optim", RESUMED)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_resume_gives_the_same_weights_to_the_bit(make_trainer, name, optim):
+    settings = {"budget_steps": 12, "optim": optim, "save_steps": 4, "batch_size_tokens_start": 4 * ROW_LENGTH}
+    settings |= RESUMED[optim]
+    whole = make_trainer(name, "whole", **settings)
+    whole.run()
+    killed = make_trainer(name, "killed", **settings)
+    killed.add_callback(StopAt(6))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer(name, "killed", **settings)
+    resumed.run(resume=True)
+    assert resumed.clock.steps == 12
+    expected, got = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    losses = [[step["loss"] for step in steps_of(trainer)] for trainer in (whole, resumed)]
+    assert losses[0] == losses[1], "the reader leaves out the two steps that were done again"
+    assert len(losses[0]) == 12
+
+
+def test_resume_restores_the_random_numbers_of_dropout(make_trainer):
+    def make(output):
+        trainer = make_trainer("bert", output, budget_steps=8, save_steps=4)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        return trainer
+
+    whole = make("whole")
+    whole.run()
+    killed = make("killed")
+    killed.add_callback(StopAt(6))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make("killed")
+    resumed.run(resume=True)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(resumed).items())
+
+
+def test_a_model_saved_but_not_scored_is_scored_and_not_trained_again(make_trainer, monkeypatch):
+    first = make_trainer("bert", budget_steps=4)
+    monkeypatch.setattr(first, "evaluate", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = make_trainer("bert", budget_steps=4)
+    metrics = second.run(resume=True)
+    assert second.clock.steps == 4
+    assert len(steps_of(second)) == 4
+    assert all(torch.equal(value, weights(first)[key]) for key, value in weights(second).items())
+    assert metrics["eval_loss"] == pytest.approx(make_scored(first), abs=1e-6)
+
+
+def make_scored(trainer):
+    return trainer.measure_held_out()["eval_loss"]
+
+
+def test_another_corpus_is_not_trained_on_by_a_resumed_run(make_trainer):
+    killed = make_trainer("bert", budget_steps=8, save_steps=2)
+    killed.add_callback(StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make_trainer("bert", budget_steps=8, save_steps=2)
+    resumed.data_fingerprint = "another"
+    with pytest.raises(SettingError, match="is not what .* was trained on"):
+        resumed.run(resume=True)
+
+
+def test_a_signal_saves_and_the_run_goes_on(make_trainer):
+    whole = make_trainer("bert", "whole", budget_steps=8)
+    whole.run()
+    told = make_trainer("bert", "told", budget_steps=8)
+    told.add_callback(StopAt(3, signal.SIGTERM))
+    assert told.run() == {}
+    assert told.status == "interrupted"
+    assert [folder.name for folder in list_checkpoints(told.args.output_dir)] == ["checkpoint-4"]
+    again = make_trainer("bert", "told", budget_steps=8)
+    again.run(resume=True)
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
+
+
+def test_a_budget_used_up_before_the_resume_ends_with_the_last_checkpoint(make_trainer):
+    settings = {"budget_minutes": 0.2, "save_steps": 3}
+    killed = make_trainer("bert", **settings)
+    killed.add_callback(StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    path = Path(killed.args.output_dir) / "budget.json"
+    report = json.loads(path.read_text())
+    report["spent"]["seconds"] = 11.99
+    path.write_text(json.dumps(report))
+    resumed = make_trainer("bert", **settings)
+    resumed.run(resume=True)
+    saved = AutoModelForMaskedLM.from_pretrained(Path(killed.args.output_dir) / "checkpoint-3").state_dict()
+    final = AutoModelForMaskedLM.from_pretrained(Path(killed.args.output_dir)).state_dict()
+    assert all(torch.equal(value, final[key]) for key, value in saved.items())
+
+
+SCHEDULED = {"max_seq_length_start": ROW_LENGTH // 4, "mlm_probability_end": 0.15, "batch_size_tokens_start": 128}
+
+
+def test_every_schedule_goes_on_where_it_stood(make_trainer):
+    settings = {"budget_tokens": 6000, "save_steps": 3, **SCHEDULED}
+    whole = make_trainer("bert", "whole", **settings)
+    whole.run()
+    lengths = [step["row_length"] for step in steps_of(whole)]
+    assert lengths == sorted(lengths) and {8, 16, 32} == set(lengths)
+    run_killed(lambda **given: make_trainer("bert", "killed", **given), 8, **settings)
+    resumed = make_trainer("bert", "killed", **settings)
+    resumed.run(resume=True)
+    assert_same_weights(whole, resumed)
+
+
+def test_a_streamed_corpus_goes_on_where_it_stood(make_trainer, texts, tokenizers, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(row_sources, "STREAM_BLOCK_DOCUMENTS", 40)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def make(output, **settings):
+        stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+        rows = StreamedRows(stream, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", 0)
+        base = make_trainer("bert", output, **settings)
+        model, args, objective = base.model, base.args, base.objective
+        return BudgetTrainer(model, args, objective, rows, packed["encoder"][1], tokenizers["encoder"])
+
+    settings = {"budget_steps": 30, "save_steps": 7}
+    whole = make("whole", **settings)
+    whole.run()
+    run_killed(lambda **given: make("killed", **given), 18, **settings)
+    resumed = make("killed", **settings)
+    resumed.run(resume=True)
+    assert_same_weights(whole, resumed)
+
+
+def test_resuming_reads_nothing_of_what_was_seen(make_trainer, monkeypatch):
+    settings = {"budget_steps": 12, "save_steps": 8}
+    run_killed(lambda **given: make_trainer("bert", **given), 9, **settings)
+    resumed = make_trainer("bert", **settings)
+    asked = []
+    take = resumed.loader.source.take
+    monkeypatch.setattr(resumed.loader.source, "take", lambda samples: asked.append(samples[0]) or take(samples))
+    resumed.run(resume=True)
+    assert min(asked) == 8 * 8
+
+
+@pytest.mark.parametrize("fault", ["truncated", "changed", "missing", "unsealed"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_trainer, caplog, fault):
+    settings = {"budget_steps": 10, "save_steps": 3}
+    whole = make_trainer("bert", "whole", **settings)
+    whole.run()
+    folder = run_killed(lambda **given: make_trainer("bert", "killed", **given), 7, **settings)
+    newest = list_checkpoints(folder)[-1]
+    file = newest / ("checksums.json" if fault == "unsealed" else "optimizer.pt")
+    if fault in ("missing", "unsealed"):
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if fault == "changed" else content[:-5])
+    resumed = make_trainer("bert", "killed", **settings)
+    resumed.run(resume=True)
+    assert "checkpoint-6 is damaged" in caplog.text and file.name in caplog.text
+    assert next(event for event in read_metrics(folder) if event["event"] == "resume")["from_step"] == 5
+    assert_same_weights(whole, resumed)
+    assert (folder / "damaged-checkpoint-6").is_dir()
+    assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(folder))
+
+
+def test_a_full_disk_at_a_checkpoint_does_not_end_the_training(make_trainer, monkeypatch, caplog):
+    publish = saving.publish_checkpoint
+    calls = []
+
+    def fail_once(source, target):
+        calls.append(target.name)
+        if target.name == "checkpoint-4":
+            (source / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(source, target)
+
+    monkeypatch.setattr(saving, "publish_checkpoint", fail_once)
+    trainer = make_trainer("bert", budget_steps=7, save_steps=2)
+    trainer.run()
+    folder = Path(trainer.args.output_dir)
+    assert calls == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert "The checkpoint of step 4 was not written: the disk is full" in caplog.text
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
+    assert not list(folder.glob(".staging*")) and trainer.clock.steps == 7
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_is_really_full(make_trainer, tmp_path, caplog):
+    """A disk of 600 kB: the model fits, a second checkpoint does not."""
+    disk = tmp_path / "run"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        trainer = make_trainer("bert", budget_steps=12, save_steps=2, save_total_limit=5)
+        trainer.run()
+        assert trainer.clock.steps == 12
+        assert "was not written: the disk is full" in caplog.text
+        assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(disk))
+    except SettingError as error:
+        assert "is full" in str(error), "the final model did not fit; what was saved before it is whole"
+        assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(disk))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_long_step_is_on_the_heartbeat(make_trainer, monkeypatch):
+    """The process may be killed within a step of minutes: what it has spent is on the disk all the same."""
+    trainer = make_trainer("bert", budget_minutes=1, budget_steps=2)
+    path = Path(trainer.args.output_dir) / "budget.json"
+    seen = []
+
+    class Slow(StopAt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                time.sleep(4.5)
+                seen.append(json.loads(path.read_text())["spent"]["seconds"])
+
+    trainer.add_callback(Slow(0))
+    trainer.run()
+    assert seen[0] > 1.5
