@@ -33,7 +33,7 @@ from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
 from oneday.benchmarks.throughput import expand_grid
-from oneday.benchmarks.versus_stock import choose_batch_and_rate, median_match, time_to_match
+from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, median_match, time_to_match
 from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
 from oneday.corpus import Corpus
@@ -341,6 +341,15 @@ def test_a_damaged_record_falls(tmp_path, caplog, text):
     (tmp_path / "a-record.json").write_text(text)
     assert RecordStore(tmp_path, ENVIRONMENT).find(make_job()) is None
     assert "damaged" in caplog.text
+
+
+def test_of_equal_runs_the_smallest_batch_is_taken():
+    def record(rows, loss):
+        return {"rows": rows, "measure": "loss", "final": {"loss": loss}}
+
+    equal = [record(32, 7.150), record(8, 7.153), record(8, 7.160), record(32, 7.155)]
+    assert choose_best(equal) is equal[1]
+    assert choose_best([*equal, record(32, 7.0)])["final"]["loss"] == 7.0
 
 
 def test_the_best_learning_rate_is_taken(tmp_path):

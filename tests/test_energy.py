@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from oneday import budget as budget_module
 from oneday.arguments import SettingError
 from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.energy import EnergyMeter, open_cpu_counters
+from oneday.run_directory import read_json
 
 
 def write_counter(root, number, name, microjoules):
@@ -45,16 +48,19 @@ def test_no_counters_no_meter(tmp_path, monkeypatch):
 class Machine:
     """A clock and the energy that its machine has taken."""
 
-    seconds = joules = 0.0
+    seconds = used = 0.0
 
     def run(self, seconds, watts):
-        self.seconds, self.joules = self.seconds + seconds, self.joules + seconds * watts
+        self.seconds, self.used = self.seconds + seconds, self.used + seconds * watts
+
+    def joules(self):
+        return self.used
 
 
 def test_metered_energy_ends_the_run_inside_the_budget():
     """The machine draws 100 W, then 300 W: time would not have told."""
     machine = Machine()
-    meter = EnergyMeter("test counter", lambda: machine.joules)
+    meter = EnergyMeter("test counter", [machine])
     clock = BudgetClock(Budget(kwh=0.01), now=lambda: machine.seconds, meter=meter, reserve_seconds=4.0)
     clock.start()
     last = 0.0
@@ -65,17 +71,52 @@ def test_metered_energy_ends_the_run_inside_the_budget():
         last = clock.progress
     machine.run(4.0, 300)
     clock.stop()
-    assert 0.95 * 36_000 < machine.joules <= 1.04 * 36_000
+    assert 0.95 * 36_000 < machine.used <= 1.04 * 36_000
     assert last > 0.97
-    assert clock.spent()["kwh"] == pytest.approx(machine.joules / 3.6e6)
+    assert clock.spent()["kwh"] == pytest.approx(machine.used / 3.6e6)
     assert clock.energy_source == "test counter"
 
 
-def test_energy_of_a_killed_process_counts():
+def test_energy_of_a_killed_process_counts(tmp_path):
+    """As far as its last heartbeat; what a checkpoint before it knew is less."""
     machine = Machine()
-    meter = EnergyMeter("test counter", lambda: machine.joules)
-    clock = BudgetClock(Budget(kwh=1.0), now=lambda: machine.seconds, meter=meter, carried_kwh=0.25)
-    clock.start()
+
+    def make():
+        meter = EnergyMeter("test counter", [machine])
+        return BudgetClock(Budget(kwh=1.0), now=lambda: machine.seconds, meter=meter)
+
+    first = make()
+    first.start()
+    machine.run(900, 400)
+    state = first.state_dict()
+    machine.run(900, 600)
+    first.write(tmp_path / "budget.json", "running")
+    second = make()
+    second.load_carried(read_json(tmp_path / "budget.json"))
+    second.start()
+    second.load_state_dict(state)
     machine.run(3600, 100)
-    assert clock.spent()["kwh"] == pytest.approx(0.35)
-    assert clock.used_fraction() == pytest.approx(0.35)
+    assert second.spent()["kwh"] == pytest.approx(0.35)
+    assert second.used_fraction() == pytest.approx(0.35)
+
+
+def test_two_threads_read_one_counter(tmp_path):
+    write_counter(tmp_path, 0, "package-0", 0)
+    meter = EnergyMeter("test counter", open_cpu_counters(tmp_path))
+    ended = threading.Event()
+
+    def read_on():
+        while not ended.is_set():
+            meter.read()
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    for microjoules in range(0, 400_000, 100):
+        path = tmp_path / "intel-rapl:0" / "energy_uj"
+        aside = path.with_name("aside")
+        aside.write_text(f"{microjoules}\n")
+        aside.replace(path)
+        meter.read()
+    ended.set()
+    thread.join()
+    assert meter.read() == pytest.approx(0.3999)

@@ -11,9 +11,9 @@ from conftest import steps_of
 
 from oneday.arguments import SettingError
 from oneday.budget import Budget
-from oneday.checkpoints import list_checkpoints, read_state
+from oneday.checkpoints import list_checkpoints, list_kept, read_state
 from oneday.extension import extend_run
-from oneday.run_directory import inspect_run
+from oneday.run_directory import inspect_run, read_metrics
 
 
 def finish(trainer, settings):
@@ -33,7 +33,7 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     assert [path.name for path in kept] == ["checkpoint-12"]
     longer = settings | {"budget_steps": 40, "extend": True}
     assert inspect_run(folder, longer) == "extended"
-    extend_run(folder, longer, Budget(steps=40))
+    extend_run(folder, longer, Budget(steps=40), "")
     assert inspect_run(folder, longer) == "resumed"
     extended = make_trainer("bert", budget_steps=40, **settings)
     extended.run(resume=True)
@@ -42,8 +42,23 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     assert [step["step"] for step in steps_of(extended)] == list(range(1, 41))
     rates = [[step["lr"] for step in steps_of(trainer)] for trainer in (extended, planned)]
     assert rates[0][12:] == pytest.approx(rates[1][12:])
+    plans = [[step["plan_progress"] for step in steps_of(trainer)] for trainer in (extended, planned)]
+    assert plans[0][13:] == pytest.approx(plans[1][13:]), "batch, rows and masks follow it as if planned that long"
     losses = [trainer.measure_held_out()["eval_loss"] for trainer in (extended, planned)]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+def test_a_second_extension_goes_on_from_the_second_plateau(make_trainer):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
+    folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
+    for steps, base in ((16, 4), (32, 8)):
+        extend_run(folder, settings | {"budget_steps": steps}, Budget(steps=steps), "")
+        resumed = make_trainer("bert", budget_steps=steps, **settings)
+        resumed.run(resume=True)
+        (folder / "results.json").write_text(json.dumps({"steps": steps}))
+        went_on = [event for event in read_metrics(folder) if event["event"] == "resume"][-1]
+        assert went_on["from_step"] == base
+        assert read_state(list_kept(folder)[-1])["clock"]["steps"] == steps // 2
 
 
 def test_discarded_time_is_reported_and_not_counted_again(make_trainer):
@@ -51,19 +66,23 @@ def test_discarded_time_is_reported_and_not_counted_again(make_trainer):
     folder = finish(make_trainer("bert", budget_minutes=0.05, **settings), settings | {"budget_minutes": 0.05})
     spent = json.loads((folder / "budget.json").read_text())["spent"]["seconds"]
     longer = settings | {"budget_minutes": 0.3, "extend": True}
-    extend_run(folder, longer, Budget(seconds=18.0))
+    extend_run(folder, longer, Budget(seconds=18.0), "")
     base = json.loads((folder / "budget.json").read_text())
     assert base["spent"]["seconds"] + base["discarded_seconds"] == pytest.approx(spent)
     assert base["spent"]["seconds"] == pytest.approx(spent / 2, rel=0.35)
-    extend_run_again = inspect_run(folder, longer)
-    assert extend_run_again == "resumed"
+    assert inspect_run(folder, longer) == "resumed"
+    extended = make_trainer("bert", budget_minutes=0.3, **settings)
+    extended.run(resume=True)
+    report = json.loads((folder / "budget.json").read_text())
+    assert 0.8 * 18 < report["spent"]["seconds"] <= 1.02 * 18
+    assert report["discarded_seconds"] == base["discarded_seconds"]
 
 
 def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
     caplog.set_level("INFO")
     settings = {"lr_shape": "linear", "warmup_fraction": 0.2}
     folder = finish(make_trainer("bert", budget_steps=10, **settings), settings | {"budget_steps": 10})
-    extend_run(folder, settings | {"budget_steps": 30, "decay_fraction": 0.5}, Budget(steps=30))
+    extend_run(folder, settings | {"budget_steps": 30, "decay_fraction": 0.5}, Budget(steps=30), "")
     assert "warms up again" in caplog.text
     extended = make_trainer("bert", budget_steps=30, **settings)
     extended.run(resume=True)
@@ -76,12 +95,17 @@ def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):
     settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
     folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
     assert inspect_run(folder, settings | {"budget_steps": 8, "extend": True}) == "finished"
-    with pytest.raises(SettingError, match="larger budget"):
-        extend_run(folder, settings | {"budget_steps": 3}, Budget(steps=3))
+    for budget in (Budget(steps=6), Budget(steps=8), Budget(steps=20, tokens=1000)):
+        with pytest.raises(SettingError, match="larger in every kind"):
+            extend_run(folder, settings, budget, "")
+    with pytest.raises(SettingError, match="is not what .* was trained on"):
+        extend_run(folder, settings, Budget(steps=20), "another")
+    with pytest.raises(SettingError, match="on a replay"):
+        extend_run(folder, {**settings, "replay": "runs/first"}, Budget(steps=20), "")
     with pytest.raises(SettingError, match="other settings"):
         inspect_run(folder, settings | {"budget_steps": 20, "extend": True, "optim": "muon"})
     weights_file = next(path for path in list_checkpoints(folder) if read_state(path)["is_kept"]) / "optimizer.pt"
     weights_file.write_bytes(b"broken")
     with pytest.raises(SettingError, match="is damaged"):
-        extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20))
+        extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20), "")
     assert (folder / "results.json").exists(), "nothing was touched"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,52 @@ def test_rolling_back_without_end_ends_with_a_sentence(make_trainer):
     assert not (Path(trainer.args.output_dir) / "model.safetensors").exists()
 
 
+def test_bad_steps_where_a_checkpoint_is_due_push_no_good_one_out(make_trainer):
+    """They stand on a multiple of save_steps, with a limit of one."""
+    trainer = make_trainer("bert", budget_steps=8, save_steps=3, save_total_limit=1, max_bad_steps=4, decay_fraction=0)
+    trainer.add_callback(Poison(trainer, [3, 4, 5, 6]))
+    trainer.run()
+    saved = [event["taken"] for event in read_metrics(trainer.args.output_dir) if event["event"] == "checkpoint"]
+    assert 3 in saved and not {4, 5, 6, 7} & set(saved)
+    assert trainer.clock.steps == 8
+
+
+def test_a_run_that_always_fails_at_the_same_place_ends(make_trainer):
+    """Good steps lie between its rollbacks, but it never gets further."""
+    trainer = make_trainer("bert", budget_steps=30, save_steps=4, max_bad_steps=2)
+
+    class Wall(Poison):
+        def run_backward(self, model, batch, num_predicted):
+            loss = self.backward(model, batch, num_predicted)
+            return loss * float("nan") if self.trainer.clock.steps >= 7 else loss
+
+    trainer.add_callback(Wall(trainer, []))
+    with pytest.raises(SettingError, match="not finite in 2 steps in a row, 4 times"):
+        trainer.run()
+
+
+def test_weights_that_are_not_finite_are_not_kept(make_trainer, caplog):
+    trainer = make_trainer("bert", budget_steps=6, save_steps=1, max_bad_steps=2)
+
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                next(model.parameters()).data[0] = float("nan")
+
+    trainer.add_callback(Spoil())
+    trainer.run()
+    assert "The checkpoint of step 4 was not written: a weight is not finite" in caplog.text
+    assert trainer.clock.steps == 6 and all(bool(torch.isfinite(value).all()) for value in weights(trainer).values())
+
+
+def test_trackers_never_see_nan(make_trainer):
+    trainer = make_trainer("bert", budget_steps=6, logging_steps=2)
+    trainer.add_callback(Poison(trainer, [1]))
+    trainer.run()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+
+
 def test_no_final_model_with_nan(make_trainer, caplog):
     trainer = make_trainer("bert", budget_steps=7, save_steps=3)
 
@@ -120,10 +167,10 @@ def test_no_final_model_with_nan(make_trainer, caplog):
 
 def test_a_spike_is_named():
     guard = StepGuard(5)
-    assert not any(guard.note_good(5.0 + 0.01 * (i % 3)) for i in range(SPIKE_LEAST_STEPS))
-    assert not guard.note_good(5.03)
-    assert guard.note_good(6.0)
-    assert not guard.note_good(4.0), "a fall is none"
+    assert not any(guard.note_good(5.0 + 0.01 * (i % 3), i) for i in range(SPIKE_LEAST_STEPS))
+    assert not guard.note_good(5.03, 30)
+    assert guard.note_good(6.0, 31)
+    assert not guard.note_good(4.0, 32), "a fall is none"
 
 
 class SmallMemory:
@@ -142,6 +189,15 @@ class SmallMemory:
                 loss.backward()
             raise torch.OutOfMemoryError("injected")
         return loss
+
+
+def test_out_of_memory_keeps_a_batch_that_its_micro_batches_do_not_divide(make_trainer):
+    """12 rows in micro-batches of 8 are 16; halved to 4 they stay 16."""
+    settings = {"budget_steps": 6, "batch_size_tokens": 12 * ROW_LENGTH, "micro_batch_tokens": 8 * ROW_LENGTH}
+    trainer = make_trainer("bert", **settings)
+    SmallMemory(trainer, 5)
+    trainer.run()
+    assert {(step["num_rows"], step["micro_rows"]) for step in steps_of(trainer)} == {(16, 4)}
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -64,8 +64,25 @@ def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_pa
     assert settings["optim"] == "muon" and settings["output_dir"] == "again" and settings["save_steps"] == 3
 
 
+def test_a_replay_with_less_memory_takes_smaller_micro_batches(make_trainer):
+    first = make_trainer("bert", "first", budget_steps=6, micro_batch_tokens=4 * ROW_LENGTH)
+    first.run()
+    again = make_trainer("bert", "again", budget_steps=6, replay=first.args.output_dir)
+    memory = SmallMemory(again, 2)
+    again.run()
+    assert memory.failures == 1, "once, not at every step"
+    assert again.clock.steps == 6
+
+
 def test_what_cannot_be_replayed_is_refused(make_trainer, tmp_path):
     with pytest.raises(SettingError, match="holds no run"):
         read_replayed_settings({"replay": str(tmp_path / "nowhere")})
     with pytest.raises(SettingError, match="no finished run"):
         make_trainer("bert", budget_minutes=1, replay=str(tmp_path / "nowhere"))
+    trainer = make_trainer("bert", "whole", budget_steps=5)
+    trainer.run()
+    path = tmp_path / "whole" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if '"taken": 3,' not in line) + "\n")
+    with pytest.raises(SettingError, match="lacks steps"):
+        make_trainer("bert", replay=str(tmp_path / "whole"), budget_steps=5)

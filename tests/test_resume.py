@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from oneday import row_sources, saving
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.row_sources import StreamedRows
-from oneday.run_directory import read_metrics
+from oneday.run_directory import append_metrics, lock_run, read_metrics
 from oneday.trainer import BudgetTrainer
 
 
@@ -238,20 +239,18 @@ def test_a_full_disk_at_a_checkpoint_does_not_end_the_training(make_trainer, mon
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(make_trainer, tmp_path, caplog):
-    """A disk of 600 kB: the model fits, a second checkpoint does not."""
+    """A disk of 700 kB holds a few checkpoints, not five."""
     disk = tmp_path / "run"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     try:
         trainer = make_trainer("bert", budget_steps=12, save_steps=2, save_total_limit=5)
-        trainer.run()
-        assert trainer.clock.steps == 12
+        with pytest.raises(SettingError, match="is full"):
+            trainer.run()
+        assert trainer.clock.steps == 12, "the training went to its end; the final model no longer fits"
         assert "was not written: the disk is full" in caplog.text
-        assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(disk))
-    except SettingError as error:
-        assert "is full" in str(error), "the final model did not fit; what was saved before it is whole"
-        assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(disk))
+        assert list_checkpoints(disk) and not any(find_fault(checkpoint) for checkpoint in list_checkpoints(disk))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -271,3 +270,41 @@ def test_a_long_step_is_on_the_heartbeat(make_trainer, monkeypatch):
     trainer.add_callback(Slow(0))
     trainer.run()
     assert seen[0] > 1.5
+
+
+def test_a_finished_run_whose_reports_are_missing_is_only_scored_again(make_trainer):
+    """Killed after its budget.json said finished: the final model must not become an earlier checkpoint."""
+    first = make_trainer("bert", budget_steps=9, save_steps=4)
+    metrics = first.run()
+    again = make_trainer("bert", budget_steps=9, save_steps=4)
+    assert again.run(resume=True) == pytest.approx(metrics)
+    assert_same_weights(first, again)
+    saved = AutoModelForMaskedLM.from_pretrained(first.args.output_dir).state_dict()
+    assert all(torch.equal(value, weights(first)[key]) for key, value in saved.items())
+    assert again.clock.steps == 9 and again.loader.epoch == first.loader.epoch
+
+
+def test_a_torn_line_swallows_no_other(tmp_path):
+    for number in range(3):
+        append_metrics(tmp_path, {"event": "step", "step": number, "taken": number})
+        with open(tmp_path / "metrics.jsonl", "a") as handle:
+            handle.write('{"event": "st')
+    assert [event["step"] for event in read_metrics(tmp_path)] == [0, 1, 2]
+
+
+def test_strange_directories_and_states_are_no_checkpoints(make_trainer):
+    settings = {"budget_steps": 8, "save_steps": 3}
+    folder = run_killed(lambda **given: make_trainer("bert", **given), 7, **settings)
+    shutil.copytree(folder / "checkpoint-6", folder / "checkpoint-6-backup")
+    (folder / "checkpoint-3" / "oneday_state.json").write_text("{")
+    (folder / "checkpoint-4" / "checksums.json").write_text("{}")
+    resumed = make_trainer("bert", **settings)
+    resumed.run(resume=True)
+    assert resumed.clock.steps == 8
+
+
+def test_files_left_by_a_killed_process_go(tmp_path):
+    (tmp_path / ".budget.json.123.456").write_text("{")
+    lock_run(tmp_path / "new" / "run").close()
+    lock_run(tmp_path).close()
+    assert not list(tmp_path.glob(".budget*"))

@@ -203,7 +203,7 @@ class BudgetClock:
         try:
             yield
         finally:
-            if self._started is not None and self._stopped is None:
+            if self._started is not None and self._stopped is None and self._paused is None:
                 self.ledger[entry] += self.now() - begun
 
     @property
@@ -309,6 +309,7 @@ class BudgetClock:
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on counting."""
         return {
+            "limits": self.budget.limits,
             "elapsed_seconds": self.elapsed_seconds,
             "tokens": self.tokens,
             "flops": self.flops,
@@ -327,7 +328,9 @@ class BudgetClock:
         lost = max(0.0, self.carried_seconds - state["elapsed_seconds"])
         self.carried_seconds = max(self.carried_seconds, state["elapsed_seconds"])
         self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
-        self._progress, self.reserve_seconds = state["progress"], state["reserve_seconds"]
+        # Under another budget (`extend`) progress is what has been spent of that.
+        self._progress = state["progress"] if state["limits"] == self.budget.limits else 0.0
+        self.reserve_seconds = state["reserve_seconds"]
         self.origin, self.skipped_steps = dict(state["origin"]), state["skipped_steps"]
         self.steps_taken = state["steps_taken"]
         self.carried_kwh = max(self.carried_kwh, state["metered_kwh"])
@@ -354,8 +357,8 @@ class BudgetClock:
         self.steps_taken = self.steps + self.skipped_steps
         self.ledger.update(report["ledger_seconds"])
 
-    def write(self, path: str | Path, status: str) -> None:
-        """Write limit, spent and ledger as `budget.json`, whole or not at all."""
+    def write(self, path: str | Path, status: str, is_durable: bool = True, **facts: Any) -> None:
+        """Write limit, spent, ledger and further facts as `budget.json`, whole or not at all."""
         report = {
             "status": status,
             "limit": self.budget.limits,
@@ -366,8 +369,9 @@ class BudgetClock:
             "restart_at": self.restart_at,
             "energy_source": self.energy_source,
             "ledger_seconds": self.balanced_ledger(),
+            **facts,
         }
-        write_whole(path, json.dumps(report, indent=2) + "\n")
+        write_whole(path, json.dumps(report, indent=2) + "\n", is_durable)
 
 
 def open_meter(budget: Budget, device: torch.device) -> EnergyMeter | None:
@@ -383,11 +387,3 @@ def open_meter(budget: Budget, device: torch.device) -> EnergyMeter | None:
             "power in watts."
         )
     return meter
-
-
-def read_report(path: str | Path) -> dict[str, Any]:
-    """What the last process of this run wrote as `budget.json`; {} when there is none."""
-    try:
-        return dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError):
-        return {}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oneday.checkpoints import list_kept
+from oneday.checkpoints import list_kept, read_state
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
+# Before one was timed, a checkpoint takes as many times as long as the model alone.
+OPTIMIZER_SHARE = 4.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -50,12 +52,17 @@ def note_signals() -> Iterator[list[str]]:
 
 @contextmanager
 def heartbeat(write: Callable[[], None]) -> Iterator[None]:
-    """Calls `write` every two seconds from a thread, and at the end, so that a killed process pays for its time."""
+    """Calls `write` at once, every two seconds from a thread, and at the end: a killed process pays for its time."""
     ended = threading.Event()
 
     def beat() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS):
-            write()
+        while True:
+            try:
+                write()
+            except OSError as error:  # a network disk may stumble; the next beat may reach it again
+                logger.warning("budget.json was not written: %s.", error)
+            if ended.wait(HEARTBEAT_SECONDS):
+                return
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -82,7 +89,9 @@ class BudgetCallback(TrainerCallback):
         """Count saves and evaluations from here."""
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
-        end, has_kept = self.trainer.plateau_end, bool(list_kept(args.output_dir))
+        end, limits = self.trainer.plateau_end, self.trainer.clock.budget.limits
+        # One kept under a smaller budget (`extend`) is not the end of this plateau.
+        has_kept = any(read_state(path)["clock"]["limits"] == limits for path in list_kept(args.output_dir))
         self.is_past_plateau = end == 0.0 or (has_kept and self.trainer.clock.progress >= end)
 
     def on_step_begin(
@@ -101,7 +110,7 @@ class BudgetCallback(TrainerCallback):
         trainer.step_plan = trainer.loader.current_plan
         if record.bad_number is None:
             trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
-            self.note_spike(trainer.guard.note_good(trainer.step_loss))
+            self.note_spike(trainer.guard.note_good(trainer.step_loss, trainer.clock.steps))
         else:
             trainer.clock.count_skip(trainer.step_seconds)
         state.epoch = trainer.loader.epoch or 0.0
@@ -131,11 +140,13 @@ class BudgetCallback(TrainerCallback):
     def schedule(self, args: TrainingArguments, control: TrainerControl) -> None:
         """Ask for an evaluation or a checkpoint when one is due and still fits, with a step after it."""
         trainer, due = self.trainer, self.evaluations_due()
+        if trainer.step_record.bad_number is not None:  # nothing new to score or keep
+            return
         clock, seconds = trainer.clock, trainer.clock.slow_step_seconds
         wanted = due > self.evaluations if args.eval_steps is None else clock.steps % int(args.eval_steps) == 0
         control.should_evaluate = wanted and clock.fits_seconds(seconds + trainer.eval_seconds)
         seconds += trainer.eval_seconds * control.should_evaluate + max(
-            trainer.save_seconds, trainer.checkpoint_seconds
+            trainer.save_seconds, trainer.checkpoint_seconds or OPTIMIZER_SHARE * trainer.save_seconds
         )
         if args.save_steps is not None:
             wanted = clock.steps % int(args.save_steps) == 0

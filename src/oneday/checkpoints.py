@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ PREFIX, DAMAGED = "checkpoint-", "damaged-"
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Checkpoints from the oldest to the newest, by step; only what was whole once has this name."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if (path / STATE).is_file()]
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -34,8 +35,11 @@ def list_kept(output_dir: str | Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """This project's own part of a checkpoint: position in the data, clock, counts."""
-    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    """This project's own part of a checkpoint: position in the data, clock, counts; {} where it cannot be read."""
+    try:
+        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def hash_file(path: Path) -> str:
@@ -59,15 +63,24 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"{SEAL} is missing"
     except ValueError:
         return f"{SEAL} is damaged"
-    for name, entry in seal.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if hash_file(path) != entry["sha256"]:
-            return f"{name} has changed since it was written"
-    return None
+    try:
+        faults = [find_file_fault(checkpoint / name, entry["bytes"], entry["sha256"]) for name, entry in seal.items()]
+    except (KeyError, TypeError, AttributeError):
+        return f"{SEAL} is damaged"
+    except OSError as error:
+        return f"a file cannot be read: {error.strerror}"
+    if STATE not in seal:
+        return f"{SEAL} is damaged"
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def find_file_fault(path: Path, num_bytes: int, sha256: str) -> str | None:
+    """What is wrong with one file."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != num_bytes:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {num_bytes}"
+    return None if hash_file(path) == sha256 else f"{path.name} has changed since it was written"
 
 
 def find_good_checkpoint(output_dir: str | Path) -> Path | None:

@@ -7,12 +7,14 @@ import threading
 from pathlib import Path
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, text: str, is_durable: bool = True) -> None:
     """Write a file aside and rename it, so that a reader or a crash never meets half of it."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         aside.write_text(text, encoding="utf-8")
+        if is_durable:
+            synchronize_path(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,11 +81,18 @@ class EnergyMeter:
 
     Attributes:
         source: Where the figure comes from, in words.
-        read: Returns joules.
+        counters: What is added up; each has `joules()`.
+        lock: The heartbeat reads too.
     """
 
     source: str
-    read: Callable[[], float]
+    counters: Sequence[RaplCounter | NvmlCounter]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self) -> float:
+        """Joules since the counters were opened; one thread at a time, or a counter's step would be added twice."""
+        with self.lock:
+            return sum(counter.joules() for counter in self.counters)
 
 
 def open_energy_meter(device: torch.device) -> EnergyMeter | None:
@@ -98,7 +106,7 @@ def open_energy_meter(device: torch.device) -> EnergyMeter | None:
     if not counters or (device.type == "cuda" and gpu is None):
         return None
     names = ["GPU counter (NVML)"] * (gpu is not None) + ["CPU package counters (RAPL)"] * bool(packages)
-    return EnergyMeter(" and ".join(names), lambda: sum(counter.joules() for counter in counters))
+    return EnergyMeter(" and ".join(names), counters)
 
 
 def open_cpu_counters(root: Path = POWERCAP) -> list[RaplCounter]:

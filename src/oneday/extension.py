@@ -27,42 +27,37 @@ logger = logging.getLogger(__name__)
 EXTENDING = "extending"
 
 
-def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget) -> None:
+def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget, data_fingerprint: str) -> None:
     """Turn a finished run into one that is resumed under a larger budget; may be called again if it was cut off.
 
     Args:
         output_dir: The run directory.
         settings: All settings, with the new budget.
         budget: That budget.
+        data_fingerprint: Of the text at hand, as in `BudgetTrainer`.
 
     Raises:
-        SettingError: When the run cannot be extended, or the budget is not larger than what it has spent.
+        SettingError: When the run cannot be extended, or the budget is not larger than what it had.
     """
     folder = Path(output_dir)
     report = rundir.read_json(folder / rundir.BUDGET)
     base = find_base(folder)
+    check_extension(folder, settings, budget, report, read_state(base)["data"] == data_fingerprint)
     is_falling = find_plateau_end(settings["lr_shape"], settings["decay_fraction"]) == 0.0
     state = read_state(base)["clock"]
-    limits = {**budget.limits, "seconds": budget.clock_limit_seconds}
-    before = {"seconds": state["elapsed_seconds"], **{kind: state[kind] for kind in ("tokens", "flops", "steps")}}
-    for kind, spent in before.items():
-        if limits.get(kind) is not None and limits[kind] <= spent:
-            raise SettingError(
-                f"extend needs a larger budget: {limits[kind]:,.6g} {kind} are set in all, and the run goes on from "
-                f"{spent:,.6g}."
-            )
     if is_falling:
         logger.info(
             "lr_shape %s has no flat phase to go on from: the learning rate warms up again from the end of the run.",
             settings["lr_shape"],
         )
     discarded = report["spent"]["seconds"] - state["elapsed_seconds"] + report.get("discarded_seconds", 0.0)
+    energy = {"kwh": state["metered_kwh"]} if budget.needs_meter else {}
     if report.get("status") != EXTENDING:
         report |= {
             "status": EXTENDING,
             "discarded_seconds": discarded,
             "restart_at": state["steps_taken"] if is_falling else None,
-            "spent": {**report["spent"], "seconds": state["elapsed_seconds"]},
+            "spent": {**report["spent"], "seconds": state["elapsed_seconds"], **energy},
         }
         write_whole(folder / rundir.BUDGET, json.dumps(report, indent=2) + "\n")
     for checkpoint in list_checkpoints(folder):
@@ -71,6 +66,29 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget)
     write_whole(folder / rundir.RECIPE, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
     os.replace(folder / rundir.RESULTS, folder / f"results-{report['spent']['steps']:.0f}-steps.json")
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
+
+
+def check_extension(
+    folder: Path, settings: dict[str, Any], budget: Budget, report: dict[str, Any], is_same_text: bool
+) -> None:
+    """Refuse, before anything is touched, what would only cost the finished model.
+
+    Raises:
+        SettingError: On a replay, another text, or a budget that is not larger in every kind.
+    """
+    if settings.get("replay"):
+        raise SettingError("extend is set on a replay, which repeats a run step by step; extend that run instead.")
+    if not is_same_text:
+        raise SettingError(
+            f"The text or tokenizer of dataset_name is not what {folder} was trained on; bring the same text back."
+        )
+    for kind, limit in budget.limits.items():
+        had = max(report["limit"].get(kind, 0.0), report["spent"].get(kind, 0.0))
+        if limit <= had:
+            raise SettingError(
+                f"extend needs a budget that is larger in every kind: {limit:,.6g} {kind} are set and the run had "
+                f"{had:,.6g}; raise it, or set it to null."
+            )
 
 
 def find_base(folder: Path) -> Path:

@@ -64,6 +64,13 @@ def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_proce
     return max(1, round(wanted / unit)) * unit, micro_rows
 
 
+def limit_micro_rows(plan: StepPlan, most: int, num_processes: int) -> StepPlan:
+    """The same step in micro-batches of at most `most` rows, which divide it evenly."""
+    rows_here = plan.num_rows // num_processes
+    micro_rows = next(rows for rows in range(min(plan.micro_rows, max(1, most)), 0, -1) if rows_here % rows == 0)
+    return replace(plan, micro_rows=micro_rows)
+
+
 class StepLoader:
     """Iterates over optimizer steps; each is the list of this rank's micro-batches.
 
@@ -143,14 +150,12 @@ class StepLoader:
             SettingError: When a micro-batch is one row already.
         """
         plan = self.current_plan
-        rows_here = plan.num_rows // self.num_processes
-        smaller = next((rows for rows in range(plan.micro_rows // 2, 0, -1) if rows_here % rows == 0), None)
-        if smaller is None:
+        if plan.micro_rows == 1:
             raise SettingError(
                 f"The memory does not hold one row of {self.source.row_length} tokens; lower max_seq_length or take a "
                 "smaller model_config."
             )
-        self._taken = replace(self._taken, plan=replace(plan, micro_rows=smaller))
+        self._taken = replace(self._taken, plan=limit_micro_rows(plan, plan.micro_rows // 2, self.num_processes))
         batches = self.collate(self._taken)
         self._waiting = None if self._waiting is None else batches
         return batches

@@ -8,16 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.budget import read_report
 from oneday.callbacks import heartbeat, note_signals
 from oneday.checkpoints import find_good_checkpoint, read_state
 from oneday.compilation import try_compiled
+from oneday.durable_files import synchronize_path
 from oneday.initialization import initialize_embeddings
-from oneday.recovery import load_checkpoint
+from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
 
 if TYPE_CHECKING:
@@ -48,7 +46,8 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
                 train_within_budget(trainer, prepare_resume(trainer) if resume else None)
                 if trainer.status == "interrupted":
                     return {}
-                check_weights(trainer)
+                if check_weights(trainer):
+                    keep_end(trainer)
                 trainer.save_final()
                 trainer.status = "trained"
                 trainer.write_budget()
@@ -56,30 +55,33 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
             trainer.clock.stop()
             trainer.status = "finished"
         trainer.note_event("end", status=trainer.status)
-        keep_end(trainer)
     return metrics
 
 
-def check_weights(trainer: BudgetTrainer) -> None:
-    """A final model has only finite weights: should they not be, those of the last good checkpoint are taken.
+def check_weights(trainer: BudgetTrainer) -> bool:
+    """Whether the weights are those of the last step: should they not be finite, the last good checkpoint's are taken.
 
     Raises:
         SettingError: When there is no checkpoint.
     """
-    if all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters()):
-        return
+    if are_finite(trainer.model):
+        return True
     folder = find_good_checkpoint(trainer.args.output_dir)
-    if folder is None:
-        raise SettingError("The weights are not finite and there is no checkpoint; lower learning_rate.")
-    load_checkpoint(trainer, folder)
+    if folder is not None:
+        trainer._load_from_checkpoint(str(folder))
+        trainer.clock.rewind(read_state(folder)["clock"])
+    if folder is None or not are_finite(trainer.model):
+        raise SettingError("The weights are not finite and there is no checkpoint of before; lower learning_rate.")
     logger.warning("The weights are not finite: %s becomes the final model.", folder.name)
+    return False
 
 
 def keep_end(trainer: BudgetTrainer) -> None:
     """Where the learning rate has no flat phase that could be extended, keep the end, off the clock."""
     if trainer.optimizer is not None and trainer.plateau_end in (0.0, 1.0):
         trainer.save_as_kept = True
-        trainer._save_checkpoint(trainer.model)
+        with trainer.clock.paused():
+            trainer._save_checkpoint(trainer.model)
 
 
 def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None:
@@ -119,10 +121,11 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:
-    """Whether an earlier process saved the final model but did not score it; then it is loaded."""
+    """Whether an earlier process saved the final model but not all of its reports; then it is loaded."""
     report = rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET)
-    if report.get("status") != "trained":
+    if report.get("status") not in ("trained", "finished"):
         return False
+    trainer.loader.samples_seen = report["samples_seen"]
     trainer._load_from_checkpoint(trainer.args.output_dir)
     trainer.clock.load_report(report)
     trainer.clock.start()
@@ -133,7 +136,7 @@ def load_trained(trainer: BudgetTrainer) -> bool:
 def take_up_clock(trainer: BudgetTrainer) -> None:
     """Go on from what earlier processes had spent, this one's start-up included, before anything writes there."""
     clock = trainer.clock
-    clock.load_carried(read_report(Path(trainer.args.output_dir) / rundir.BUDGET))
+    clock.load_carried(rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
     clock.start(since=clock.now() - process_age_seconds())
 
 
@@ -169,8 +172,8 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     trainer.clock.load_state_dict(state["clock"])
     trainer.loader.load_state_dict(state["loader"])
     trainer.micro_batch_limit = state["micro_batch_limit"]
-    if trainer.micro_batch_limit is not None:
-        trainer.args.micro_batch_tokens = min(trainer.args.micro_batch_tokens, trainer.micro_batch_limit)
+    for name, value in state["bad_steps"].items():
+        setattr(trainer.guard, name, value)
 
 
 def measure_end(trainer: BudgetTrainer) -> None:
@@ -179,11 +182,13 @@ def measure_end(trainer: BudgetTrainer) -> None:
     with rundir.refuse_full_disk(trainer.args.output_dir), rundir.staging(trainer.args.output_dir, "trial") as folder:
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
+        for path in folder.iterdir():
+            synchronize_path(path)
     trainer.save_seconds = time.monotonic() - begun
     trainer.measure_held_out(max_parts=1)
     begun = time.monotonic()
     trainer.measure_held_out(max_parts=1)
-    rows_at_once = max(1, trainer.args.micro_batch_tokens // trainer.eval_dataset.row_length)
+    rows_at_once = max(1, trainer.eval_batch_tokens // trainer.eval_dataset.row_length)
     trainer.eval_seconds = (time.monotonic() - begun) * math.ceil(len(trainer.eval_dataset) / rows_at_once)
     update_reserve(trainer)
 

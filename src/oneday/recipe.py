@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
@@ -322,5 +323,8 @@ def run_program(main: Callable[[], int | None]) -> None:
         code = main()
     except SettingError as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+    except torch.OutOfMemoryError:
+        sys.stderr.write("error: The memory does not hold the model; take a smaller model_config or max_seq_length.\n")
         raise SystemExit(1) from None
     raise SystemExit(code or 0)

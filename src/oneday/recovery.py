@@ -36,12 +36,14 @@ class StepGuard:
     Attributes:
         max_in_row: Bad steps in a row that make a rollback.
         in_row: Bad steps since the last good one or the last rollback.
-        rollbacks: Rollbacks since the last good step.
+        rollbacks: Rollbacks since the run got further than before.
+        furthest: Steps that were in the weights at the last rollback.
     """
 
     max_in_row: int
     in_row: int = 0
     rollbacks: int = 0
+    furthest: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
 
     def note_bad(self) -> bool:
@@ -49,13 +51,19 @@ class StepGuard:
         self.in_row += 1
         return self.in_row >= self.max_in_row
 
-    def note_good(self, loss: float) -> bool:
-        """Count a good step; whether its loss is a spike."""
-        self.in_row = self.rollbacks = 0
+    def note_good(self, loss: float, steps: int) -> bool:
+        """Count a good step, after which `steps` are in the weights; whether its loss is a spike."""
+        self.in_row = 0
+        self.rollbacks = self.rollbacks if steps <= self.furthest else 0
         known = len(self.losses) >= SPIKE_LEAST_STEPS
         is_spike = known and loss > fmean(self.losses) + SPIKE_DEVIATIONS * stdev(self.losses)
         self.losses.append(loss)
         return is_spike
+
+
+def are_finite(model: torch.nn.Module) -> bool:
+    """Whether every weight is."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
 def find_bad_number(loss: torch.Tensor, grad_norm: Any) -> str | None:
@@ -82,7 +90,7 @@ def roll_back(trainer: BudgetTrainer) -> None:
             f"Loss or gradient were not finite in {guard.max_in_row} steps in a row, {MAX_ROLLBACKS + 1} times, at "
             f"step {clock.steps} ({kept}); lower learning_rate or muon_learning_rate, or set bf16 to false."
         )
-    guard.rollbacks, guard.in_row = guard.rollbacks + 1, 0
+    guard.rollbacks, guard.in_row, guard.furthest = guard.rollbacks + 1, 0, max(guard.furthest, clock.steps)
     if folder is not None:
         load_checkpoint(trainer, folder)
     logger.warning(
@@ -129,7 +137,7 @@ def shrink_micro_batches(trainer: BudgetTrainer) -> list[Batch]:
     """Halve the micro-batches from the present step on; the optimizer step stays the same size."""
     step = trainer.loader.halve_micro_batches()
     tokens = trainer.loader.current_plan.micro_rows * trainer.loader.source.row_length
-    trainer.args.micro_batch_tokens = trainer.micro_batch_limit = tokens
+    trainer.micro_batch_limit = tokens
     logger.warning("Out of memory: going on with micro-batches of %d tokens, the batch stays the same.", tokens)
     trainer.note_event("oom", micro_batch_tokens=tokens)
     return step

@@ -46,6 +46,8 @@ def read_script(run_dir: str | Path) -> list[Attempt]:
     if not any(event["event"] == "end" for event in events):
         raise SettingError(f"The setting replay is {run_dir}, which holds no finished run; name the directory of one.")
     steps = [event for event in events if event["event"] in ATTEMPTS]
+    if [event.get("taken") for event in steps] != list(range(1, len(steps) + 1)):
+        raise SettingError(f"The metrics.jsonl of the run in {run_dir} lacks steps: it cannot be replayed.")
     saved = {event["taken"] for event in events if event["event"] == "checkpoint"}
     try:
         return [
@@ -75,8 +77,9 @@ def read_replayed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise SettingError(f"The setting replay is {settings['replay']}, which holds no run; name a run directory.")
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    free = {name: value for name, value in settings.items() if name in rundir.FREE_SETTINGS - {"micro_batch_tokens"}}
-    return {**recorded, **free, "replay": settings["replay"]}
+    may_change = rundir.FREE_SETTINGS - {"micro_batch_tokens", "extend"}
+    free = {name: value for name, value in settings.items() if name in may_change and value is not None}
+    return {**recorded, **free, "replay": settings["replay"], "extend": False}
 
 
 @dataclass

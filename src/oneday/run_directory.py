@@ -47,7 +47,7 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
     if folder.exists() and not folder.is_dir():
         raise SettingError(f"The setting output_dir is {output_dir}, which is a file; name a directory.")
     if not recipe.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
         return "new"
     before = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
@@ -82,12 +82,18 @@ def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
 
 
 def lock_run(output_dir: str | Path) -> IO[str]:
-    """Hold the run directory for the life of this process (of the returned file).
+    """Make the run directory if need be, and hold it for the life of this process (of the returned file).
 
     Raises:
-        SettingError: When another process holds it.
+        SettingError: When another process holds it, or it cannot be written.
     """
-    handle = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        handle = open(Path(output_dir) / LOCK, "w")  # noqa: SIM115
+    except OSError as error:
+        raise SettingError(
+            f"The output_dir {output_dir} cannot be written ({error.strerror}); name another."
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -95,6 +101,8 @@ def lock_run(output_dir: str | Path) -> IO[str]:
         raise SettingError(
             f"Another process is training in the output_dir {output_dir}; wait for it or end it."
         ) from None
+    for leftover in Path(output_dir).glob(".*.json.*"):  # of a process killed while writing a file aside
+        leftover.unlink(missing_ok=True)
     return handle
 
 
@@ -166,8 +174,11 @@ def refuse_full_disk(output_dir: str | Path) -> Iterator[None]:
 def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl; on a full disk the line is lost, the training is not."""
     try:
-        with open(Path(output_dir) / METRICS, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(event) + "\n")
+        with open(Path(output_dir) / METRICS, "a+b") as handle:
+            end = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, end - 1))
+            is_torn = end > 0 and handle.read(1) != b"\n"  # a line that a full disk or a kill cut off
+            handle.write(b"\n" * is_torn + json.dumps(event).encode() + b"\n")
     except OSError as error:
         if not is_disk_full(error, output_dir):
             raise
@@ -198,6 +209,8 @@ def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> li
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file, or {} when it is not there."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A JSON file, or {} when it is not there or not whole."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

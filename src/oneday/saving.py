@@ -18,6 +18,7 @@ from oneday.budget import BudgetClock
 from oneday.checkpoints import STATE, publish_checkpoint, remove_old_checkpoints
 from oneday.durable_files import write_whole
 from oneday.loader import StepLoader
+from oneday.recovery import StepGuard, are_finite
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ class RunTrainer(Trainer):
         status: `running`, `interrupted`, `trained` (the final model is on disk) or `finished` (and scored).
         micro_batch_limit: Tokens of the largest micro-batch that memory holds, once it has run out.
         save_as_kept: The next checkpoint is one that `extend` starts from.
+        saved_at: Steps taken when the last checkpoint was written; None: none was.
+        guard: Counts of bad steps.
     """
 
     args: BudgetTrainingArguments
@@ -41,6 +44,8 @@ class RunTrainer(Trainer):
     status = "running"
     micro_batch_limit: int | None = None
     save_as_kept = False
+    saved_at: int | None = None
+    guard: StepGuard
     checkpoint_seconds = 0.0
     _staging_dir: Path | None = None
 
@@ -51,6 +56,9 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
         """Write a checkpoint aside, seal and rename it; where that fails, keep the last one and go on."""
         begun = time.monotonic()
+        if not are_finite(self.model):
+            logger.warning("The checkpoint of step %d was not written: a weight is not finite.", self.clock.steps)
+            return
         try:
             with self.clock.account("checkpoints"):
                 self.write_checkpoint(model, trial)
@@ -61,6 +69,7 @@ class RunTrainer(Trainer):
         finally:
             self.save_as_kept = False
             self.checkpoint_seconds = time.monotonic() - begun
+        self.saved_at = self.clock.steps_taken
         self.note_event("checkpoint")
 
     def write_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
@@ -88,6 +97,7 @@ class RunTrainer(Trainer):
             "clock": self.clock.state_dict(),
             "micro_batch_limit": self.micro_batch_limit,
             "is_kept": self.save_as_kept,
+            "bad_steps": {name: getattr(self.guard, name) for name in ("in_row", "rollbacks", "furthest")},
         }
         write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
 
@@ -130,7 +140,8 @@ class RunTrainer(Trainer):
             return
         with self.budget_lock:
             try:
-                self.clock.write(Path(self.args.output_dir) / rundir.BUDGET, self.status)
+                path, seen = Path(self.args.output_dir) / rundir.BUDGET, self.loader.samples_seen
+                self.clock.write(path, self.status, is_durable=self.status != "running", samples_seen=seen)
             except OSError as error:
                 if not rundir.is_disk_full(error, self.args.output_dir):
                     raise

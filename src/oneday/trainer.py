@@ -24,7 +24,7 @@ from oneday.collators import Batch
 from oneday.compilation import compile_layers, mark_varying, run_eagerly
 from oneday.evaluation import evaluate_objective
 from oneday.initialization import check_embedding_init
-from oneday.loader import StepLoader, StepPlan, plan_rows
+from oneday.loader import StepLoader, StepPlan, limit_micro_rows, plan_rows
 from oneday.mixed_precision import HalfWeights
 from oneday.modeling import FlopCounter
 from oneday.objectives import Objective
@@ -74,12 +74,9 @@ def build_clock(args: BudgetTrainingArguments) -> BudgetClock:
         SettingError: When the budget cannot be measured, or the run to be repeated cannot be read.
     """
     budget = Budget.from_arguments(args)
-    meter = open_meter(budget, args.device)
-    return (
-        ReplayClock(budget, meter=meter, script=read_script(args.replay))
-        if args.replay
-        else BudgetClock(budget, meter=meter)
-    )
+    if args.replay:
+        return ReplayClock(budget, script=read_script(args.replay))
+    return BudgetClock(budget, meter=open_meter(budget, args.device))
 
 
 class BudgetTrainer(RunTrainer):
@@ -164,6 +161,11 @@ class BudgetTrainer(RunTrainer):
                 f"The setting max_seq_length_start is {args.max_seq_length_start}, which does not divide the "
                 f"max_seq_length {source.row_length}; set a divisor, say {source.row_length // 4}."
             )
+        if args.max_seq_length_start is not None and args.use_compile:
+            raise SettingError(
+                "torch_compile is true and max_seq_length_start is set: every length of rows would be compiled anew; "
+                "set one of them."
+            )
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
         largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
         return StepLoader(
@@ -178,12 +180,18 @@ class BudgetTrainer(RunTrainer):
     def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
         """Size of the next step, as the schedules say at the present progress."""
         if isinstance(self.clock, ReplayClock):
-            return self.clock.current().plan
+            return self.limit_plan(self.clock.current().plan, row_length)
         progress = self.clock.progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
         rows = plan_rows(tokens, micro_tokens(args), row_length, args.world_size)
         cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
-        return StepPlan(*rows, progress, cut)
+        return self.limit_plan(StepPlan(*rows, progress, cut), row_length)
+
+    def limit_plan(self, plan: StepPlan, row_length: int) -> StepPlan:
+        """A step of the same rows, in micro-batches that the memory has been found to hold."""
+        if self.micro_batch_limit is None:
+            return plan
+        return limit_micro_rows(plan, self.micro_batch_limit // row_length, self.args.world_size)
 
     def get_train_dataloader(self) -> StepLoader:
         """The loader as it is: it shards by rank itself, so accelerate must not."""
@@ -208,7 +216,8 @@ class BudgetTrainer(RunTrainer):
         total, _ = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, predicted))
         loss = self.reduce_sum(total)
         self.step_record = StepRecord(begun, tokens, flops, predicted, progress, loss)
-        return loss
+        # The parent adds this up for its trackers, and would never get rid of a NaN.
+        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
     def accumulate(self, model: torch.nn.Module, num_predicted: int, step: list[Batch]) -> torch.Tensor:
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
@@ -311,7 +320,7 @@ class BudgetTrainer(RunTrainer):
     def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
         """Held-out losses of the present weights; in smaller batches where memory runs out."""
         collators = list(self.objective.evaluation_collators(self.position_offset).items())
-        self.eval_batch_tokens = min(self.eval_batch_tokens, self.args.micro_batch_tokens)
+        self.eval_batch_tokens = min(self.eval_batch_tokens, self.micro_batch_limit or self.eval_batch_tokens)
         try:
             metrics = evaluate_objective(
                 self.model,
