@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainerCallback
 
 from oneday.arguments import BudgetTrainingArguments
-from oneday.attention import PACKED
+from oneday.modeling import build_model
 from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.run_directory import read_metrics
@@ -31,6 +31,7 @@ ENCODERS = {
     "electra": {**TINY, **NO_DROPOUT, "embedding_size": 16},
     "modernbert": {**TINY, "global_attn_every_n_layers": 2, "local_attention": 16},
 }
+UNPACKED = {"xlnet": {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "dropout": 0.0, "mem_len": None}}
 DECODERS = {
     "gpt2": {"n_layer": 2, "n_embd": 32, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "llama": {**TINY, "num_key_value_heads": 1},
@@ -103,29 +104,32 @@ def packed(texts, tokenizers, tmp_path_factory):
 
 @pytest.fixture
 def make_model(tokenizers):
-    """Builds a tiny model of one architecture, in float32, from a seed."""
+    """Builds a tiny model of one architecture, in float32, from a seed, for an objective."""
 
-    def make(name, seed=0):
-        kind, auto_class = ("encoder", AutoModelForMaskedLM) if name in ENCODERS else ("decoder", AutoModelForCausalLM)
-        tokenizer = tokenizers[kind]
+    def make(name, seed=0, objective=None):
+        kind = "decoder" if name in DECODERS else "encoder"
+        tokenizer = tokenizers[kind] if objective is None else objective.tokenizer
         ids = {"pad_token_id": tokenizer.pad_token_id}
         for special in ("bos", "eos", "cls", "sep"):
             ids[f"{special}_token_id"] = getattr(tokenizer, f"{special}_token_id")
-        settings = {**(ENCODERS | DECODERS)[name], **ids, "vocab_size": 320}
-        positions = "n_positions" if name == "gpt2" else "max_position_embeddings"
-        config = AutoConfig.for_model(name, **settings, **{positions: 64})
+        settings = {**(ENCODERS | DECODERS | UNPACKED)[name], **ids, "vocab_size": 320}
+        if name not in UNPACKED:
+            settings["n_positions" if name == "gpt2" else "max_position_embeddings"] = 64
+        config = AutoConfig.for_model(name, **settings)
         torch.manual_seed(seed)
-        return auto_class.from_config(config, attn_implementation=PACKED)
+        if objective is not None:
+            return build_model(config, objective.find_class(config), objective.is_packed)
+        return build_model(config, AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM)
 
     return make
 
 
 @pytest.fixture
 def make_trainer(make_model, tokenizers, packed, tmp_path):
-    """Builds a trainer over the shared corpus; settings go over small defaults."""
+    """Builds a trainer over the shared corpus, or `rows` of (training, held-out); settings go over small defaults."""
 
-    def make(name="modernbert", output="run", **settings):
-        kind = "encoder" if name in ENCODERS else "decoder"
+    def make(name="modernbert", output="run", rows=None, tokenizer=None, **settings):
+        kind = "decoder" if name in DECODERS else "encoder"
         defaults = {
             "batch_size_tokens": 8 * ROW_LENGTH,
             "micro_batch_tokens": 4 * ROW_LENGTH,
@@ -137,8 +141,9 @@ def make_trainer(make_model, tokenizers, packed, tmp_path):
         folder = tmp_path / output
         folder.mkdir(exist_ok=True)
         args = BudgetTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-        objective = find_objective(args.objective)(tokenizers[kind], args)
-        train, validation = packed[kind]
-        return BudgetTrainer(make_model(name), args, objective, train, validation, tokenizers[kind])
+        objective = find_objective(args.objective)(tokenizer or tokenizers[kind], args)
+        train, validation = rows or packed[kind]
+        model = make_model(name, objective=objective)
+        return BudgetTrainer(model, args, objective, train, validation, objective.tokenizer)
 
     return make

@@ -42,12 +42,14 @@ def test_pretraining_recipe(path, tokenizers, tmp_path, monkeypatch):
     Budget.from_arguments(args)
     check_optimizer(args.optimizer_name)
     learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
-    objective = find_objective(args.objective)
-    tokenizer = tokenizers[objective.kind]
-    objective(tokenizer, args).training_collator(0)
+    objective_class = find_objective(args.objective)
+    assert objective_class.is_packed or data_args.packing_strategy == "padded"
+    tokenizer = tokenizers[objective_class.kind]
+    objective = objective_class(tokenizer, args)
+    objective.training_collator(0)
     config = load_config(model_args.model_config, tokenizer, data_args.max_seq_length, model_args.position_encoding)
     with torch.device("meta"):
-        model = build_model(config, objective.auto_class)
+        model = build_model(config, objective.find_class(config), objective.is_packed)
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
     assert args.batch_size_tokens % args.micro_batch_tokens == 0
     assert args.micro_batch_tokens % data_args.max_seq_length == 0

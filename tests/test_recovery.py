@@ -27,8 +27,8 @@ class Poison(TrainerCallback):
         self.backward = trainer.backward
         trainer.backward = self.run_backward
 
-    def run_backward(self, model, batch, num_predicted):
-        loss = self.backward(model, batch, num_predicted)
+    def run_backward(self, model, batch, counts):
+        loss = self.backward(model, batch, counts)
         if self.trainer.clock.steps_taken in self.steps:
             if self.what == "loss":
                 return loss * float("nan")
@@ -116,8 +116,8 @@ def test_a_run_that_always_fails_at_the_same_place_ends(make_trainer):
     trainer = make_trainer("bert", budget_steps=30, save_steps=4, max_bad_steps=2)
 
     class Wall(Poison):
-        def run_backward(self, model, batch, num_predicted):
-            loss = self.backward(model, batch, num_predicted)
+        def run_backward(self, model, batch, counts):
+            loss = self.backward(model, batch, counts)
             return loss * float("nan") if self.trainer.clock.steps >= 7 else loss
 
     trainer.add_callback(Wall(trainer, []))

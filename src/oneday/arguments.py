@@ -105,7 +105,7 @@ REFUSED_SETTINGS = {
 POSITIVE_SETTINGS = (
     "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
     "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads", "max_seq_length_start",
-    "max_bad_steps",
+    "max_bad_steps", "discriminator_weight",
 )  # fmt: skip
 
 
@@ -136,7 +136,12 @@ class BudgetTrainingArguments(TrainingArguments):
         None, "A run directory: do again, step by step, what that run did, whatever this machine's speed."
     )
 
-    objective: str = setting("mlm", "What is predicted: mlm (masked tokens) or clm (the next token).")
+    objective: str = setting(
+        "mlm",
+        "What is predicted: mlm (masked tokens), clm (the next token), mlm_nsp (masked tokens, and whether two "
+        "segments follow each other), word_order (masked tokens, and the order of shuffled ones), rtd (which tokens a "
+        "generator replaced) or plm (tokens in a permuted order; XLNet).",
+    )
     mlm_probability: float = setting(0.25, "Fraction of the tokens predicted, for mlm.")
     mlm_probability_end: float | None = setting(
         None, "Fraction at the end of the budget, reached linearly; empty: stays at mlm_probability."
@@ -144,6 +149,19 @@ class BudgetTrainingArguments(TrainingArguments):
     mask_replacement: str = setting(
         "mask",
         "What stands at a predicted position: mask (always [MASK]) or bert (80 % [MASK], 10 % random, 10 % kept).",
+    )
+
+    whole_word_mask: bool = setting(False, "Mask all tokens of a word, or none.")
+    nsp_negatives: str = setting(
+        "swapped",
+        "For mlm_nsp, half of the pairs: swapped (the segments change places) or random (text of another document in "
+        "the row, which may end within a sentence; swapped where there is none).",
+    )
+    word_order_probability: float = setting(0.05, "For word_order, the fraction of tokens in shuffled runs.")
+    word_order_span: int = setting(3, "For word_order, the tokens of a shuffled run.")
+    generator_size: float = setting(0.34, "For rtd, the generator's layers as a fraction of the model's.")
+    discriminator_weight: float = setting(
+        50.0, "For rtd, the weight of the discriminator's loss beside the generator's."
     )
 
     batch_size_tokens: int = setting(16_384, "Tokens of one optimizer step, over all processes.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
 from oneday.modeling import build_model, check_config_file, load_config
 from oneday.objectives import Objective, find_objective
@@ -35,6 +35,15 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
         SettingError: When there is no such objective, or the text cannot be used.
     """
     objective_class = find_objective(args.objective)
+    if not objective_class.is_packed and (data_args.packing_strategy != "padded" or data_args.max_seq_length % 2):
+        raise SettingError(
+            f"The setting objective is {args.objective}, whose rows are one document each, of even length; set "
+            f"packing_strategy to padded and max_seq_length to an even number (now {data_args.packing_strategy} and "
+            f"{data_args.max_seq_length})."
+        )
+    for name, value in (("max_seq_length_start", args.max_seq_length_start), ("torch_compile", args.use_compile)):
+        if not objective_class.is_packed and value:
+            raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
     with args.main_process_first(local=True, desc="preparing the data"):
         data = prepare_data(data_args, objective_class.kind, args.seed)
     return objective_class(data.tokenizer, args), data
@@ -53,6 +62,6 @@ def assemble_trainer(
         model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
     )
     torch.manual_seed(args.seed)
-    model = build_model(config, objective.auto_class)
+    model = build_model(config, objective.find_class(config), objective.is_packed)
     trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
     return trainer, data

@@ -203,7 +203,7 @@ class MetricsCallback(TrainerCallback):
             tokens_per_second=record.tokens / trainer.step_seconds,
             mfu=record.flops / trainer.step_seconds / (trainer.peak_flops * args.world_size),
             batch_tokens=record.tokens,
-            num_predicted=record.num_predicted,
+            num_predicted=next(iter(record.counts.values())),
         )
 
     def on_evaluate(

@@ -25,6 +25,7 @@ from transformers import (
 
 from oneday.arguments import SettingError
 from oneday.glue import Task, name_labels
+from oneday.modeling import freeze_positions
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def load_checkpoint(name: str) -> Checkpoint:
         reason = str(error).splitlines()[0].rstrip(".")
         raise SettingError(f"The weights in model_name_or_path {name} cannot be loaded ({reason}).") from None
     new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
+    if any(name.endswith("ForTokenClassification") for name in config.architectures or []):
+        new |= {key for key in model.state_dict() if key.startswith("classifier.")}  # it told replaced tokens
     weights = {key: tensor.detach().clone() for key, tensor in model.state_dict().items() if key not in new}
     if not weights:
         raise SettingError(f"No weight in model_name_or_path {name} fits its own config.json; save the model again.")
@@ -206,6 +209,7 @@ def build_classifier(
             if key in places and places[key].shape == tensor.shape
         }
         model.load_state_dict(fitting, strict=False)
+        freeze_positions(model)
     return model
 
 

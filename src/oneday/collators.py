@@ -6,14 +6,22 @@ looks like depends neither on the number of processes nor on where a run was int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForPermutationLanguageModeling, PreTrainedTokenizerBase
 
 from oneday.attention import PackedLayout, build_layout
+from oneday.segments import (
+    choose_words,
+    find_continuations,
+    find_sentence_ends,
+    make_pairs,
+    number_words,
+    shuffle_runs,
+)
 
 
 @dataclass
@@ -25,12 +33,14 @@ class Batch:
         positions: (num_predicted,) int64, places in the flattened (rows * row_length) tokens that are predicted.
         labels: (num_predicted,) int64, what stands there.
         doc_lengths: (num_docs,) int64, tokens of each document, special ones included; padding is in none.
+        extras: What one objective needs beside these; the model does not see it.
     """
 
     inputs: dict[str, torch.Tensor | int]
     positions: torch.Tensor
     labels: torch.Tensor
     doc_lengths: np.ndarray
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -42,6 +52,7 @@ class Batch:
             move(self.positions),
             move(self.labels),
             self.doc_lengths,
+            {key: move(value) for key, value in self.extras.items()},
         )
 
 
@@ -131,11 +142,18 @@ class MaskedCollator(PackedCollator):
         probability: Fraction of a row's tokens that are predicted.
         probability_end: The same at the end of the budget; None keeps it.
         replacement: `mask`: always the mask token; `bert`: 80 % mask, 10 % a random token, 10 % itself.
+        whole_words: All tokens of a word are hidden, or none; a row may then predict a few tokens less.
     """
 
     probability: float = 0.15
     probability_end: float | None = None
     replacement: str = "mask"
+    whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        """Also which tokens go on with the word before them."""
+        super().__post_init__()
+        self.continues_word = find_continuations(self.tokenizer) if self.whole_words else None
 
     def __call__(
         self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
@@ -143,17 +161,23 @@ class MaskedCollator(PackedCollator):
         """See Collator. Special tokens and padding are never predicted."""
         tokens = rows.astype(np.int64)
         eligible = mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
-        predicted = np.flatnonzero(self.choose(eligible, sample_indices, progress))
+        chosen = self.choose(tokens, eligible, sample_indices, progress)
+        predicted = np.flatnonzero(chosen)
         labels = tokens.ravel()[predicted]
         tokens.ravel()[predicted] = self.replace(labels, predicted, sample_indices, tokens.shape[1])
         return self.finish(tokens, doc_lengths, self.lay_out(doc_lengths, tokens.shape[1]), predicted, labels)
 
-    def choose(self, eligible: np.ndarray, sample_indices: np.ndarray, progress: float) -> np.ndarray:
+    def choose(
+        self, tokens: np.ndarray, eligible: np.ndarray, sample_indices: np.ndarray, progress: float
+    ) -> np.ndarray:
         """(rows, row_length) bool: in each row, the same share of its eligible tokens, at least one."""
         end = self.probability if self.probability_end is None else self.probability_end
         rate = self.probability + (end - self.probability) * progress
         draw = np.where(eligible, hash_uniform(self.seed, sample_indices, eligible.shape[1], 0), 2.0)
         counts = np.maximum(np.round(rate * eligible.sum(1)), eligible.any(1)).astype(np.int64)
+        if self.whole_words:
+            words = number_words(eligible, self.continues_word[tokens])
+            return np.stack([choose_words(*row) for row in zip(words, draw, counts)])
         order = np.argsort(draw, axis=1, kind="stable")
         chosen = np.zeros_like(eligible)
         np.put_along_axis(chosen, order, np.arange(eligible.shape[1]) < counts[:, None], axis=1)
@@ -168,6 +192,135 @@ class MaskedCollator(PackedCollator):
         pick = hash_uniform(self.seed, samples, row_length, 2).ravel()[predicted]
         random_tokens = self.ordinary_ids[(pick * len(self.ordinary_ids)).astype(np.int64)]
         return np.where(kind < 0.8, masked, np.where(kind < 0.9, random_tokens, labels))
+
+
+@dataclass
+class WordOrderCollator(MaskedCollator):
+    """Masked tokens, and runs of tokens that are not masked, shuffled; both are predicted.
+
+    Attributes:
+        order_probability: Fraction of a row's tokens that are in shuffled runs.
+        span: Tokens of a run.
+    """
+
+    order_probability: float = 0.05
+    span: int = 3
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. A run never holds a special or masked token."""
+        original = rows.astype(np.int64)
+        batch = super().__call__(rows, doc_lengths, sample_indices, progress)
+        hidden = np.zeros(original.size, dtype=bool)
+        hidden[batch.positions.numpy()] = True
+        free = mark_documents(doc_lengths, original.shape[1]) & ~self.is_special[original]
+        free &= ~hidden.reshape(original.shape)
+        draws = hash_uniform(self.seed, sample_indices, original.shape[1], 3)
+        shuffled, moved = shuffle_runs(original, free, draws, self.order_probability, self.span)
+        places = np.sort(np.concatenate([batch.positions.numpy(), np.flatnonzero(moved)]))
+        ids = np.where(moved, shuffled, batch.inputs["input_ids"].numpy())
+        batch.inputs["input_ids"] = torch.from_numpy(ids)
+        batch.positions, batch.labels = torch.from_numpy(places), torch.from_numpy(original.ravel()[places])
+        return batch
+
+
+@dataclass
+class PairedCollator(MaskedCollator):
+    """Masked tokens in documents that are made pairs of segments; see `sentence_pairs.make_pairs`.
+
+    Attributes:
+        negatives: `swapped`: the second segment comes first; `random`: it is another document's.
+    """
+
+    negatives: str = "swapped"
+
+    def __post_init__(self) -> None:
+        """Also which tokens end a sentence."""
+        super().__post_init__()
+        self.ends_sentence = find_sentence_ends(self.tokenizer)
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. `extras` has `pair_starts` (num_pairs,), places of [CLS], and `pair_labels`, 1: NotNext."""
+        length = rows.shape[1]
+        draws = [hash_uniform(self.seed, sample_indices, length, stream) for stream in (4, 5)]
+        bounds = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
+        pairs = make_pairs(rows, doc_lengths, self.ends_sentence, *bounds, *draws, self.negatives == "random")
+        batch = super().__call__(pairs.tokens, doc_lengths, sample_indices, progress)
+        batch.inputs["token_type_ids"] = torch.from_numpy(pairs.segments)
+        if len(pairs.starts):
+            batch.extras = {
+                "pair_starts": torch.from_numpy(pairs.starts),
+                "pair_labels": torch.from_numpy(pairs.labels),
+            }
+        return batch
+
+
+@dataclass
+class ReplacedTokenCollator(MaskedCollator):
+    """Masked tokens that a generator fills: a uniform number for each, to draw by, and which places hold a token."""
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. `extras` has `draws` (num_predicted,) float32 and `is_token` (rows, row_length)."""
+        batch = super().__call__(rows, doc_lengths, sample_indices, progress)
+        draws = hash_uniform(self.seed, sample_indices, rows.shape[1], 6).ravel()[batch.positions.numpy()]
+        batch.extras = {
+            "draws": torch.from_numpy(draws.astype(np.float32)),
+            "is_token": torch.from_numpy(mark_documents(doc_lengths, rows.shape[1])),
+        }
+        return batch
+
+
+class PermutationCollator:
+    """XLNet's spans and orders from transformers' own collator, row by row, each from its own seed.
+
+    Args:
+        tokenizer: With a mask token.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+        self.seed, self.collate = seed, DataCollatorForPermutationLanguageModeling(tokenizer)
+
+    def __call__(
+        self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
+    ) -> Batch:
+        """See Collator. Rows are one document each, of even length; targets (rows, most targets of a row, L)."""
+        drawn = [self.draw(row, int(sample)) for row, sample in zip(rows.astype(np.int64), sample_indices)]
+        ids, perm_mask, labels = (torch.stack(parts) for parts in zip(*drawn))
+        places = [row.nonzero()[:, 0] for row in labels != -100]
+        most = max(1, *(len(row) for row in places))
+        targets = torch.zeros(len(rows), most, rows.shape[1])
+        for row, columns in enumerate(places):
+            targets[row, torch.arange(len(columns)), columns] = 1.0
+        inputs = {
+            "input_ids": ids,
+            "perm_mask": perm_mask,
+            "target_mapping": targets,
+            "attention_mask": torch.from_numpy(mark_documents(doc_lengths, rows.shape[1]).astype(np.float32)),
+            "use_mems": False,
+        }
+        positions = torch.cat([row * most + torch.arange(len(columns)) for row, columns in enumerate(places)])
+        return Batch(inputs, positions, labels[labels != -100], np.concatenate(doc_lengths).astype(np.int64))
+
+    def draw(self, row: np.ndarray, sample: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input ids, perm_mask, labels) of one row; the global random numbers stay as they are.
+
+        transformers' collator masks the targets in the input, so that none learns from those before it, and lets
+        special tokens see them. Here targets stand as they are, as in the paper, and who is no target sees none.
+        """
+        key = int(mix(np.uint64(sample) + mix(np.atleast_1d(np.uint64(self.seed))))[0] >> np.uint64(1))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key)  # that of the CPU alone
+            batch = self.collate([torch.from_numpy(row)])
+        perm_mask, labels = batch["perm_mask"][0], batch["labels"][0]
+        is_target = labels != -100
+        perm_mask[~is_target] = is_target.to(perm_mask.dtype)
+        return torch.where(is_target, labels, batch["input_ids"][0]), perm_mask, labels
 
 
 @dataclass

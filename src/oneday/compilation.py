@@ -51,8 +51,8 @@ def try_compiled(model: nn.Module, run: Callable[[], None]) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the compiler's back ends fail in many ways
-        for layer in find_layers(model):
-            layer._compiled_call_impl = None
+        for module in model.modules():
+            module._compiled_call_impl = None
         reason = " ".join(str(error).split()) or type(error).__name__
         logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason[:120])
         return False

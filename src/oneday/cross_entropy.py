@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
@@ -94,6 +96,11 @@ def add_to(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.float().add_(part)
 
 
+def read_logits(output: Any) -> Tensor:
+    """The word logits of a model's output; classes with several heads call them `prediction_logits`."""
+    return output.logits if hasattr(output, "logits") else output.prediction_logits
+
+
 def find_fusable_projection(model: nn.Module) -> nn.Linear | None:
     """The output projection, if the model's logits are exactly its output (no soft cap or scale after it); else None.
 
@@ -108,7 +115,7 @@ def find_fusable_projection(model: nn.Module) -> nn.Linear | None:
     training = model.training
     try:
         with torch.no_grad():
-            logits = model.eval()(input_ids=ids).logits
+            logits = read_logits(model.eval()(input_ids=ids))
     finally:
         handle.remove()
         model.train(training)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -28,7 +29,7 @@ def evaluate_objective(
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     max_parts: int | None = None,
 ) -> dict[str, float]:
-    """Mean held-out losses a predicted token, in nats, under each collator.
+    """Mean held-out losses, in nats, under each collator.
 
     Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
 
@@ -51,15 +52,35 @@ def evaluate_objective(
     parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
     metrics = {}
     for name, collator in collators.items():
+        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         with precision():
-            sums = [sum_part(model, objective, dataset, collator, part, device) for part in parts[:max_parts]]
-        nats, predicted = (sum(values) for values in zip(*sums))
+            for part in parts[:max_parts]:
+                for term, (value, count) in sum_part(model, objective, dataset, collator, part, device).items():
+                    totals[term][0] += value
+                    totals[term][1] += count
         if num_processes > 1:
-            nats, predicted = reduce_sum(torch.tensor([nats, predicted], dtype=torch.float64, device=device)).tolist()
-        metrics[name] = nats / max(predicted, 1)
+            summed = reduce_sum(torch.tensor(list(totals.values()), dtype=torch.float64, device=device)).tolist()
+            totals = dict(zip(totals, summed))
+        metrics |= name_metrics(objective, name, totals)
         if objective.kind == "decoder":
-            metrics["eval_bits_per_byte"] = nats / math.log(2) / dataset.num_bytes_text
+            metrics["eval_bits_per_byte"] = totals["loss"][0] / math.log(2) / dataset.num_bytes_text
     model.train(training)
+    return metrics
+
+
+def name_metrics(objective: Objective, name: str, totals: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The loss under `name`; of the objective's own, `eval_loss`, also its terms where there are several.
+
+    Args:
+        objective: Weighs the terms.
+        name: Of the collator.
+        totals: Term -> (sum, count).
+    """
+    means = {term: value / max(count, 1) for term, (value, count) in totals.items()}
+    metrics = {name: sum(weight * means[term] for term, weight in objective.weights.items() if term in means)}
+    if name == "eval_loss" and len(means) > 1:
+        names = {term: f"eval_{term}_loss" if term in objective.weights else f"eval_{term}" for term in means}
+        metrics |= {names[term]: mean for term, mean in means.items()}
     return metrics
 
 
@@ -70,8 +91,9 @@ def sum_part(
     collator: Collator,
     part: np.ndarray,
     device: torch.device,
-) -> tuple[float, int]:
-    """(nats, predicted tokens) of some rows."""
+) -> dict[str, tuple[float, int]]:
+    """Term -> (sum, count) of some rows."""
     token_rows, doc_lengths = dataset.get_rows(part)
     batch = collator(token_rows, doc_lengths, part).to(device)
-    return objective.summed_loss(model, batch).item(), len(batch.labels)
+    counts = objective.count_terms(batch)
+    return {term: (value.item(), counts[term]) for term, value in objective.summed_terms(model, batch).items()}

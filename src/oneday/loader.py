@@ -64,6 +64,24 @@ def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_proce
     return max(1, round(wanted / unit)) * unit, micro_rows
 
 
+def check_growing_rows(start: int | None, row_length: int, is_compiled: bool) -> None:
+    """Refuse rows that cannot grow from `start` tokens to `row_length`.
+
+    Raises:
+        SettingError: Says what to set instead.
+    """
+    if start is not None and row_length % start:
+        raise SettingError(
+            f"The setting max_seq_length_start is {start}, which does not divide the max_seq_length {row_length}; set "
+            f"a divisor, say {max(1, row_length // 4)}."
+        )
+    if start is not None and is_compiled:
+        raise SettingError(
+            "torch_compile is true and max_seq_length_start is set: every length of rows would be compiled anew; set "
+            "one of them."
+        )
+
+
 def limit_micro_rows(plan: StepPlan, most: int, num_processes: int) -> StepPlan:
     """The same step in micro-batches of at most `most` rows, which divide it evenly."""
     rows_here = plan.num_rows // num_processes

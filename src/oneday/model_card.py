@@ -14,13 +14,22 @@ from oneday.arguments import DataArguments, ModelArguments
 from oneday.curves import draw_curve
 from oneday.durable_files import write_whole
 from oneday.modeling import count_parameters
+from oneday.objectives import COMPANION
 from oneday.throughput import describe_environment, peak_memory_bytes
 
 if TYPE_CHECKING:
     from oneday.preparation import PreparedData
     from oneday.trainer import BudgetTrainer
 
-ROLES = {"encoder": ("AutoModelForMaskedLM", "fill-mask"), "decoder": ("AutoModelForCausalLM", "text-generation")}
+FILLS, GENERATES = ("AutoModelForMaskedLM", "fill-mask"), ("AutoModelForCausalLM", "text-generation")
+# Objective -> the class that loads the model and the pipeline it serves; those without a word head give features.
+ROLES = {"mlm": FILLS, "mlm_nsp": FILLS, "word_order": FILLS, "clm": GENERATES}
+FEATURES = ("AutoModel", "feature-extraction")
+CALLS = {
+    "fill-mask": 'pipe("The function returns a [MASK] of values.")',
+    "text-generation": 'pipe("The function returns", max_new_tokens=40)',
+    "feature-extraction": 'pipe("The function returns a list of values.")',
+}
 
 
 def write_reports(
@@ -58,7 +67,7 @@ def collect_results(
 ) -> dict[str, Any]:
     """The machine-readable result of a run (contract: `results.json`)."""
     clock, args = trainer.clock, trainer.args
-    parameters, without_embeddings = count_parameters(trainer.model)
+    parameters, without_embeddings = count_parameters(trainer.model, COMPANION)
     before = next((event for event in rundir.read_metrics(args.output_dir) if event["event"] == "eval"), {})
     before = {key: value for key, value in before.items() if key.startswith("eval_") and before["step"] == 0}
     return {
@@ -79,7 +88,7 @@ def collect_results(
         "max_seq_length": data_args.max_seq_length,
         "seed": args.seed,
         "threads": describe_environment(args.device)["threads"],
-        "precision": "bfloat16, float32 master weights" if trainer.bf16 else "float32",
+        "precision": trainer.describe_precision(),
         "optim": args.optimizer_name,
         "tokens_seen": clock.tokens,
         "steps": clock.steps,
@@ -134,7 +143,7 @@ def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     metrics = [{"type": "loss", "value": round(results["eval_loss"], 4), "name": "held-out loss, nats a token"}]
     if "bits_per_byte" in results:
         metrics.append({"type": "bits_per_byte", "value": round(results["bits_per_byte"], 4), "name": "bits a byte"})
-    task = ROLES[results["kind"]][1]
+    task = ROLES.get(results["objective"], FEATURES)[1]
     index = {"task": {"type": task}, "dataset": {"name": results["corpus"], "type": "text"}, "metrics": metrics}
     return {
         "library_name": "transformers",
@@ -158,17 +167,14 @@ def describe_model(results: dict[str, Any]) -> str:
 
 def usage(results: dict[str, Any]) -> str:
     """Code that loads the model."""
-    name, task = ROLES[results["kind"]]
-    call = 'pipe("The function returns a [MASK] of values.")'
-    if results["kind"] == "decoder":
-        call = 'pipe("The function returns", max_new_tokens=40)'
+    name, task = ROLES.get(results["objective"], FEATURES)
     return (
         "```python\n"
         f"from transformers import AutoTokenizer, {name}, pipeline\n\n"
         f'model = {name}.from_pretrained("PATH_OR_ID")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")\n'
         f'pipe = pipeline("{task}", model=model, tokenizer=tokenizer)\n'
-        f"print({call})\n```"
+        f"print({CALLS[task]})\n```"
     )
 
 
@@ -178,6 +184,10 @@ def results_table(results: dict[str, Any]) -> str:
         "eval_loss": "held-out loss, nats a predicted token",
         "eval_mlm_loss": "the same at 15 % masks, all [MASK]",
         "bits_per_byte": "bits a byte",
+        "eval_pair_accuracy": "accuracy of the pair task",
+        "eval_generator_loss": "loss of the generator, nats a masked token",
+        "eval_discriminator_loss": "loss of the discriminator, nats a token",
+        "eval_detection_accuracy": "accuracy of the discriminator",
     }
     rows = []
     for key, name in names.items():

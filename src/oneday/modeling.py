@@ -34,6 +34,8 @@ SPECIAL_TOKENS = ("pad", "bos", "eos", "cls", "sep", "mask")
 EXAMPLE_CONFIGS = {"learned": "bert-mini.json", "rotary": "modernbert-mini.json", "sinusoidal": "bert-mini.json"}
 AUTO_CLASSES = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
 TABLE_MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+# Architectures here that do not go through transformers' attention interface: for objective plm, on padded rows.
+OWN_ATTENTION = ("xlnet",)
 TABLE_LENGTH, TABLE_MASKED_FRACTION = 512, 0.15
 
 
@@ -98,7 +100,7 @@ def load_config(
     check_length(config, skeleton, max_seq_length, file)
     if position_encoding is not None:
         check_position_encoding(skeleton, position_encoding, file)
-    if position_encoding == "sinusoidal":
+    if position_encoding is not None:
         config.position_encoding = position_encoding
     return config
 
@@ -143,7 +145,7 @@ def check_length(config: PreTrainedConfig, skeleton: PreTrainedModel, max_seq_le
     """Raises SettingError if rows of `max_seq_length` tokens have more positions than the model."""
     offset = position_offset(skeleton)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and max_seq_length > limit - offset:
+    if limit is not None and limit > 0 and max_seq_length > limit - offset:  # XLNet has no limit and says -1
         raise SettingError(
             f"max_seq_length is {max_seq_length}, but {file} has {limit - offset} positions: lower max_seq_length or "
             f"set max_position_embeddings to {max_seq_length + offset} in the file."
@@ -207,19 +209,36 @@ def freeze_sinusoids(model: nn.Module) -> None:
     sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
     with torch.no_grad():
         table.weight.copy_(sinusoids * (table.weight.std() / sinusoids.std()))
-    table.weight.requires_grad_(False)
+    freeze_positions(model)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def freeze_positions(model: nn.Module) -> None:
+    """Stop the training of a table of sinusoids: a stock class loads its values, but as weights that would train."""
+    if getattr(model.config, "position_encoding", None) == "sinusoidal":
+        find_position_table(model).weight.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module, without: str | None = None) -> tuple[int, int]:
     """Parameters, in all and without embeddings; tied ones count once.
 
     Embeddings are the tables (tokens, positions, token types) and an untied output projection.
+
+    Args:
+        model: A stock model.
+        without: Name of a child that does not count: what is trained beside the model and not saved.
     """
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and not name.startswith(f"{without}.")
+    ]
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     tables += [output.weight] if output is not None else []
     embeddings = {id(weight): weight.numel() for weight in tables}
-    total = sum(parameter.numel() for parameter in model.parameters())
+    names = dict(model.named_parameters())
+    total = sum(
+        value.numel() for name, value in names.items() if without is None or not name.startswith(f"{without}.")
+    )
     return total, total - sum(embeddings.values())
 
 
@@ -310,7 +329,10 @@ def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, 
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return flops[True], flops[False], list(calls) or describe_attention(model.config)
+    # XLNet multiplies with bare parameters of three dimensions, each once a token.
+    own = model.config.model_type in OWN_ATTENTION
+    bare = sum(2.0 * p.numel() for p in model.base_model.parameters() if own and p.ndim == 3 and len(p) > 2)
+    return flops[True] + bare, flops[False], list(calls) or describe_attention(model.config)
 
 
 def describe_attention(config: PreTrainedConfig) -> list[AttentionCall]:
@@ -335,10 +357,12 @@ def format_config_row(file: Path) -> str:
     """One row of the table."""
     config = AutoConfig.from_pretrained(str(file))
     kind = model_kind(config)
-    with torch.device("meta"):
-        model = AUTO_CLASSES[kind].from_config(config, attn_implementation=PACKED)
+    attention = None if config.model_type in OWN_ATTENTION else PACKED
+    with torch.device("cpu" if attention is None else "meta"):  # XLNet allocates past the device that is set
+        model = AUTO_CLASSES[kind].from_config(config, attn_implementation=attention)
     total, body = count_parameters(model)
-    length = min(TABLE_LENGTH, config.max_position_embeddings)
+    num_positions = config.max_position_embeddings
+    length = min(TABLE_LENGTH, num_positions) if num_positions > 0 else TABLE_LENGTH
     predicted = length if kind == "decoder" else round(TABLE_MASKED_FRACTION * length)
     flops = FlopCounter(model).step_flops(length, length**2, predicted, [length]) / length
     shape = f"{config.num_hidden_layers} | {config.hidden_size} | {config.num_attention_heads} | {config.vocab_size:,}"

@@ -74,14 +74,17 @@ class CompositeOptimizer(Optimizer):
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters as (hidden matrices, embeddings and output projection, norms and biases)."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None:
-        embeddings.add(id(output.weight))
+    for module in (model, *model.children()):  # a companion has a projection of its own
+        output = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        if output is not None:
+            embeddings.add(id(output.weight))
     hidden, tables, vectors = [], [], []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = tables if id(parameter) in embeddings else hidden if parameter.ndim == 2 else vectors
+        # XLNet's biases are matrices, one row a head.
+        is_matrix = parameter.ndim == 2 and not name.endswith("_bias")
+        kind = tables if id(parameter) in embeddings else hidden if is_matrix else vectors
         kind.append(parameter)
     return hidden, tables, vectors
 

@@ -15,6 +15,7 @@ from oneday.checkpoints import find_good_checkpoint, read_state
 from oneday.compilation import try_compiled
 from oneday.durable_files import synchronize_path
 from oneday.initialization import initialize_embeddings
+from oneday.objectives import COMPANION
 from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
 
@@ -78,8 +79,10 @@ def check_weights(trainer: BudgetTrainer) -> bool:
 
 def keep_end(trainer: BudgetTrainer) -> None:
     """Where the learning rate has no flat phase that could be extended, keep the end, off the clock."""
-    if trainer.optimizer is not None and trainer.plateau_end in (0.0, 1.0):
-        trainer.save_as_kept = True
+    has_no_plateau = trainer.plateau_end in (0.0, 1.0)
+    # What is only carried is not in the final model, and needed to score it.
+    if trainer.optimizer is not None and (has_no_plateau or hasattr(trainer.model, COMPANION)):
+        trainer.save_as_kept = has_no_plateau
         with trainer.clock.paused():
             trainer._save_checkpoint(trainer.model)
 
@@ -127,6 +130,8 @@ def load_trained(trainer: BudgetTrainer) -> bool:
         return False
     trainer.loader.samples_seen = report["samples_seen"]
     trainer._load_from_checkpoint(trainer.args.output_dir)
+    if hasattr(trainer.model, COMPANION):
+        trainer.load_companion(find_good_checkpoint(trainer.args.output_dir))
     trainer.clock.load_report(report)
     trainer.clock.start()
     trainer.status = "trained"
@@ -180,8 +185,7 @@ def measure_end(trainer: BudgetTrainer) -> None:
     """Time a save and a part of an evaluation, so that the reserve is right from the first step."""
     begun = time.monotonic()
     with rundir.refuse_full_disk(trainer.args.output_dir), rundir.staging(trainer.args.output_dir, "trial") as folder:
-        trainer.model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        trainer._save(str(folder))
         for path in folder.iterdir():
             synchronize_path(path)
     trainer.save_seconds = time.monotonic() - begun

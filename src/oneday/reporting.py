@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, pipeline
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
+from oneday.model_card import ROLES
 
 MASKED_TEXTS = (
     "Return the [MASK] of elements in the list.",
@@ -25,6 +26,8 @@ SAMPLE_SEED = 0
 def format_samples(run_dir: str | Path) -> str:
     """A few filled masks of an encoder, or a few continuations of a decoder."""
     results = read_results(run_dir)
+    if results["objective"] not in ROLES:
+        return f"  (no words: a model of objective {results['objective']} fills no masks and writes no text)"
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
     if results["kind"] == "encoder":
         fill = pipeline("fill-mask", model=str(run_dir), tokenizer=tokenizer, device="cpu", top_k=3)
@@ -66,10 +69,14 @@ def format_report(run_dir: str | Path) -> str:
         "eval_loss": "held-out loss (nats / token)",
         "eval_mlm_loss": "  the same at 15 % masks",
         "bits_per_byte": "bits / byte",
+        "eval_discriminator_loss": "  the discriminator's part",
     }
     for key, name in names.items():
         if key in results:
             lines.append(row(name, results["before"].get(key), results[key], "{:.3f}", smaller_is_better=True))
+    if "eval_pair_accuracy" in results:
+        before = results["before"].get("eval_pair_accuracy")
+        lines.append(row("pair accuracy (floor 50.0)", before, results["eval_pair_accuracy"], "{:.1%}"))
     lines += task_rows(folder)
     spent = f"{100 * budget['used_fraction']:.1f} % of {describe_limits(budget['limit'])}"
     lines += [

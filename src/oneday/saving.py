@@ -6,11 +6,15 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers.utils import logging as transformers_logging
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
@@ -18,9 +22,28 @@ from oneday.budget import BudgetClock
 from oneday.checkpoints import STATE, publish_checkpoint, remove_old_checkpoints
 from oneday.durable_files import write_whole
 from oneday.loader import StepLoader
+from oneday.objectives import COMPANION
 from oneday.recovery import StepGuard, are_finite
 
 logger = logging.getLogger(__name__)
+
+COMPANION_FILE = "companion.safetensors"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the warning that tied weights, or those of a companion, are not in the file: they are set too."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def drop_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name for each tensor: tied ones are one tensor, which safetensors refuses to write twice."""
+    return dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(state.items())}.values())
 
 
 class RunTrainer(Trainer):
@@ -88,6 +111,31 @@ class RunTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         """Where the parent writes checkpoints: the staging directory while one is being written."""
         return str(self._staging_dir or self.args.output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As the parent, without what the model only carries; of a checkpoint that lies in a file of its own."""
+        companion = getattr(self.model, COMPANION, None)
+        if companion is None:
+            super()._save(output_dir, state_dict)
+            return
+        state = {key: value for key, value in self.model.state_dict().items() if not key.startswith(f"{COMPANION}.")}
+        super()._save(output_dir, dict(state))  # it takes entries out
+        if self._staging_dir is not None:
+            shared = {parameter.data_ptr() for parameter in state.values()}
+            own = {key: value for key, value in companion.state_dict().items() if value.data_ptr() not in shared}
+            save_file(drop_aliases(own), Path(output_dir) / COMPANION_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As the parent, and what the model carries."""
+        with quiet_loading():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_companion(Path(resume_from_checkpoint))
+
+    def load_companion(self, checkpoint: Path | None) -> None:
+        """Load what the model carries, where a checkpoint has it."""
+        path = None if checkpoint is None else checkpoint / COMPANION_FILE
+        if path is not None and path.is_file():
+            getattr(self.model, COMPANION).load_state_dict(load_file(path), strict=False)
 
     def write_state(self, folder: Path) -> None:
         """This project's own state beside the parent's: position in the data, the clock, what memory allowed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,10 +25,9 @@ from oneday.collators import Batch
 from oneday.compilation import compile_layers, mark_varying, run_eagerly
 from oneday.evaluation import evaluate_objective
 from oneday.initialization import check_embedding_init
-from oneday.loader import StepLoader, StepPlan, limit_micro_rows, plan_rows
+from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, plan_rows
 from oneday.mixed_precision import HalfWeights
-from oneday.modeling import FlopCounter
-from oneday.objectives import Objective
+from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
@@ -49,12 +49,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class StepRecord:
-    """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it."""
+    """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it.
+
+    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens.
+    """
 
     begun: float
     tokens: int
     flops: float
-    num_predicted: int
+    counts: dict[str, int]
     progress: float
     loss: torch.Tensor
     bad_number: str | None = None
@@ -127,7 +130,8 @@ class BudgetTrainer(RunTrainer):
         self.eval_seconds = self.save_seconds = 0.0
         self.last_eval: dict[str, float] = {}
         self.position_offset = position_offset(model)
-        probe_packing(model)
+        if objective.is_packed:
+            probe_packing(model)
         check_optimizer(args.optimizer_name)
         check_embedding_init(args.embedding_init, train_dataset)
         self.loader = self.build_loader(args, train_dataset)
@@ -138,11 +142,13 @@ class BudgetTrainer(RunTrainer):
             processing_class=processing_class,
         )
         objective.attach(model)
-        self.flop_counter = FlopCounter(model)
+        self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
-        self.half_weights = HalfWeights(model, self.bf16)
+        # What is not packed is not this project's path through the model: there autocast decides.
+        self.half_weights = HalfWeights(model, self.bf16 and objective.is_packed)
         if args.use_compile:
-            compile_layers(model)
+            for part in (model, getattr(model, COMPANION, None)):
+                compile_layers(part) if part is not None else None
         self.train_dataset = train_dataset
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
@@ -156,16 +162,7 @@ class BudgetTrainer(RunTrainer):
         """The loader of this rank."""
         seed = args.data_seed if args.data_seed is not None else args.seed
         source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
-        if args.max_seq_length_start is not None and source.row_length % args.max_seq_length_start:
-            raise SettingError(
-                f"The setting max_seq_length_start is {args.max_seq_length_start}, which does not divide the "
-                f"max_seq_length {source.row_length}; set a divisor, say {source.row_length // 4}."
-            )
-        if args.max_seq_length_start is not None and args.use_compile:
-            raise SettingError(
-                "torch_compile is true and max_seq_length_start is set: every length of rows would be compiled anew; "
-                "set one of them."
-            )
+        check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
         largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
         return StepLoader(
@@ -210,30 +207,43 @@ class BudgetTrainer(RunTrainer):
         """Forward and backward over the step's micro-batches; returns the mean loss a predicted token, in nats."""
         begun = self.clock.now()
         model.train()
-        tokens, flops, predicted = self.count_step(inputs)
+        tokens, flops, counts = self.count_step(inputs)
         progress = self.clock.step_progress(tokens, flops)
         self.lr_scheduler.set_progress(progress)
-        total, _ = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, predicted))
+        total, _ = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts))
         loss = self.reduce_sum(total)
-        self.step_record = StepRecord(begun, tokens, flops, predicted, progress, loss)
+        self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def accumulate(self, model: torch.nn.Module, num_predicted: int, step: list[Batch]) -> torch.Tensor:
+    def accumulate(self, model: torch.nn.Module, counts: dict[str, int], step: list[Batch]) -> torch.Tensor:
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
         total = torch.zeros((), device=self.args.device)
-        with self.half_weights.lent():
+        with self.precision():
             for index, batch in enumerate(step):
                 last = index == len(step) - 1
                 with nullcontext() if last else self.accelerator.no_sync(model):
-                    total += self.backward(model, batch.to(self.args.device), num_predicted)
+                    total += self.backward(model, batch.to(self.args.device), counts)
         return total
 
-    def backward(self, model: torch.nn.Module, batch: Batch, num_predicted: int) -> torch.Tensor:
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """What the model computes in."""
+        autocast = self.bf16 and not self.objective.is_packed
+        with self.half_weights.lent(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=autocast):
+            yield
+
+    def describe_precision(self) -> str:
+        """The same in words."""
+        if not self.bf16:
+            return "float32"
+        return "bfloat16, float32 master weights" if self.objective.is_packed else "bfloat16 autocast"
+
+    def backward(self, model: torch.nn.Module, batch: Batch, counts: dict[str, int]) -> torch.Tensor:
         """Add one micro-batch's gradient; returns its share of the step's mean loss."""
-        if self.args.use_compile:
+        if self.args.use_compile and self.objective.is_packed:
             mark_varying(batch.inputs["cu_seq_lens"])
-        loss = self.objective.summed_loss(model, batch) / max(num_predicted, 1)
+        loss = self.objective.mean_loss(self.objective.summed_terms(model, batch), counts)
         # Data-parallel wrappers average gradients over processes; the sum is wanted.
         self.accelerator.backward(loss * self.args.world_size)
         self.half_weights.collect()
@@ -242,15 +252,22 @@ class BudgetTrainer(RunTrainer):
     def rehearse_step(self) -> None:
         """Forward and backward over the coming micro-batch, for what happens only once; leaves no gradient."""
         self.model.train()
-        fit_into_memory(self, self.loader.peek(), lambda step: self.accumulate(self.model, 1, step[:1]))
+        fit_into_memory(
+            self,
+            self.loader.peek(),
+            lambda step: self.accumulate(self.model, self.objective.count_terms(step[0]), step[:1]),
+        )
         self.model.zero_grad()
 
-    def count_step(self, step: list[Batch]) -> tuple[int, float, int]:
-        """(tokens, FLOPs, predicted tokens) of a step; windowed layers count the pairs inside their window."""
+    def count_step(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
+        """(tokens, FLOPs, counts of the loss's terms); windowed layers count the pairs inside their window."""
         lengths = np.concatenate([batch.doc_lengths for batch in step])
-        predicted = sum(len(batch.labels) for batch in step)
+        counts = Counter()
+        for batch in step:
+            counts.update(self.objective.count_terms(batch))
         tokens, squares = int(lengths.sum()), int((lengths**2).sum())
-        return tokens, self.flop_counter.step_flops(tokens, squares, predicted, lengths), predicted
+        predicted = sum(len(batch.labels) for batch in step)
+        return tokens, self.flop_counter.step_flops(tokens, squares, predicted, lengths), dict(counts)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""
@@ -312,7 +329,7 @@ class BudgetTrainer(RunTrainer):
     def evaluation_precision(self) -> Iterator[None]:
         """The precision of training, without compiled layers: the last batch of an evaluation is smaller."""
         with ExitStack() as stack:
-            stack.enter_context(self.half_weights.lent())
+            stack.enter_context(self.precision())
             if self.args.use_compile:
                 stack.enter_context(run_eagerly())
             yield

@@ -16,7 +16,7 @@ from oneday.budget import BudgetClock
 from oneday.collators import Batch, mark_documents
 from oneday.evaluation import evaluate_objective
 from oneday.modeling import count_parameters
-from oneday.objectives import Objective
+from oneday.objectives import COMPANION, Objective
 from oneday.packed_dataset import PackedDataset
 from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
 
@@ -163,7 +163,7 @@ def describe_result(
     Rates are over the clock from the first step's beginning to the last one's end, whatever happened between. The peak
     is the better of `peak_flops`, from before the run, and one after: a machine is not always as fast.
     """
-    parameters, without_embeddings = count_parameters(model)
+    parameters, without_embeddings = count_parameters(model, COMPANION)
     seconds = curve.place["clock_seconds"]
     peak_flops = max(peak_flops, measure_peak_flops.__wrapped__(device, bf16))
     return {

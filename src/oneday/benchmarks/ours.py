@@ -51,4 +51,4 @@ def run_ours(job: Job) -> dict[str, Any]:
 
 def describe_precision(trainer: BudgetTrainer) -> str:
     """What our side computes in."""
-    return "bfloat16, float32 master weights" if trainer.bf16 else "float32"
+    return trainer.describe_precision()

@@ -17,6 +17,7 @@ from oneday.benchmarks.ours import describe_precision
 from oneday.benchmarks.planning import QUIET, Plan, describe_settings, describe_text, read_setting, slug
 from oneday.benchmarks.records import Job, Record, normalise, write_summary
 from oneday.modeling import count_parameters
+from oneday.objectives import COMPANION
 from oneday.optimizers import count_state_bytes
 from oneday.recipe import Settings, build_arguments
 from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
@@ -127,7 +128,7 @@ def measure_throughput(job: Job) -> Record:
             "peak_memory_bytes": peak_memory_bytes(args.device),
             "optimizer_state_bytes": count_state_bytes(optimizer.optimizers),
             "packing_efficiency": data.train.packing_efficiency,
-            "num_parameters": count_parameters(trainer.model)[0],
+            "num_parameters": count_parameters(trainer.model, COMPANION)[0],
             "environment": describe_environment(args.device),
         }
 

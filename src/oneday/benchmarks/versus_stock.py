@@ -30,6 +30,8 @@ CONFIGS = {
 }
 # Held-out losses of short runs that differ by less are of one quality.
 TIE_NATS = 0.02
+# Objectives whose held-out loss a stock model has too.
+COMPARABLE = ("mlm", "word_order", "clm")
 DEFAULT_BASELINES = {"encoder": ["bert", "modernbert"], "decoder": ["gpt2", "llama"]}
 
 
@@ -131,6 +133,11 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
     Raises:
         SettingError: On an unknown name or a file that cannot be used.
     """
+    if plan.settings["objective"] not in COMPARABLE:
+        raise SettingError(
+            f"versus-stock compares losses of words, which objective {plan.settings['objective']} has not; set it to "
+            f"one of {', '.join(COMPARABLE)}."
+        )
     found = {}
     for name in args.baselines or DEFAULT_BASELINES[plan.text.kind]:
         if name.endswith(".json"):

@@ -1,0 +1,86 @@
+"""`plm`: permuted language modelling (Yang et al. 2019, "XLNet", arXiv 1906.08237), with transformers' own XLNet.
+
+The tokens of a document are predicted in a random order, each from those before it in that order, by a second stream
+of attention that knows the place but not the word. XLNet has its own attention, so that a row is one document.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from oneday.arguments import SettingError
+from oneday.collators import Collator, PermutationCollator
+from oneday.objectives.base import EVALUATION_SEED, Objective
+
+
+class PermutedLanguageModeling(Objective):
+    """A sixth of the tokens, in spans, is predicted, as in the paper."""
+
+    name, kind, auto_class, is_packed = "plm", "encoder", AutoModelForCausalLM, False
+
+    def find_class(self, config: PreTrainedConfig) -> type:
+        """See Objective.
+
+        Raises:
+            SettingError: When the architecture is not XLNet.
+        """
+        if config.model_type != "xlnet":
+            raise SettingError(
+                f"The setting objective is plm, but the model_config is {config.model_type}; take an XLNet config, "
+                "say model_configs/xlnet-mini.json."
+            )
+        return self.auto_class
+
+    def training_collator(self, position_offset: int) -> Collator:
+        """Spans and orders by (seed, sample)."""
+        return PermutationCollator(self.tokenizer, self.args.seed)
+
+    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
+        """`eval_loss`: nats a predicted token."""
+        return {"eval_loss": PermutationCollator(self.tokenizer, EVALUATION_SEED)}
+
+    def make_flop_counter(self, model: PreTrainedModel, row_length: int) -> TwoStreamFlops:
+        """See Objective."""
+        return TwoStreamFlops(model, row_length)
+
+
+class TwoStreamFlops:
+    """FLOPs of XLNet with target places, counted once: its projections are bare parameters that no hook sees.
+
+    A row with P targets takes a + b P in the forward pass; both are found from two of them.
+
+    Args:
+        model: An XLNet.
+        row_length: Tokens of a row, padding included, which is executed too.
+    """
+
+    def __init__(self, model: PreTrainedModel, row_length: int) -> None:
+        self.model = model
+        # With a single target torch sums no dimension, and counts no product.
+        two, three = (self.count_forward(row_length, num_targets) for num_targets in (2, 3))
+        self.of_target = three - two
+        self.of_row = two - 2 * self.of_target
+
+    def count_forward(self, row_length: int, num_targets: int) -> float:
+        """FLOPs of a forward pass over one row."""
+        device, training = self.model.device, self.model.training
+        inputs: dict[str, Any] = {
+            "input_ids": torch.zeros(1, row_length, dtype=torch.long, device=device),
+            "perm_mask": torch.zeros(1, row_length, row_length, device=device),
+            "target_mapping": torch.zeros(1, num_targets, row_length, device=device),
+            "use_mems": False,
+        }
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            self.model.eval()(**inputs)
+        self.model.train(training)
+        return float(counted.get_total_flops())
+
+    def step_flops(
+        self, num_tokens: int, sum_squared_doc_lengths: int, num_predicted: int, doc_lengths: Any = None
+    ) -> float:
+        """FLOPs of forward and backward of rows that are one document each; see `FlopCounter.step_flops`."""
+        return 3.0 * (len(doc_lengths) * self.of_row + num_predicted * self.of_target)

@@ -1,0 +1,85 @@
+"""`mlm_nsp`: masked words, and whether the second half of a document follows its first (arXiv 1810.04805, 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForPreTraining, PreTrainedModel
+
+from oneday.arguments import SettingError
+from oneday.collators import Batch, Collator, MaskedCollator, PairedCollator
+from oneday.objectives.base import EVALUATION_SEED, STANDARD_MLM_PROBABILITY
+from oneday.objectives.language_modeling import MaskedLanguageModeling
+from oneday.objectives.selection import find_selected
+
+NEGATIVES = ("swapped", "random")
+
+
+class MaskedWithNextSentence(MaskedLanguageModeling):
+    """L = mean over masked tokens of -log P(x_i | rest) + mean over pairs of -log P(IsNext or NotNext | A, B).
+
+    The pair head reads the state of each document's own [CLS], of which a packed row has several.
+    """
+
+    name, auto_class = "mlm_nsp", AutoModelForPreTraining
+    collator_class = PairedCollator
+
+    def mask_settings(self) -> dict[str, object]:
+        """As for `mlm`, and where negatives come from."""
+        if self.args.nsp_negatives not in NEGATIVES:
+            raise SettingError(
+                f"The setting nsp_negatives is {self.args.nsp_negatives!r}; it must be {' or '.join(NEGATIVES)}."
+            )
+        return {**super().mask_settings(), "negatives": self.args.nsp_negatives}
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.weights = {"masked": 1.0, "nsp": 1.0}
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """See Objective; the model must have a pooler and a head over it that tells two classes."""
+        head = getattr(getattr(model, "cls", None), "seq_relationship", None)
+        types = getattr(model.config, "type_vocab_size", 0)
+        if head is None or getattr(model.base_model, "pooler", None) is None or types < 2:
+            raise SettingError(
+                f"The setting objective is mlm_nsp, but {model.config.model_type} has no next-sentence head with two "
+                "segments; take a BERT config, say model_configs/bert-mini.json, or set objective to mlm."
+            )
+        super().attach(model)
+
+    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
+        """The own loss over pairs, and the masked words alone without pairs, as objectives share it."""
+        collators = super().evaluation_collators(position_offset)
+        common = (self.tokenizer, EVALUATION_SEED, position_offset)
+        return {**collators, "eval_mlm_loss": MaskedCollator(*common, STANDARD_MLM_PROBABILITY)}
+
+    def count_terms(self, batch: Batch) -> dict[str, int]:
+        """Masked tokens and pairs; `pair_accuracy` is reported."""
+        counts = {"masked": len(batch.labels)}
+        if "pair_labels" in batch.extras:
+            counts |= dict.fromkeys(("nsp", "pair_accuracy"), len(batch.extras["pair_labels"]))
+        return counts
+
+    def summed_terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """See Objective."""
+        selected, bare = find_selected(model), find_bare(model)
+        selected.others = batch.extras.get("pair_starts")
+        try:
+            sums = {"masked": selected.summed_loss(model, batch)}
+            states = selected.other_states
+        finally:
+            selected.others = selected.other_states = None
+        if "pair_labels" in batch.extras:
+            labels = batch.extras["pair_labels"]
+            logits = bare.cls.seq_relationship(bare.base_model.pooler(states[:, None])).float()
+            sums["nsp"] = F.cross_entropy(logits, labels, reduction="sum")
+            sums["pair_accuracy"] = (logits.argmax(-1) == labels).sum().float()
+        return sums
+
+
+def find_bare(model: nn.Module) -> nn.Module:
+    """The stock model inside any wrapper."""
+    while not isinstance(model, PreTrainedModel):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model

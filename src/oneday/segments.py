@@ -1,0 +1,185 @@
+"""Words, sentences and runs inside packed rows: pure functions on numpy arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+SENTENCE_ENDS = frozenset(".!?\u3002\uff01\uff1f\u2026")
+# Each segment of a pair has at least this many tokens.
+LEAST_SEGMENT = 3
+
+
+class Pairs(NamedTuple):
+    """Rows whose documents are pairs of segments.
+
+    Attributes:
+        tokens: (rows, row_length) int64.
+        segments: (rows, row_length) int64: 0 in [CLS] A [SEP], 1 in B [SEP], 0 where a document is no pair.
+        starts: (num_pairs,) int64, places of their [CLS] in the flattened tokens.
+        labels: (num_pairs,) int64, 0: B follows A, 1: it does not.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+
+
+def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(vocabulary,) bool: tokens that go on with the word before them.
+
+    WordPiece marks these with ##; byte-level tokenizers mark the others, by a space before them.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    if any(piece.startswith("##") for piece in pieces):
+        return np.array([piece.startswith("##") for piece in pieces])
+    special = set(tokenizer.all_special_tokens)
+    return np.array([not piece.startswith(("\u0120", "\u2581")) and piece not in special for piece in pieces])
+
+
+def find_sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(vocabulary,) bool: tokens that are a full stop, an exclamation or a question mark."""
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    texts = [tokenizer.convert_tokens_to_string([piece]).strip().removeprefix("##") for piece in pieces]
+    return np.array([text in SENTENCE_ENDS for text in texts])
+
+
+def number_words(eligible: np.ndarray, continues: np.ndarray) -> np.ndarray:
+    """(rows, row_length) int64: the word that each eligible token is of, counted in its row; -1 for the others.
+
+    >>> number_words(np.array([[False, True, True, True, False]]), np.array([[False, False, True, False, False]]))
+    array([[-1,  0,  0,  1, -1]])
+    """
+    before = np.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
+    begins = eligible & ~(continues & before)
+    return np.where(eligible, np.cumsum(begins, axis=1) - 1, -1)
+
+
+def choose_words(words: np.ndarray, draws: np.ndarray, count: int) -> np.ndarray:
+    """(row_length,) bool: whole words, by the draw of their first token, as long as they fit into `count` tokens.
+
+    The first word is taken whatever its length.
+
+    Args:
+        words: (row_length,) from `number_words`.
+        draws: (row_length,) uniform on [0, 1).
+        count: Tokens to choose.
+    """
+    chosen = np.zeros(len(words), dtype=bool)
+    inside = words >= 0
+    if not inside.any() or count == 0:
+        return chosen
+    _, first, sizes = np.unique(words[inside], return_index=True, return_counts=True)
+    order = np.argsort(draws[inside][first], kind="stable")
+    taken, picked = 0, []
+    for word in order.tolist():
+        if taken + sizes[word] <= count or not picked:
+            picked.append(word)
+            taken += sizes[word]
+        if taken >= count:
+            break
+    chosen[inside] = np.isin(words[inside], picked)
+    return chosen
+
+
+def shuffle_runs(
+    tokens: np.ndarray, free: np.ndarray, draws: np.ndarray, fraction: float, span: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffles runs of `span` neighbouring free tokens.
+
+    Args:
+        tokens: (rows, row_length) ids.
+        free: (rows, row_length) bool: may be moved.
+        draws: (rows, row_length) uniform on [0, 1): runs with the smallest are taken, and their order is by it.
+        fraction: Share of a row's free tokens that runs may hold; a row with a run has at least one.
+        span: Tokens of a run.
+
+    Returns:
+        The tokens with runs in another order, and (rows, row_length) bool: in which places runs lie.
+    """
+    shuffled, moved = tokens.copy(), np.zeros_like(free)
+    for row in range(len(tokens)):
+        wanted = max(1, round(fraction * int(free[row].sum()) / span))
+        fits = np.convolve(free[row], np.ones(span, dtype=int), "valid") == span
+        for start in np.argsort(np.where(fits, draws[row, : len(fits)], 2.0), kind="stable").tolist():
+            run = slice(start, start + span)
+            if wanted == 0 or not fits[start]:
+                break
+            if moved[row, run].any():
+                continue
+            # The low bits: the high ones have chosen the run.
+            order = np.argsort(draws[row, run] * 2.0**24 % 1.0, kind="stable")
+            if (order == np.arange(span)).all():
+                order = np.roll(order, 1)
+            shuffled[row, run] = tokens[row, run][order]
+            moved[row, run] = True
+            wanted -= 1
+    return shuffled, moved
+
+
+def make_pairs(
+    rows: np.ndarray,
+    doc_lengths: list[np.ndarray],
+    ends_sentence: np.ndarray,
+    cls_id: int,
+    sep_id: int,
+    cut_draws: np.ndarray,
+    label_draws: np.ndarray,
+    is_random: bool,
+) -> Pairs:
+    """Makes `[CLS] A . B . [SEP]` the pair `[CLS] A [SEP] B . [SEP]`, in its place, half of them no neighbours.
+
+    The end of one of its sentences becomes the separator, so that nothing moves. A mark at the very end stays there,
+    whichever segment comes last: it tells nothing of the order. Documents of one sentence stay as they are.
+
+    Args:
+        rows: (rows, row_length) token ids.
+        doc_lengths: Lengths of each row's documents.
+        ends_sentence: (vocabulary,) bool.
+        cls_id: What a document begins with; a piece without it stays as it is.
+        sep_id: The separator, and what it ends with.
+        cut_draws: (rows, row_length) uniform on [0, 1); that at a document's start chooses its cut.
+        label_draws: The same, for whether it is a neighbour.
+        is_random: B of a negative is text of other documents in its row, cut or repeated to B's length; where there is
+            none, and without this, A and B change places.
+    """
+    tokens, segments = rows.astype(np.int64), np.zeros(rows.shape, dtype=np.int64)
+    found = []
+    for row, lengths in enumerate(doc_lengths):
+        ends = np.cumsum(lengths)
+        for start, end in zip((ends - lengths).tolist(), ends.tolist()):
+            is_whole = tokens[row, start] == cls_id and tokens[row, end - 1] == sep_id
+            cut = choose_cut(ends_sentence[tokens[row, start:end]], cut_draws[row, start])
+            if is_whole and cut is not None:
+                found.append((row, start, start + cut, end))
+    seconds = [read_second(tokens[row], cut, end, ends_sentence) for row, _, cut, end in found]
+    labels = np.array([label_draws[row, start] < 0.5 for row, start, _, _ in found], dtype=np.int64)
+    for number, (row, start, cut, end) in enumerate(found):
+        first, second = tokens[row, start + 1 : cut].copy(), seconds[number]
+        others = [seconds[place] for place in range(len(found)) if place != number and found[place][0] == row]
+        if labels[number] and is_random and others:
+            second = np.resize(np.concatenate(others), len(second))
+        elif labels[number]:
+            first, second = second, first
+        middle = start + 1 + len(first)
+        tokens[row, start + 1 : middle], tokens[row, middle] = first, sep_id
+        tokens[row, middle + 1 : middle + 1 + len(second)] = second
+        segments[row, middle + 1 : end] = 1
+    starts = np.array([row * rows.shape[1] + start for row, start, _, _ in found], dtype=np.int64)
+    return Pairs(tokens, segments, starts, labels)
+
+
+def choose_cut(ends: np.ndarray, draw: float) -> int | None:
+    """Place in a document, [CLS] at 0 and [SEP] last, of a sentence's end with enough text on both sides."""
+    last = len(ends) - 1 - ends[-2:-1].sum()
+    places = np.flatnonzero(ends[: max(0, last - LEAST_SEGMENT)])
+    places = places[places > LEAST_SEGMENT]
+    return int(places[int(draw * len(places))]) if len(places) else None
+
+
+def read_second(row: np.ndarray, cut: int, end: int, ends_sentence: np.ndarray) -> np.ndarray:
+    """The text after the cut, without the separator at the end and a mark before it."""
+    return row[cut + 1 : end - 1 - int(ends_sentence[row[end - 2]])].copy()

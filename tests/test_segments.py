@@ -1,0 +1,123 @@
+"""Words, sentences and runs, on rows that can be checked by hand."""
+
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+
+from oneday import segments
+from oneday.segments import (
+    choose_cut,
+    choose_words,
+    find_continuations,
+    find_sentence_ends,
+    make_pairs,
+    number_words,
+    shuffle_runs,
+)
+from oneday.tokenization import train_tokenizer
+
+CLS, SEP, DOT = 1, 2, 3
+TEXTS = ["The cat sat. The dog ran away! Was it so? Yes, it was.", "cats and dogs. dogs and cats."] * 20
+
+
+def test_the_examples():
+    assert doctest.testmod(segments).failed == 0
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_tokens_know_their_words_and_sentences(kind):
+    tokenizer = train_tokenizer(TEXTS, kind, 50 if kind == "wordpiece" else 280, objective_kind="encoder")
+    continues, ends = find_continuations(tokenizer), find_sentence_ends(tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    shown = {piece for piece, end in zip(pieces, ends) if end}
+    assert {"."} <= shown <= {".", "!", "?", "##.", "##!", "##?"}
+    assert not continues[tokenizer.all_special_ids].any()
+    if kind == "wordpiece":
+        assert {piece for piece, goes_on in zip(pieces, continues) if goes_on} == {p for p in pieces if p[:2] == "##"}
+    else:
+        assert not continues[[i for i, piece in enumerate(pieces) if piece.startswith("\u0120")]].any()
+
+
+def test_whole_words_fit_into_the_count():
+    words = number_words(
+        np.array([[False, True, True, True, True, True, False, True]]),
+        np.array([[False, False, True, True, False, True, False, False]]),
+    )[0]
+    assert words.tolist() == [-1, 0, 0, 0, 1, 1, -1, 2]
+    draws = np.array([0, 0.3, 0.9, 0.9, 0.1, 0.9, 0, 0.2])
+    assert np.flatnonzero(choose_words(words, draws, 3)).tolist() == [4, 5, 7]
+    assert np.flatnonzero(choose_words(words, draws, 4)).tolist() == [4, 5, 7], "the longest no longer fits"
+    assert np.flatnonzero(choose_words(words, draws, 1)).tolist() == [4, 5], "one word at least"
+    assert not choose_words(words, draws, 0).any()
+
+
+def test_runs_are_shuffled_in_their_place():
+    generator = np.random.default_rng(0)
+    tokens = np.arange(200).reshape(4, 50)
+    free = generator.random((4, 50)) < 0.9
+    shuffled, moved = shuffle_runs(tokens, free, generator.random((4, 50)), 0.2, 3)
+    orders = set()
+    assert np.array_equal(np.sort(shuffled), tokens), "nothing is lost"
+    assert np.array_equal(shuffled[~moved], tokens[~moved]) and not (moved & ~free).any()
+    assert (moved.sum(1) == [3 * round(0.2 * row.sum() / 3) for row in free]).all()
+    for row in range(4):
+        places = np.flatnonzero(moved[row]).reshape(-1, 3)
+        assert (np.diff(places) == 1).all()
+        for run in places:
+            assert sorted(shuffled[row, run]) == tokens[row, run].tolist() != shuffled[row, run].tolist()
+            orders.add(tuple(shuffled[row, run] - tokens[row, run[0]]))
+    assert len(orders) >= 4, "all orders occur"
+    nothing, moved = shuffle_runs(tokens, np.zeros_like(free), generator.random((4, 50)), 0.2, 3)
+    assert np.array_equal(nothing, tokens) and not moved.any()
+
+
+def build_row(*documents):
+    tokens = [token for document in documents for token in (CLS, *document, SEP)]
+    return np.array([tokens]), [np.array([len(document) + 2 for document in documents])]
+
+
+ENDS = np.arange(100) == DOT
+FIRST, SECOND = [10, 11, 12, 13], [20, 21, 22, 23, 24]
+
+
+@pytest.mark.parametrize("mark", [[], [DOT]])
+def test_a_pair_in_its_place(mark):
+    rows, lengths = build_row(FIRST + [DOT] + SECOND + mark)
+    zero = np.zeros(rows.shape)
+    together = make_pairs(rows, lengths, ENDS, CLS, SEP, zero, zero + 0.9, False)
+    assert together.tokens[0].tolist() == [CLS, *FIRST, SEP, *SECOND, *mark, SEP]
+    assert together.segments[0].tolist() == [0] * 6 + [1] * (6 + len(mark))
+    assert together.labels.tolist() == [0] and together.starts.tolist() == [0]
+    swapped = make_pairs(rows, lengths, ENDS, CLS, SEP, zero, zero + 0.1, False)
+    assert swapped.tokens[0].tolist() == [CLS, *SECOND, SEP, *FIRST, *mark, SEP], "the mark at the end tells nothing"
+    assert swapped.segments[0].tolist() == [0] * 7 + [1] * (5 + len(mark))
+    assert swapped.labels.tolist() == [1]
+
+
+def test_a_random_second_is_another_documents():
+    rows, lengths = build_row(FIRST + [DOT] + SECOND, [30, 31, 32, DOT, 40, 41, 42, 43])
+    draws = np.full(rows.shape, 0.9)
+    draws[0, 0] = 0.1
+    pairs = make_pairs(rows, lengths, ENDS, CLS, SEP, np.zeros(rows.shape), draws, True)
+    assert pairs.tokens[0, :12].tolist() == [CLS, *FIRST, SEP, 40, 41, 42, 43, 40, SEP]
+    assert pairs.tokens[0, 12:].tolist() == [CLS, 30, 31, 32, SEP, 40, 41, 42, 43, SEP]
+    assert pairs.labels.tolist() == [1, 0] and pairs.starts.tolist() == [0, 12]
+
+
+def test_what_is_no_pair_stays_as_it_is():
+    rows, lengths = build_row([10, 11, DOT, 12, 13, 14, 15], FIRST + SECOND, FIRST + [DOT, 20, 21])
+    zero = np.zeros(rows.shape)
+    pairs = make_pairs(rows, lengths, ENDS, CLS, SEP, zero, zero, False)
+    assert np.array_equal(pairs.tokens, rows) and not pairs.segments.any() and not len(pairs.starts)
+    piece = np.array([FIRST + [DOT] + SECOND])
+    cut = make_pairs(piece, [np.array([10])], ENDS, CLS, SEP, np.zeros((1, 10)), np.zeros((1, 10)), False)
+    assert np.array_equal(cut.tokens, piece), "a piece without [CLS] and [SEP]"
+
+
+def test_every_cut_is_drawn():
+    ends = np.isin(np.arange(30), [2, 6, 12, 20, 25, 28])
+    cuts = {choose_cut(ends, draw) for draw in np.linspace(0, 0.999, 50)}
+    assert cuts == {6, 12, 20}
