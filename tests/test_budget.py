@@ -9,7 +9,8 @@ import time
 import pytest
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.budget import Budget, BudgetClock, read_report
+from oneday.budget import Budget, BudgetClock
+from oneday.run_directory import read_json
 from oneday.throughput import process_age_seconds
 
 
@@ -165,7 +166,7 @@ def test_a_killed_process_is_charged_and_idle_time_is_not(tmp_path):
     time.seconds += 5000
 
     second = BudgetClock(
-        Budget(seconds=100.0), now=time, carried_seconds=read_report(tmp_path / "budget.json")["spent"]["seconds"]
+        Budget(seconds=100.0), now=time, carried_seconds=read_json(tmp_path / "budget.json")["spent"]["seconds"]
     )
     second.load_state_dict(checkpoint)
     second.start()

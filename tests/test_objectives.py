@@ -188,7 +188,8 @@ def test_next_sentence_loss_is_the_formula(make, negatives):
 
 
 def test_the_pair_task_is_learnt(make):
-    trainer = make("mlm_nsp", "bert", budget_steps=250, nsp_negatives="random", learning_rate=3e-3)
+    settings = {"nsp_negatives": "random", "learning_rate": 2e-3, "muon_learning_rate": 1e-2, "optim": "muon"}
+    trainer = make("mlm_nsp", "bert", budget_steps=400, **settings)
     metrics = trainer.run()
     assert metrics["eval_pair_accuracy"] > 0.8
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_masked_loss"] + metrics["eval_nsp_loss"])

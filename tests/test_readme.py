@@ -11,6 +11,7 @@ import pytest
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
 from oneday.glue_protocol import FinetuneArguments
 from oneday.recipe import fields_of
+from oneday.zero_shot_results import EvaluateArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,8 @@ def test_make_targets_exist(target):
 
 def test_settings_in_commands_are_known():
     known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
-    outside = {"exclude"}  # an option of `hf upload`
+    known |= fields_of((EvaluateArguments,))
+    outside = {"exclude", "run_dir", "run_dirs"}  # of `hf upload`, and of small programs with settings of their own
     named = set(re.findall(r"--([a-z_]+)", README)) - outside
     assert not [name for name in named if name not in known and name != "help"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -239,18 +240,29 @@ def test_a_full_disk_at_a_checkpoint_does_not_end_the_training(make_trainer, mon
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_really_full(make_trainer, tmp_path, caplog):
-    """A disk of 700 kB holds a few checkpoints, not five."""
+    """Something else fills it after six steps: the training goes to its end, and only the final model is refused."""
     disk = tmp_path / "run"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
+
+    class Filler(StopAt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.step:
+                with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as handle:
+                    while True:
+                        handle.write(bytes(4096))
+
     try:
-        trainer = make_trainer("bert", budget_steps=12, save_steps=2, save_total_limit=5)
+        trainer = make_trainer("bert", budget_steps=12, save_steps=4, save_total_limit=5)
+        trainer.add_callback(Filler(6))
         with pytest.raises(SettingError, match="is full"):
             trainer.run()
-        assert trainer.clock.steps == 12, "the training went to its end; the final model no longer fits"
-        assert "was not written: the disk is full" in caplog.text
-        assert list_checkpoints(disk) and not any(find_fault(checkpoint) for checkpoint in list_checkpoints(disk))
+        assert trainer.clock.steps == 12
+        assert "The checkpoint of step 8 was not written: the disk is full" in caplog.text
+        checkpoints = list_checkpoints(disk)
+        assert [path.name for path in checkpoints] == ["checkpoint-4", "checkpoint-6"]
+        assert not any(find_fault(checkpoint) for checkpoint in checkpoints)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

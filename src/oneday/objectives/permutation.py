@@ -74,7 +74,8 @@ class TwoStreamFlops:
             "target_mapping": torch.zeros(1, num_targets, row_length, device=device),
             "use_mems": False,
         }
-        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        # With gradients: the counter's hooks fail on a view of a parameter that has none.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counted:
             self.model.eval()(**inputs)
         self.model.train(training)
         return float(counted.get_total_flops())

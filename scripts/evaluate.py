@@ -1,0 +1,87 @@
+"""Evaluate a checkpoint without training: zero-shot tasks, perplexity and bits a byte."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from oneday.arguments import SettingError
+from oneday.corpus import resolve_cache_dir
+from oneday.durable_files import write_whole
+from oneday.recipe import parse_recipe, run_program
+from oneday.scoring import load_scorer
+from oneday.text_files import load_files
+from oneday.throughput import describe_environment, set_threads
+from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, run_tasks
+
+DESCRIPTION = (
+    "Score zero-shot tasks with a causal model (log-likelihood) or a masked one (pseudo-log-likelihood), and measure "
+    "perplexity and bits a byte on any text."
+)
+EXAMPLE = (
+    "python scripts/evaluate.py --model_name_or_path runs/quickstart-gpt --task_names blimp,piqa --task_data_dir DIR "
+    "--text_name 'held_out/*.txt'"
+)
+
+logger = logging.getLogger("oneday.evaluate")
+
+
+def main() -> None:
+    """Read the settings, score, print the table and write the file."""
+    (args,) = parse_recipe((EvaluateArguments,), description=DESCRIPTION, example=EXAMPLE)
+    set_threads(args.num_threads)
+    folder = find_output_dir(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts = None
+    if args.text_name is not None:
+        texts = read_texts(args)
+    scorer = load_scorer(args.model_name_or_path, args.batch_tokens, device)
+    results = {
+        "model": Path(args.model_name_or_path).name,
+        "kind": scorer.kind,
+        "tasks": run_tasks(scorer, args, logger.info),
+        "max_examples": args.max_examples,
+        "environment": describe_environment(device),
+    }
+    if texts is not None:
+        results["text"] = {"name": Path(args.text_name).name, **scorer.score_texts(texts)}
+    sys.stdout.write(f"\n{format_zero_shot(results)}\n")
+    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
+
+
+def read_texts(args: EvaluateArguments) -> list[str]:
+    """The text to measure on, at most `max_examples` documents of it."""
+    try:
+        texts = load_files(args.text_name, args.text_column, resolve_cache_dir(None))["text"]
+    except SettingError as error:
+        raise SettingError(str(error).replace("dataset_name", "text_name")) from None
+    return [text for text in list(texts)[: args.max_examples] if text]
+
+
+def find_output_dir(args: EvaluateArguments) -> Path:
+    """Where the results go.
+
+    Raises:
+        SettingError: When the checkpoint is no directory and none is named, or it cannot be made.
+    """
+    given = args.output_dir
+    if given is None and not Path(args.model_name_or_path).is_dir():
+        raise SettingError(f"model_name_or_path {args.model_name_or_path} is no directory here; set output_dir.")
+    folder = Path(given or args.model_name_or_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
+    if not os.access(folder, os.W_OK):
+        raise SettingError(f"The output_dir {folder} cannot be written (no permission); name another.")
+    return folder
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,104 @@
+"""Talk to what was trained: it fills masks, or goes on with a text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, pipeline
+
+from oneday.arguments import SettingError, setting
+from oneday.recipe import parse_recipe, run_program
+from oneday.reporting import format_filled
+from oneday.scoring import load_scorer
+
+Answer = Callable[[str], None]
+
+DESCRIPTION = (
+    "Type a text with [MASK] for an encoder to fill, or a beginning for a decoder to go on with. Ends at Ctrl-D."
+)
+EXAMPLE = "python scripts/try_model.py --run_dir runs/quickstart-bert --text 'The [MASK] is empty.'"
+
+
+@dataclass
+class TryArguments:
+    """What is tried."""
+
+    run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.")
+    text: str | None = setting(None, "One text instead of a conversation.")
+    max_new_tokens: int = setting(80, "Tokens a decoder goes on for.")
+    temperature: float = setting(0.8, "Of a decoder's choice; 0: always the most probable token.")
+    top_p: float = setting(0.9, "A decoder chooses among the tokens that make up this probability.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.max_new_tokens < 1:
+            raise SettingError(f"The setting max_new_tokens is {self.max_new_tokens}; it must be above zero.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise SettingError(f"The setting top_p is {self.top_p:g}; it must be above 0 and at most 1.")
+
+
+def main() -> None:
+    """Answer one text, or every line that is typed."""
+    (args,) = parse_recipe((TryArguments,), description=DESCRIPTION, example=EXAMPLE)
+    scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
+    make = make_filler if scorer.kind == "encoder" else make_writer
+    answer = make(args, scorer.model, scorer.tokenizer)
+    for text in [args.text] if args.text is not None else read_lines():
+        answer(text)
+
+
+def read_lines() -> Iterable[str]:
+    """Lines as they are typed."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line:
+            yield line
+
+
+def make_filler(args: TryArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """Fills each mask of a text."""
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=5, device="cpu")
+
+    def answer(text: str) -> None:
+        text = text.replace("[MASK]", tokenizer.mask_token)
+        if tokenizer.mask_token not in text:
+            sys.stdout.write(f"  put {tokenizer.mask_token} where a word is to be found\n")
+            return
+        guesses = fill(text)
+        for each in guesses if isinstance(guesses[0], list) else [guesses]:
+            sys.stdout.write(format_filled(text, each) + "\n")
+
+    return answer
+
+
+def make_writer(args: TryArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """Goes on with a text, token by token; of a long one the end is read."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    if 0 < limit <= args.max_new_tokens:
+        raise SettingError(f"max_new_tokens is {args.max_new_tokens}, but the model has {limit} positions; lower it.")
+    choice = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    settings = choice if args.temperature > 0 else {"do_sample": False}
+
+    def answer(text: str) -> None:
+        inputs = tokenizer(text, return_tensors="pt")
+        inputs = (
+            {name: value[:, args.max_new_tokens - limit :] for name, value in inputs.items()} if limit > 0 else inputs
+        )
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        with torch.no_grad():
+            model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], streamer=streamer,
+                max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **settings,
+            )  # fmt: skip
+
+    return answer
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,113 @@
+"""Runs beside each other: their held-out curves in one picture, and when one had what another ended with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from oneday import run_directory as rundir  # noqa: E402
+from oneday.arguments import SettingError  # noqa: E402
+
+MEASURES = {"eval_loss": "held-out loss (nats / predicted token)", "eval_bits_per_byte": "bits / byte"}
+AXES = {"budget_seconds": (1 / 60, "budget time (minutes)"), "tokens": (1e-6, "tokens seen (millions)")}
+
+
+def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The evaluations that led to a run's weights, those of the random weights left out.
+
+    Raises:
+        SettingError: When there is none.
+    """
+    events = [event for event in rundir.read_metrics(run_dir) if event["event"] == "eval" and event["step"] > 0]
+    if not events:
+        raise SettingError(f"The run {run_dir} has no held-out evaluation; name a run that has been trained.")
+    return events
+
+
+def choose_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Bits a byte where every run has it, which compares across tokenizers, else each objective's own loss."""
+    has_bits = all("eval_bits_per_byte" in event for events in runs.values() for event in events)
+    return "eval_bits_per_byte" if has_bits else "eval_loss"
+
+
+def seconds_to_reach(events: list[dict[str, Any]], measure: str, target: float) -> float | None:
+    """Budget seconds at which a curve first reaches `target`, linear between its points; None: never.
+
+    >>> curve = [{"budget_seconds": 10.0, "eval_loss": 5.0}, {"budget_seconds": 20.0, "eval_loss": 3.0}]
+    >>> seconds_to_reach(curve, "eval_loss", 4.0), seconds_to_reach(curve, "eval_loss", 2.0)
+    (15.0, None)
+    """
+    before = None
+    for event in events:
+        if event[measure] <= target:
+            if before is None or before[measure] == event[measure]:
+                return event["budget_seconds"]
+            share = (before[measure] - target) / (before[measure] - event[measure])
+            return before["budget_seconds"] + share * (event["budget_seconds"] - before["budget_seconds"])
+        before = event
+    return None
+
+
+def name_runs(run_dirs: list[str]) -> dict[str, str]:
+    """Short name -> directory; the last part of the path, or all of it where two are alike."""
+    short = [Path(run_dir).name for run_dir in run_dirs]
+    return {name if short.count(name) == 1 else run_dir: run_dir for name, run_dir in zip(short, run_dirs)}
+
+
+def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, dict[str, Any]]) -> str:
+    """A line a run: its end, and how many times sooner the best run had that; in 80 columns.
+
+    Args:
+        runs: Name -> evaluations.
+        facts: Name -> results.json, whose corpus and objective say whether losses compare.
+    """
+    measure = choose_measure(runs)
+    best = min(runs, key=lambda name: runs[name][-1][measure])
+    lines = [
+        f"{'run':30}{'tokens':>10}{'minutes':>9}{'final':>9}  {'match by ' + best[:11]}",
+        "-" * 78,
+    ]
+    for name, events in sorted(runs.items(), key=lambda item: item[1][-1][measure]):
+        end = events[-1]
+        reached = seconds_to_reach(runs[best], measure, end[measure])
+        is_bound = reached == runs[best][0]["budget_seconds"]  # passed before the first evaluation
+        ratio = "" if name == best or not reached else f"{'> ' * is_bound}{end['budget_seconds'] / reached:.2f} x"
+        amounts = f"{end['tokens'] / 1e6:>8.2f} M{end['budget_seconds'] / 60:>9.1f}{end[measure]:>9.4f}"
+        lines.append(f"{name[:29]:30}{amounts}  {ratio}".rstrip())
+    lines += ["-" * 78, f"final: {MEASURES[measure]}"]
+    for key, words in (("corpus_hash", "corpora"), ("objective", "objectives")):
+        differs = len({str(results.get(key)) for results in facts.values()}) > 1
+        if differs and (key == "corpus_hash" or measure == "eval_loss"):
+            lines.append(f"The runs are of different {words}: their losses do not compare.")
+    return "\n".join(lines)
+
+
+def draw_comparison(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Held-out curves of all runs against time and against tokens.
+
+    Raises:
+        SettingError: When the picture cannot be written.
+    """
+    measure = choose_measure(runs)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
+    for axis, (key, (scale, label)) in zip(axes, AXES.items()):
+        for name, events in runs.items():
+            axis.plot([event[key] * scale for event in events], [e[measure] for e in events], "o-", label=name)
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel=MEASURES[measure])
+    axes[1].legend(frameon=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise SettingError(
+            f"The setting picture is {path}, which cannot be written ({error}); name another."
+        ) from None
+    finally:
+        plt.close(figure)

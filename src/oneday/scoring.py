@@ -1,0 +1,247 @@
+"""Log-probabilities of texts under a stock model, in batches.
+
+A causal model gives a continuation the sum of log P(token | what is before it). A masked model gives it the sum of
+log P(token | all others), each token masked in turn: the pseudo-log-likelihood of Salazar et al. 2020 (ACL, "Masked
+Language Model Scoring").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError
+from oneday.attention import position_offset
+from oneday.cross_entropy import chunk_rows
+from oneday.modeling import OWN_ATTENTION, model_kind
+from oneday.objectives import SelectedPositions
+from oneday.tokenization import special_layout
+
+logger = logging.getLogger(__name__)
+
+BAR_SECONDS = 3.0
+TEXTS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of one continuation.
+
+    Attributes:
+        nats: Sum of -log P over its tokens.
+        num_tokens: Its tokens.
+        is_greedy: Every token is the most probable one in its place.
+    """
+
+    nats: float
+    num_tokens: int
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids, and the places in them that are scored."""
+
+    ids: list[int]
+    places: range
+
+
+class Scorer:
+    """Scores texts with a causal or a masked model.
+
+    Args:
+        model: A stock model with a word head.
+        tokenizer: Its tokenizer.
+        batch_tokens: Tokens of one forward pass, padding included.
+        text_length: Longest piece of a whole text, special tokens included: the length that the model was trained on.
+            None: all of its positions.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_tokens: int = 8192,
+        text_length: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.batch_tokens = model.eval(), tokenizer, batch_tokens
+        self.kind = model_kind(model.config)
+        self.prefix, self.suffix = special_layout(tokenizer, self.kind)
+        if self.kind == "encoder" and tokenizer.mask_token_id is None:
+            raise SettingError("The tokenizer of model_name_or_path has no mask token; a masked model needs one.")
+        # Like lm-evaluation-harness: a start token where the tokenizer sets one itself, or where nothing else stands.
+        self.sets_start = self.kind == "encoder" or tokenizer("a")["input_ids"][:1] == self.prefix
+        limit = getattr(model.config, "max_position_embeddings", None) or 0
+        self.max_length = limit - position_offset(model) if limit > 0 else batch_tokens
+        self.text_length = min(self.max_length, text_length or self.max_length, batch_tokens)
+        self.selected = SelectedPositions(model)
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:
+        """The score of each (context, continuation)."""
+        return self.score_sequences(self.encode(pairs))
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[TokenSequence]:
+        """Ids with the continuation's places; what is too long loses its beginning.
+
+        A space between the two belongs to the continuation, and both are tokenised as one text, as
+        lm-evaluation-harness does.
+        """
+        contexts = [context.rstrip() for context, _ in pairs]
+        wholes = self.tokenize([context + continuation for context, continuation in pairs])
+        known = dict.fromkeys(context for context in contexts if context)
+        num_tokens = dict(zip(known, map(len, self.tokenize(list(known)))))
+        sequences = []
+        for context, whole in zip(contexts, wholes):
+            prefix = self.prefix if self.sets_start or not context else []
+            # A causal model is not fed the last token, so that one more fits.
+            room = self.max_length - len(self.suffix) + (self.kind == "decoder")
+            kept = len(prefix) if self.kind == "encoder" else 0  # [CLS] stays, a start token may go
+            cut = max(0, len(prefix) + len(whole) - room)
+            ids = [*prefix[:kept], *[*prefix, *whole][kept + cut :]]
+            start = max(kept, len(prefix) + num_tokens.get(context, 0) - cut)
+            sequences.append(TokenSequence([*ids, *self.suffix], range(start, len(ids))))
+        return sequences
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text without special tokens."""
+        quiet = dict.fromkeys(("return_attention_mask", "return_token_type_ids", "verbose"), False)
+        parts = (texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE))
+        return [ids for part in parts for ids in self.tokenizer(part, add_special_tokens=False, **quiet)["input_ids"]]
+
+    def score_sequences(self, sequences: Sequence[TokenSequence]) -> list[Score]:
+        """Scores in the order given; computed from the longest to the shortest, with a bar where it takes long."""
+        rows = self.spread(sequences)
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index][1]))
+        nats, greedy = np.zeros(len(sequences)), np.ones(len(sequences), dtype=bool)
+        with tqdm(total=len(rows), desc="scoring", unit="rows", delay=BAR_SECONDS, leave=False) as bar:
+            while order:
+                length = len(rows[order[0]][1])
+                tokens = self.batch_tokens
+                if self.selected.projection is None:  # the head gives all logits at once
+                    tokens = min(tokens, chunk_rows(self.model.device.type, self.selected.num_words))
+                count = max(1, tokens // length)
+                part, order = order[:count], order[count:]
+                for number, loss, is_best in self.score_rows([rows[index] for index in part]):
+                    nats[number] += loss
+                    greedy[number] &= is_best
+                bar.update(len(part))
+        return [Score(float(n), len(s.places), bool(g)) for n, s, g in zip(nats, sequences, greedy)]
+
+    def spread(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, list[int], list[int], list[int]]]:
+        """(number of the sequence, ids, places that are read, ids that should stand there) of each forward row.
+
+        A causal model reads all of a sequence in one row, each token in the place before it. A masked one reads a row
+        for each token.
+        """
+        rows = []
+        for number, sequence in enumerate(sequences):
+            places = [place for place in sequence.places if place > 0]
+            targets = [sequence.ids[place] for place in places]
+            if self.kind == "decoder":
+                rows.append((number, sequence.ids[:-1], [place - 1 for place in places], targets))
+            else:  # the ids are shared; the mask is set in the batch
+                rows += [(number, sequence.ids, [place], [target]) for place, target in zip(places, targets)]
+        return [row for row in rows if row[2]]
+
+    @torch.no_grad()
+    def score_rows(self, rows: list[tuple[int, list[int], list[int], list[int]]]) -> list[tuple[int, float, bool]]:
+        """(number of the sequence, nats, whether greedy) of each row."""
+        device, length = self.model.device, max(len(ids) for _, ids, _, _ in rows)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(rows), length), pad)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        for row, (_, own, places, _) in enumerate(rows):
+            ids[row, : len(own)] = torch.tensor(own)
+            mask[row, : len(own)] = 1
+            if self.kind == "encoder":
+                ids[row, places[0]] = self.tokenizer.mask_token_id
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if self.kind == "decoder":
+            inputs["use_cache"] = False
+        positions = torch.tensor(
+            [row * length + place for row, (_, _, places, _) in enumerate(rows) for place in places]
+        )
+        targets = torch.tensor([target for _, _, _, own in rows for target in own], device=device)
+        owners = np.repeat(np.arange(len(rows)), [len(places) for _, _, places, _ in rows])
+        states = self.selected.run(self.model, inputs, positions.to(device))
+        losses, best = [], []
+        at_once = chunk_rows(device.type, self.selected.num_words)
+        for part, own in zip(states.split(at_once), targets.split(at_once)):
+            logits = self.selected.logits(part).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, own, reduction="none"))
+            best.append(logits.argmax(-1) == own)
+        losses, best = (torch.cat(parts).cpu().numpy() for parts in (losses, best))
+        nats = np.bincount(owners, weights=losses, minlength=len(rows))
+        wrong = np.bincount(owners, weights=~best, minlength=len(rows))
+        return [(number, nats[row], wrong[row] == 0) for row, (number, _, _, _) in enumerate(rows)]
+
+    def score_texts(self, texts: Sequence[str]) -> dict[str, float]:
+        """Measures of whole texts: `loss` (nats a token), `perplexity` and, of a causal model, `bits_per_byte`.
+
+        Texts longer than `text_length` are cut into pieces, each with the special tokens around it.
+        """
+        room = self.text_length - len(self.prefix) - len(self.suffix)
+        pieces = []
+        for ids in self.tokenize(list(texts)):
+            for start in range(0, len(ids), room):
+                part = ids[start : start + room]
+                first = len(self.prefix)
+                pieces.append(TokenSequence([*self.prefix, *part, *self.suffix], range(first, first + len(part))))
+        scores = self.score_sequences(pieces)
+        nats, tokens = sum(score.nats for score in scores), sum(score.num_tokens for score in scores)
+        loss = nats / max(1, tokens)
+        measures = {"loss": loss, "perplexity": float(np.exp(loss)), "num_tokens": tokens}
+        if self.kind == "decoder":
+            measures["bits_per_byte"] = nats / np.log(2) / max(1, sum(len(text.encode()) for text in texts))
+        return measures
+
+
+def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
+    """A scorer for a checkpoint.
+
+    Raises:
+        SettingError: When it cannot be loaded, or has no head that predicts words.
+    """
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # configs and tokenizers refuse in many ways
+        raise SettingError(describe_load_error(name, error)) from None
+    if config.model_type in OWN_ATTENTION:
+        raise SettingError(f"model_name_or_path {name} is a {config.model_type} model, which reads in no fixed order.")
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SettingError(f"model_name_or_path {name} is a {config.model_type} model, which predicts no words.")
+    auto_class = AutoModelForMaskedLM if model_kind(config) == "encoder" else AutoModelForCausalLM
+    try:
+        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # no weights, damaged ones, other sizes: each library has its own errors
+        raise SettingError(describe_load_error(name, error)) from None
+    if info["missing_keys"]:
+        raise SettingError(
+            f"model_name_or_path {name} has no trained word head ({sorted(info['missing_keys'])[0]} is missing): it "
+            "cannot score texts; fine-tune it instead."
+        )
+    trained_length = rundir.read_json(Path(name) / rundir.RESULTS).get("max_seq_length")
+    return Scorer(model.to(device), tokenizer, batch_tokens, trained_length)
+
+
+def describe_load_error(name: str, error: Exception) -> str:
+    """One sentence for a checkpoint that cannot be loaded."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return f"The checkpoint {name} cannot be loaded ({reason}); name another."

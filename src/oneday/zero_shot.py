@@ -1,0 +1,251 @@
+"""Zero-shot tasks: rows of local files or of the Hub -> questions with choices, in the layouts that public sets have.
+
+A question is a set of (context, continuation) pairs, of which a model should find one the most probable. Rows may have
+
+    sentence_good, sentence_bad                     minimal pairs (BLiMP), grouped by UID
+    query, choices, gold                            multiple choice, as in MosaicML's and DCLM's files
+    question, choices {text, label}, answerKey      ARC, CommonsenseQA; question_stem: OpenBookQA
+    goal, sol1, sol2, label                         PIQA
+    ctx, endings, label                             HellaSwag
+    context, question, answerA.., label             Social IQa
+    context_options, continuation, gold             WinoGrande, Winograd: the same ending after two contexts
+    sentence with _, option1, option2, answer       WinoGrande as on the Hub
+    context, continuation                           LAMBADA: the last word is to be the most probable one
+
+so that a file of a user's own in one of these layouts is a task too. Prompts are those of lm-evaluation-harness, but
+for CommonsenseQA and Social IQa, whose answers are scored themselves and not their letters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from oneday.arguments import SettingError
+
+Row = dict[str, Any]
+OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
+# Sets that the Hub has as parquet: (id, configuration, split).
+HUB_SETS = {
+    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test"),
+    "piqa": ("baber/piqa", None, "validation"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "hellaswag": ("Rowan/hellaswag", None, "validation"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
+    "openbook_qa": ("allenai/openbookqa", "main", "test"),
+    "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
+    "blimp": ("nyu-mll/blimp", None, "train"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a task.
+
+    Attributes:
+        pairs: (context, continuation) of each choice; the continuation is what is scored.
+        gold: Index of the right one. With a single choice the question is whether it is the most probable text.
+        group: Where it belongs within its task; empty: nowhere.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+    group: str = ""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Characters of each continuation without the space before it, which normalise its log-probability."""
+        return [max(1, len(continuation.removeprefix(" "))) for _, continuation in self.pairs]
+
+
+def read_minimal_pair(row: Row) -> Question:
+    """The whole sentence is scored; the good one should be more probable."""
+    pairs = tuple(("", f" {row[name]}") for name in ("sentence_good", "sentence_bad"))
+    return Question(pairs, 0, str(row.get("UID", "")))
+
+
+def read_choices(row: Row) -> Question:
+    """A query that opens with `Question:` is followed by `Answer:`, any other one by the choice itself."""
+    query = row["query"].rstrip("\n")
+    prompt = f"{query}\nAnswer:" if query.startswith("Question:") else query.rstrip()
+    return build_choices(prompt, row["choices"], int(row["gold"]))
+
+
+def read_exam(row: Row) -> Question:
+    """ARC, CommonsenseQA, OpenBookQA as on the Hub."""
+    stem = row.get("question_stem")
+    prompt = stem if stem is not None else f"Question: {row['question']}\nAnswer:"
+    return build_choices(prompt, row["choices"]["text"], row["choices"]["label"].index(row["answerKey"]))
+
+
+def read_piqa(row: Row) -> Question:
+    """PIQA as on the Hub."""
+    return build_choices(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def read_endings(row: Row) -> Question:
+    """HellaSwag as on the Hub, cleaned as lm-evaluation-harness does."""
+    context = row["ctx"]
+    if "activity_label" in row:
+        context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return build_choices(clean_wikihow(context), [clean_wikihow(end) for end in row["endings"]], int(row["label"]))
+
+
+def clean_wikihow(text: str) -> str:
+    """Without WikiHow's marks."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def read_social(row: Row) -> Question:
+    """Social IQa; its labels count from 1."""
+    answers = [row["answerA"], row["answerB"], row["answerC"]]
+    return build_choices(f"Q: {row['context']} {row['question']}\nA:", answers, int(row["label"]) - 1)
+
+
+def read_context_options(row: Row) -> Question:
+    """The same continuation after several contexts."""
+    return Question(
+        tuple((context, f" {row['continuation']}") for context in row["context_options"]), int(row["gold"])
+    )
+
+
+def read_blank(row: Row) -> Question:
+    """WinoGrande as on the Hub: what follows the blank is scored after each of the two words in it."""
+    before, after = row["sentence"].split("_", 1)
+    contexts = [before + row[name] for name in ("option1", "option2")]
+    return Question(tuple((context, f" {after.strip()}") for context in contexts), int(row["answer"]) - 1)
+
+
+def read_last_word(row: Row) -> Question:
+    """LAMBADA: `text` as on the Hub ends with the word."""
+    context, word = (row["context"], row["continuation"]) if "context" in row else row["text"].rsplit(" ", 1)
+    return Question(((context, f" {word.strip()}"),), 0)
+
+
+def build_choices(prompt: str, choices: list[str], gold: int) -> Question:
+    """The same context before every choice."""
+    return Question(tuple((prompt, f" {choice}") for choice in choices), gold)
+
+
+# The first layout whose columns a row has.
+LAYOUTS: tuple[tuple[set[str], Callable[[Row], Question]], ...] = (
+    ({"sentence_good", "sentence_bad"}, read_minimal_pair),
+    ({"query", "choices", "gold"}, read_choices),
+    ({"goal", "sol1", "sol2", "label"}, read_piqa),
+    ({"ctx", "endings", "label"}, read_endings),
+    ({"context", "question", "answerA", "answerB", "answerC", "label"}, read_social),
+    ({"context_options", "continuation", "gold"}, read_context_options),
+    ({"sentence", "option1", "option2", "answer"}, read_blank),
+    ({"question_stem", "choices", "answerKey"}, read_exam),
+    ({"question", "choices", "answerKey"}, read_exam),
+    ({"context", "continuation"}, read_last_word),
+    ({"text"}, read_last_word),
+)
+
+
+def list_local_tasks(folder: Path) -> dict[str, Path]:
+    """Task -> file, of the files `TASK.jsonl` and the directories `TASK/` with one, also as .gz and .xz."""
+    found: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        name = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        if name is None or not path.is_file():
+            continue
+        task = name if path.parent == folder else path.parent.name
+        if task not in found or name == task:
+            found[task] = path
+    return found
+
+
+def load_task(name: str, folder: str | None, limit: int | None = None) -> list[Question]:
+    """The questions of a task, from local files or, without a folder, from the Hub.
+
+    Args:
+        name: Of the task.
+        folder: Holds `NAME.jsonl` or `NAME/*.jsonl` (also .gz, .xz).
+        limit: Only so many questions, evenly spread; None: all.
+
+    Raises:
+        SettingError: When there is no such task, or a row cannot be read.
+    """
+    rows = list(read_local(name, Path(folder)) if folder is not None else read_hub(name))
+    if limit is not None and limit < len(rows):
+        rows = [rows[index * len(rows) // limit] for index in range(limit)]
+    if not rows:
+        raise SettingError(f"The task {name} of task_names has no rows; look at its file.")
+    return [read_row(name, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def read_local(name: str, folder: Path) -> Iterator[Row]:
+    """The rows of a local task."""
+    tasks = list_local_tasks(folder)
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, 1, 0.4)
+        hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(tasks) or 'none'}"
+        raise SettingError(f"The setting task_names has {name!r}, of which {folder} has no file; {hint}.")
+    path = tasks[name]
+    try:
+        with OPENERS[path.suffix](path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                if line.strip():
+                    yield json.loads(line)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+        raise SettingError(
+            f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())})."
+        ) from None
+
+
+def read_hub(name: str) -> Iterable[Row]:
+    """The rows of a set on the Hub."""
+    if name not in HUB_SETS:
+        near = difflib.get_close_matches(name, HUB_SETS, 1, 0.4)
+        hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(HUB_SETS)}"
+        raise SettingError(f"The setting task_names has {name!r}, which is not known; {hint}, or set task_data_dir.")
+    repository, config, split = HUB_SETS[name]
+    try:
+        configs = datasets.get_dataset_config_names(repository) if name == "blimp" else [config]
+        return [row for config in configs for row in datasets.load_dataset(repository, config, split=split)]
+    except Exception as error:  # the network's own errors are many
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(f"The task {name} cannot be had from the Hub ({reason}); set task_data_dir.") from None
+
+
+def read_row(name: str, number: int, row: Row) -> Question:
+    """One question; says which row has no known layout.
+
+    Raises:
+        SettingError: When it has none, or a value cannot be read.
+    """
+    if not isinstance(row, dict):
+        raise SettingError(f"Row {number} of task {name} is no JSON object; one a line.")
+    reader = next((read for columns, read in LAYOUTS if columns <= row.keys()), None)
+    if reader is None:
+        shown = ", ".join(sorted(row)[:8])
+        raise SettingError(
+            f"Row {number} of task {name} has the columns {shown}, which are no layout that is known; rename them, "
+            "say to query, choices and gold."
+        )
+    try:
+        question = reader(row)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise SettingError(f"Row {number} of task {name} cannot be read ({type(error).__name__}: {error}).") from None
+    if not all(isinstance(text, str) for pair in question.pairs for text in pair) or "" in (
+        continuation.strip() for _, continuation in question.pairs
+    ):
+        raise SettingError(f"Row {number} of task {name} has an empty text, or one that is no string; mend it.")
+    if not 0 <= question.gold < len(question.pairs):
+        raise SettingError(
+            f"Row {number} of task {name} has the answer {question.gold} of {len(question.pairs)} choices; mend it."
+        )
+    return question

@@ -1,0 +1,131 @@
+"""Scores of zero-shot tasks: accuracies with their errors, as a file and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from oneday.arguments import SettingError, setting
+from oneday.scoring import Score, Scorer
+from oneday.zero_shot import Question, load_task
+
+RESULTS_FILE = "zero_shot_results.json"
+
+
+@dataclass
+class EvaluateArguments:
+    """What is evaluated, without training."""
+
+    model_name_or_path: str = setting("runs/quickstart-gpt", "A checkpoint: directory or Hub id.")
+    task_names: list[str] | None = setting(
+        None, "Zero-shot tasks, comma-separated: blimp, lambada_openai, piqa, arc_easy ..., or files of your own."
+    )
+    task_data_dir: str | None = setting(
+        None, "Directory with TASK.jsonl or TASK/*.jsonl (also .gz, .xz); empty: from the Hub."
+    )
+    text_name: str | None = setting(
+        None, "Text to measure perplexity and bits a byte on: a file, directory or glob of .txt .jsonl .csv .parquet."
+    )
+    text_column: str = setting("text", "Column that holds the text.")
+    max_examples: int | None = setting(None, "Only so many questions of each task, evenly spread.")
+    batch_tokens: int = setting(8192, "Tokens of one forward pass.")
+    output_dir: str | None = setting(
+        None, "Where the results are written; empty: the checkpoint's directory, where it is one."
+    )
+    num_threads: int | None = setting(None, "CPU threads; empty: all usable cores.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("batch_tokens", "max_examples", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"The setting {name} is {value}; it must be above zero.")
+        if not self.task_names and self.text_name is None:
+            raise SettingError("Nothing is to be evaluated; set task_names, say blimp,piqa, or text_name.")
+
+
+def evaluate_task(scorer: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
+    """Accuracies of one task.
+
+    Returns:
+        `accuracy` (by the summed log-probability), `standard_error`, `chance`, `num_questions`; `accuracy_norm` (by
+        the log-probability a character) where contexts are the same; `perplexity` of the right continuation (not of
+        its tokens) where there is only one; `groups` where questions have some.
+    """
+    scores = scorer.score([pair for question in questions for pair in question.pairs])
+    ends = [0]
+    for question in questions:
+        ends.append(ends[-1] + len(question.pairs))
+    parts = [scores[start:end] for start, end in zip(ends, ends[1:])]
+    hits = [is_right(question, part) for question, part in zip(questions, parts)]
+    results: dict[str, Any] = {
+        "accuracy": fmean(hits),
+        "standard_error": math.sqrt(fmean(hits) * (1 - fmean(hits)) / max(1, len(hits) - 1)),
+        "chance": fmean(1 / len(q.pairs) if len(q.pairs) > 1 else 0.0 for q in questions),
+        "num_questions": len(questions),
+    }
+    if all(len(question.pairs) == 1 for question in questions):
+        results["perplexity"] = math.exp(min(700.0, fmean(score.nats for score in scores)))
+    elif all(question.pairs[0][0] for question in questions) and not shares_ending(questions):
+        normalised = [is_right(question, part, question.lengths) for question, part in zip(questions, parts)]
+        results["accuracy_norm"] = fmean(normalised)
+    if any(question.group for question in questions):
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for question, hit in zip(questions, hits):
+            groups[question.group].append(hit)
+        results["groups"] = {name: fmean(group) for name, group in sorted(groups.items())}
+    return results
+
+
+def is_right(question: Question, scores: Sequence[Score], lengths: Sequence[int] | None = None) -> bool:
+    """Whether the right choice is the most probable one; the first one counts where two are equal."""
+    if len(scores) == 1:
+        return scores[0].is_greedy
+    nats = [score.nats / length for score, length in zip(scores, lengths or [1] * len(scores))]
+    return nats.index(min(nats)) == question.gold
+
+
+def shares_ending(questions: Sequence[Question]) -> bool:
+    """Whether the choices differ in their contexts, so that there is nothing to normalise."""
+    return all(len({continuation for _, continuation in question.pairs}) == 1 for question in questions)
+
+
+def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Every task that the settings name; all are read before the first is scored.
+
+    Raises:
+        SettingError: When one cannot be read.
+    """
+    tasks = {name: load_task(name, args.task_data_dir, args.max_examples) for name in args.task_names or []}
+    results = {}
+    for name, questions in tasks.items():
+        tell(f"{name}: {len(questions):,} questions")
+        results[name] = evaluate_task(scorer, questions)
+    return results
+
+
+def format_zero_shot(results: dict[str, Any]) -> str:
+    """The table, in 80 columns."""
+    lines = [
+        f"{results['model']}, {'pseudo-' if results['kind'] == 'encoder' else ''}log-likelihood",
+        f"{'task':24}{'questions':>10}{'chance':>9}{'accuracy':>10}{'+-':>6}{'a character':>16}",
+        "-" * 78,
+    ]
+    for name, task in results["tasks"].items():
+        shown = f"{100 * task['accuracy_norm']:.1f}" if "accuracy_norm" in task else ""
+        shown = f"ppl {task['perplexity']:,.3g}" if "perplexity" in task else shown
+        lines.append(
+            f"{name[:23]:24}{task['num_questions']:>10,}{100 * task['chance']:>9.1f}{100 * task['accuracy']:>10.1f}"
+            f"{100 * task['standard_error']:>6.1f}{shown:>16}".rstrip()
+        )
+    text = results.get("text")
+    if text:
+        bits = f", {text['bits_per_byte']:.4f} bits a byte" if "bits_per_byte" in text else ""
+        lines.append(f"{text['name'][:20]}: loss {text['loss']:.4f}, perplexity {text['perplexity']:,.4g}{bits}")
+    lines.append("-" * 78)
+    lines.append("accuracy: by summed log-probability; a character: divided by the choice's length")
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""Runs beside each other, and a model that answers."""
+
+from __future__ import annotations
+
+import doctest
+import json
+
+import pytest
+from test_programs import run_script  # noqa: F401
+
+from oneday import comparison
+from oneday.comparison import format_comparison, name_runs, read_evaluations, seconds_to_reach
+
+
+def write_run(folder, losses, corpus="c", bits=False):
+    folder.mkdir()
+    lines = [{"event": "eval", "step": 0, "taken": 0, "tokens": 0, "budget_seconds": 0.0, "eval_loss": 9.0}]
+    for number, loss in enumerate(losses, start=1):
+        event = {"event": "eval", "step": number, "taken": number, "tokens": 1000 * number, "eval_loss": loss}
+        lines.append({**event, "budget_seconds": 60.0 * number, **({"eval_bits_per_byte": loss / 2} if bits else {})})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "results.json").write_text(json.dumps({"corpus_hash": corpus}))
+
+
+def test_the_time_to_match_by_hand(tmp_path):
+    assert doctest.testmod(comparison).failed == 0
+    write_run(tmp_path / "slow", [6.0, 5.0, 4.0])
+    write_run(tmp_path / "fast", [4.5, 3.5, 3.0])
+    runs = {name: read_evaluations(tmp_path / name) for name in ("slow", "fast")}
+    assert seconds_to_reach(runs["fast"], "eval_loss", 4.0) == pytest.approx(90.0)
+    table = format_comparison(runs, {name: {"corpus_hash": "c"} for name in runs})
+    assert table.splitlines()[3].startswith("slow") and table.splitlines()[3].endswith("2.00 x")
+    assert "do not compare" not in table
+    for key in ("corpus_hash", "objective"):
+        assert "do not compare" in format_comparison(runs, {name: {key: name} for name in runs})
+    write_run(tmp_path / "poor", [8.0])
+    runs["poor"] = read_evaluations(tmp_path / "poor")
+    assert "> 1.00 x" in format_comparison(runs, {name: {} for name in runs}), "passed before the first evaluation"
+
+
+def test_names_are_short_where_they_can_be():
+    assert name_runs(["a/x", "b/y"]) == {"x": "a/x", "y": "b/y"}
+    assert name_runs(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_the_program(run_script, tmp_path, bits):  # noqa: F811
+    for name, losses in (("one", [5.0, 4.0]), ("two", [4.0, 3.0])):
+        write_run(tmp_path / name, losses, bits=bits)
+    picture = tmp_path / "pictures" / "both.png"
+    argv = ["--run_dirs", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--picture", picture]
+    code, shown, stderr = run_script("compare_runs", *argv)
+    assert code == 0, stderr
+    assert ("bits / byte" in shown) == bits and max(map(len, shown.splitlines()[:6])) <= 80
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert run_script("compare_runs", "--run_dirs", tmp_path / "one")[2].count("fewer than two runs") == 1
+    (tmp_path / "none").mkdir()
+    code, _, stderr = run_script("compare_runs", "--run_dirs", f"{tmp_path / 'one'},{tmp_path / 'none'}")
+    assert code == 1 and "has no held-out evaluation" in stderr
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_a_model_answers(run_script, make_model, tokenizers, tmp_path, name):  # noqa: F811
+    tokenizer = tokenizers["encoder" if name == "bert" else "decoder"]
+    make_model(name).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "ka [MASK] mi" if name == "bert" else "ka lo"
+    argv = ["--run_dir", tmp_path / "model", "--text", text, "--max_new_tokens", 5]
+    code, shown, stderr = run_script("try_model", *argv)
+    assert code == 0, stderr
+    assert ("-> " in shown) if name == "bert" else shown.startswith("ka lo")
+    code, _, stderr = run_script("try_model", "--run_dir", tmp_path / "nowhere", "--text", text)
+    assert code == 1 and "cannot be loaded" in stderr

@@ -1,0 +1,303 @@
+"""Zero-shot scores against plain forward passes, and rows in every layout."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import UNPACKED
+from test_programs import run_script  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from oneday.arguments import SettingError
+from oneday.scoring import Scorer
+from oneday.zero_shot import Question, list_local_tasks, load_task
+from oneday.zero_shot_results import EvaluateArguments, evaluate_task, format_zero_shot, is_right
+
+PAIRS = [
+    ("", "ka lo mi"),
+    ("ka lo", " mi ter un"),
+    ("ka lo ", "mi"),
+    ("ves pra do sil en ka lo mi ter", " un"),
+    ("", "ves pra do sil en ka lo mi ter un ves pra do"),
+]
+
+
+@pytest.fixture(scope="module")
+def anyone():
+    """A model whose weights are far from their first values, so that scores differ."""
+
+    def spread(model):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, 0.15)
+        return model.eval()
+
+    return spread
+
+
+def plain_score(model, tokenizer, kind, context, continuation):
+    """(nats, tokens, greedy), one token at a time, each by a forward pass of its own."""
+    model = model.double()
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    whole = encode(context.rstrip() + context[len(context.rstrip()) :] + continuation)
+    start = len(encode(context.rstrip()))
+    nats, greedy = 0.0, True
+    if kind == "decoder":
+        ids = [tokenizer.bos_token_id, *whole]
+        for place in range(1 + start, len(ids)):
+            logits = model(torch.tensor([ids[:place]])).logits[0, -1]
+            nats -= logits.log_softmax(-1)[ids[place]].item()
+            greedy &= logits.argmax().item() == ids[place]
+        return nats, len(whole) - start, greedy
+    ids = [tokenizer.cls_token_id, *whole, tokenizer.sep_token_id]
+    for place in range(1 + start, len(ids) - 1):
+        hidden = [*ids[:place], tokenizer.mask_token_id, *ids[place + 1 :]]
+        logits = model(torch.tensor([hidden])).logits[0, place]
+        nats -= logits.log_softmax(-1)[ids[place]].item()
+        greedy &= logits.argmax().item() == ids[place]
+    return nats, len(whole) - start, greedy
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "nanochat", "bert", "roberta", "modernbert"])
+def test_scores_are_those_of_plain_passes(make_model, tokenizers, anyone, name):
+    kind = "encoder" if name in ("bert", "roberta", "modernbert") else "decoder"
+    model, tokenizer = anyone(make_model(name)), tokenizers[kind]
+    for batch_tokens in (16, 4096):
+        scores = Scorer(model.float(), tokenizer, batch_tokens).score(PAIRS)
+        with torch.no_grad():
+            expected = [plain_score(model, tokenizer, kind, *pair) for pair in PAIRS]
+        for score, (nats, num_tokens, greedy) in zip(scores, expected):
+            assert score.nats == pytest.approx(nats, abs=1e-3)
+            assert (score.num_tokens, score.is_greedy) == (num_tokens, greedy)
+
+
+def test_too_long_a_context_loses_its_beginning(make_model, tokenizers, anyone):
+    scorer = Scorer(anyone(make_model("gpt2")), tokenizers["decoder"])
+    (sequence,) = scorer.encode([(" ".join(["ka"] * 300), " mi lo")])
+    assert len(sequence.ids) == 65, "the last token is not fed"
+    assert sequence.places.stop == 65 and len(sequence.places) == len(tokenizers["decoder"].tokenize(" mi lo"))
+    assert math.isfinite(scorer.score_sequences([sequence])[0].nats)
+
+
+def test_text_is_measured_in_nats_and_bits(make_model, tokenizers, texts, anyone):
+    model, tokenizer = anyone(make_model("llama")), tokenizers["decoder"]
+    long = [" ".join(texts[:4]), *texts[4:6]]
+    measures = Scorer(model, tokenizer).score_texts(long)
+    nats = tokens = 0
+    with torch.no_grad():
+        for text in long:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            for start in range(0, len(ids), 63):
+                piece = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 63]]])
+                logits = model.double()(piece).logits[0, :-1]
+                nats += torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+                tokens += piece.shape[1] - 1
+    assert measures["num_tokens"] == tokens
+    assert measures["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert measures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+    num_bytes = sum(len(text.encode()) for text in long)
+    assert measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+
+
+LAYOUTS = {
+    "pairs": (
+        {"sentence_good": "a b", "sentence_bad": "b a", "UID": "order"},
+        Question((("", " a b"), ("", " b a")), 0, "order"),
+    ),
+    "queries": (
+        {"query": "Question: Why?\n", "choices": ["x", "y"], "gold": 1},
+        Question((("Question: Why?\nAnswer:", " x"), ("Question: Why?\nAnswer:", " y")), 1),
+    ),
+    "endings": ({"query": "He went", "choices": ["home"], "gold": 0}, Question((("He went", " home"),), 0)),
+    "arc": (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        Question((("Question: Why?\nAnswer:", " x"), ("Question: Why?\nAnswer:", " y")), 1),
+    ),
+    "openbook": (
+        {"question_stem": "Fog is", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"},
+        Question((("Fog is", " x"), ("Fog is", " y")), 0),
+    ),
+    "piqa": (
+        {"goal": "Cut", "sol1": "x", "sol2": "y", "label": 1},
+        Question((("Question: Cut\nAnswer:", " x"), ("Question: Cut\nAnswer:", " y")), 1),
+    ),
+    "hellaswag": (
+        {"ctx": "A man", "endings": ["sat", "ran"], "label": "1"},
+        Question((("A man", " sat"), ("A man", " ran")), 1),
+    ),
+    "siqa": (
+        {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+        Question((("Q: C. Q?\nA:", " x"), ("Q: C. Q?\nA:", " y"), ("Q: C. Q?\nA:", " z")), 2),
+    ),
+    "winogrande": (
+        {"context_options": ["so Sarah", "so Maria"], "continuation": "won.", "gold": 1},
+        Question((("so Sarah", " won."), ("so Maria", " won.")), 1),
+    ),
+    "blank": (
+        {"sentence": "so _ won.", "option1": "Sarah", "option2": "Maria", "answer": "2"},
+        Question((("so Sarah", " won."), ("so Maria", " won.")), 1),
+    ),
+    "lambada": (
+        {"context": "don't care about", "continuation": "signs"},
+        Question((("don't care about", " signs"),), 0),
+    ),
+    "last": ({"text": "don't care about signs"}, Question((("don't care about", " signs"),), 0)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_read(tmp_path, name):
+    row, expected = LAYOUTS[name]
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n\n")
+    assert load_task(name, str(tmp_path)) == [expected]
+
+
+def test_files_are_found_in_either_form(tmp_path):
+    row = json.dumps({"query": "Q", "choices": ["x", "y"], "gold": 0}) + "\n"
+    (tmp_path / "mine").mkdir()
+    with lzma.open(tmp_path / "mine" / "mine.jsonl.xz", "wt") as handle:
+        handle.write(row * 10)
+    (tmp_path / "mine" / "mine_validation.jsonl").write_text(row)
+    (tmp_path / "yours.jsonl").write_text(row)
+    assert {name: path.name for name, path in list_local_tasks(tmp_path).items()} == {
+        "mine": "mine.jsonl.xz", "yours": "yours.jsonl",
+    }  # fmt: skip
+    assert len(load_task("mine", str(tmp_path))) == 10 and len(load_task("mine", str(tmp_path), 4)) == 4
+
+
+BAD = [
+    ("mime", "", "has 'mime'.*the nearest is mine"),
+    ("mine", "{", "cannot be read"),
+    ("mine", "\n", "has no rows"),
+    ("mine", "[1]\n", "Row 1 of task mine is no JSON object"),
+    ("mine", '{"query": "Q", "choices": ["x", " "], "gold": 0}\n', "has an empty text"),
+    ("mine", '{"a": 1}\n', "Row 1 of task mine has the columns a, which are no layout"),
+    ("mine", '{"query": "Q", "choices": ["x"], "gold": 3}\n', "has the answer 3 of 1 choices"),
+    ("mine", '{"query": "Q", "choices": ["x"], "gold": "A"}\n', "Row 1 of task mine cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BAD)
+def test_bad_tasks_are_refused(tmp_path, name, content, words):
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(SettingError, match=words):
+        load_task(name, str(tmp_path))
+
+
+class Fixed:
+    """A scorer that gives the scores it was given."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def score(self, pairs):
+        assert len(pairs) == len(self.scores)
+        return self.scores
+
+
+def test_accuracies_by_hand():
+    from oneday.scoring import Score
+
+    questions = [Question((("Q", " ab"), ("Q", " abcdefgh")), gold) for gold in (0, 1, 1)]
+    scores = [Score(2.0, 1, True), Score(4.0, 2, False)] * 3
+    results = evaluate_task(Fixed(scores), questions)
+    assert results["accuracy"] == pytest.approx(1 / 3) and results["chance"] == 0.5
+    assert results["accuracy_norm"] == pytest.approx(2 / 3), "0.5 nats a character beat 1"
+    assert results["standard_error"] == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
+    words = [Question((("Q", " ab"),), 0)] * 2
+    results = evaluate_task(Fixed([Score(2.0, 2, True), Score(4.0, 1, False)]), words)
+    assert results["accuracy"] == 0.5 and results["perplexity"] == pytest.approx(math.exp(3.0)), "of a word"
+    pairs = [Question((("", "a"), ("", "b")), 0, group) for group in "xxy"]
+    results = evaluate_task(Fixed([Score(n, 1, False) for n in (1, 2, 2, 1, 1, 1)]), pairs)
+    assert results["groups"] == {"x": 0.5, "y": 1.0} and "accuracy_norm" not in results
+    assert is_right(pairs[0], [Score(1.0, 1, False)] * 2), "the first of two equal ones"
+
+
+def test_lm_evaluation_harness_gives_the_same(make_model, tokenizers, anyone):
+    models = pytest.importorskip("lm_eval.models.huggingface")
+    api = pytest.importorskip("lm_eval.api.instance")
+    model, tokenizer = anyone(make_model("gpt2")), tokenizers["decoder"]
+    pairs = [*PAIRS, ("", " ka lo mi"), (" ".join(["ka"] * 300), " mi lo")]
+    harness = models.HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=True, batch_size=2, device="cpu")
+    requests = [api.Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+    expected = harness.loglikelihood(requests)
+    scores = Scorer(model, tokenizer).score(pairs)
+    for score, (log_probability, is_greedy) in zip(scores, expected):
+        assert -score.nats == pytest.approx(log_probability, abs=1e-3)
+        assert score.is_greedy == is_greedy
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path, name):  # noqa: F811
+    folder, tokenizer = tmp_path / "model", tokenizers["encoder" if name == "bert" else "decoder"]
+    anyone(make_model(name)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [
+        {"sentence_good": text, "sentence_bad": text[::-1], "UID": f"set{i % 2}"} for i, text in enumerate(texts[:8])
+    ]
+    (tmp_path / "order.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": texts[0]}) + "\n")
+    (tmp_path / "text.txt").write_text(texts[1])
+    argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "order,words"]
+    code, shown, stderr = run_script("evaluate", *argv, "--text_name", tmp_path / "text.txt")
+    assert code == 0, stderr
+    results = json.loads((folder / "zero_shot_results.json").read_text())
+    assert results["tasks"]["order"]["num_questions"] == 8 and set(results["tasks"]["order"]["groups"]) == {
+        "set0",
+        "set1",
+    }
+    assert ("bits_per_byte" in results["text"]) == (name == "llama")
+    assert format_zero_shot(results) in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    for wrong, words in (
+        (["--task_names", "ordre"], "the nearest is order"),
+        (["--model_name_or_path", "nowhere"], "set output_dir"),
+        (["--batch_tokens", "0"], "batch_tokens is 0"),
+    ):
+        code, _, stderr = run_script("evaluate", *argv, *wrong)
+        assert code == 1 and words in stderr, stderr
+
+
+def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
+    folder = tmp_path / "model"
+    make_model("bert").bert.save_pretrained(folder)
+    tokenizers["encoder"].save_pretrained(folder)
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
+    argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
+    code, _, stderr = run_script("evaluate", *argv)
+    assert code == 1 and "no trained word head" in stderr
+
+
+def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
+    folder = tmp_path / "model"
+    config = AutoConfig.for_model("xlnet", vocab_size=320, **UNPACKED["xlnet"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizers["encoder"].save_pretrained(folder)
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
+    argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
+    assert "reads in no fixed order" in run_script("evaluate", *argv)[2]
+    make_model("bert").save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    code, _, stderr = run_script("evaluate", *argv)
+    assert code == 1 and "cannot be loaded" in stderr and "Traceback" not in stderr
+
+
+def test_a_text_is_cut_at_the_length_that_was_trained(make_model, tokenizers, texts):
+    scorer = Scorer(make_model("gpt2"), tokenizers["decoder"], text_length=20)
+    seen = []
+    scorer.score_sequences = lambda pieces: seen.extend(pieces) or []
+    scorer.score_texts(texts[:3])
+    assert max(len(piece.ids) for piece in seen) == 20
+
+
+def test_nothing_to_evaluate_is_refused():
+    with pytest.raises(SettingError, match="Nothing is to be evaluated"):
+        EvaluateArguments()
+    assert Path(EvaluateArguments(task_names=["blimp"]).model_name_or_path).name == "quickstart-gpt"
