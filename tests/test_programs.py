@@ -244,6 +244,14 @@ def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeyp
     assert not list(out.glob("*.safetensors"))
 
 
+def test_the_program_evaluate_does_not_hide_the_library():
+    code = "import oneday, evaluate; assert callable(evaluate.load)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    path = ROOT / "scripts" / "evaluate.py"
+    program = f"import sys; sys.path[0] = {str(path.parent)!r}; {code}"
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
 def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
     settings = {key: SMALL[key] for key in ("vocab_size", "max_seq_length", "validation_fraction")}
     code, shown, _ = run_script("prepare_data", *flags(**settings, dataset_name=text_file))
