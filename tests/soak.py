@@ -35,6 +35,7 @@ SETTINGS = {
     "model_config": "model_configs/modernbert-mini.json", "vocab_size": 300, "max_seq_length": 64,
     "batch_size_tokens_start": 256, "batch_size_tokens": 1024, "micro_batch_tokens": 256, "optim": "muon_8bit",
     "mlm_probability_end": 0.15, "max_seq_length_start": 16, "save_steps": 5, "num_evaluations": 4,
+    "budget_minutes": "null",
 }  # fmt: skip
 
 
