@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
-from oneday.checkpoints import list_checkpoints
+from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.recipe import run_program
 
 ROOT = Path(__file__).parent.parent
@@ -241,7 +241,9 @@ def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeyp
     code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))
     assert code == 1
     assert "is full" in stderr
-    assert not list(out.glob("*.safetensors"))
+    weights = list(out.rglob("*.safetensors"))
+    assert {path.parent.name for path in weights} == {"checkpoint-2"}, "only that of before the cool-down"
+    assert find_fault(out / "checkpoint-2") is None
 
 
 def test_the_program_evaluate_does_not_hide_the_library():

@@ -7,7 +7,6 @@ Language Model Scoring").
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,6 @@ from oneday.cross_entropy import chunk_rows
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
 from oneday.tokenization import special_layout
-
-logger = logging.getLogger(__name__)
 
 BAR_SECONDS = 3.0
 TEXTS_AT_ONCE = 1000
