@@ -33,9 +33,10 @@ from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
 from oneday.benchmarks.throughput import expand_grid
-from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, median_match, time_to_match
+from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, median_match
 from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
+from oneday.comparison import time_to_match
 from oneday.corpus import Corpus
 from oneday.modeling import FlopCounter
 from oneday.objectives import EVALUATION_SEED, find_objective

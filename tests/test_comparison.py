@@ -9,7 +9,7 @@ import pytest
 from test_programs import run_script  # noqa: F401
 
 from oneday import comparison
-from oneday.comparison import format_comparison, name_runs, read_evaluations, seconds_to_reach
+from oneday.comparison import format_comparison, name_runs, read_evaluations, time_to_match
 
 
 def write_run(folder, losses, corpus="c", bits=False):
@@ -27,7 +27,8 @@ def test_the_time_to_match_by_hand(tmp_path):
     write_run(tmp_path / "slow", [6.0, 5.0, 4.0])
     write_run(tmp_path / "fast", [4.5, 3.5, 3.0])
     runs = {name: read_evaluations(tmp_path / name) for name in ("slow", "fast")}
-    assert seconds_to_reach(runs["fast"], "eval_loss", 4.0) == pytest.approx(90.0)
+    match = time_to_match(runs["fast"], 4.0, 180.0, "eval_loss", "budget_seconds")
+    assert match.ratio == pytest.approx(2.0) and not match.is_bound
     table = format_comparison(runs, {name: {"corpus_hash": "c"} for name in runs})
     assert table.splitlines()[3].startswith("slow") and table.splitlines()[3].endswith("2.00 x")
     assert "do not compare" not in table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +38,48 @@ def choose_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
     return "eval_bits_per_byte" if has_bits else "eval_loss"
 
 
-def seconds_to_reach(events: list[dict[str, Any]], measure: str, target: float) -> float | None:
-    """Budget seconds at which a curve first reaches `target`, linear between its points; None: never.
+@dataclass(frozen=True)
+class Match:
+    """How many times sooner one run has what another ended with.
 
-    >>> curve = [{"budget_seconds": 10.0, "eval_loss": 5.0}, {"budget_seconds": 20.0, "eval_loss": 3.0}]
-    >>> seconds_to_reach(curve, "eval_loss", 4.0), seconds_to_reach(curve, "eval_loss", 2.0)
-    (15.0, None)
+    Attributes:
+        ratio: The other's time over the time at which its loss is passed; None: never.
+        is_bound: It was passed before the first point, so the ratio is at least this.
     """
-    before = None
-    for event in events:
-        if event[measure] <= target:
-            if before is None or before[measure] == event[measure]:
-                return event["budget_seconds"]
-            share = (before[measure] - target) / (before[measure] - event[measure])
-            return before["budget_seconds"] + share * (event["budget_seconds"] - before["budget_seconds"])
-        before = event
-    return None
+
+    ratio: float | None
+    is_bound: bool = False
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return "not reached"
+        return f"{'> ' if self.is_bound else ''}{self.ratio:.2f} x"
+
+
+def time_to_match(
+    points: Sequence[dict[str, Any]], target: float, seconds: float, measure: str, clock: str = "clock_seconds"
+) -> Match:
+    """A run's time over the time at which a curve first reaches its loss, linear between the curve's points.
+
+    >>> curve = [{"clock_seconds": 10.0, "loss": 5.0}, {"clock_seconds": 20.0, "loss": 3.0}]
+    >>> str(time_to_match(curve, 4.5, 25.0, "loss"))
+    '2.00 x'
+
+    Args:
+        points: Of the curve, ascending in time.
+        target: The loss to reach.
+        seconds: What the run took for it.
+        measure: Name of the loss.
+        clock: Name of the time.
+    """
+    first = points[0]
+    if first[measure] <= target:
+        return Match(seconds / first[clock], is_bound=True)
+    for before, after in itertools.pairwise(points):
+        if after[measure] <= target:
+            share = (before[measure] - target) / (before[measure] - after[measure])
+            return Match(seconds / (before[clock] + share * (after[clock] - before[clock])))
+    return Match(None)
 
 
 def name_runs(run_dirs: list[str]) -> dict[str, str]:
@@ -74,9 +103,8 @@ def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, di
     ]
     for name, events in sorted(runs.items(), key=lambda item: item[1][-1][measure]):
         end = events[-1]
-        reached = seconds_to_reach(runs[best], measure, end[measure])
-        is_bound = reached == runs[best][0]["budget_seconds"]  # passed before the first evaluation
-        ratio = "" if name == best or not reached else f"{'> ' * is_bound}{end['budget_seconds'] / reached:.2f} x"
+        match = time_to_match(runs[best], end[measure], end["budget_seconds"], measure, "budget_seconds")
+        ratio = "" if name == best else str(match)
         amounts = f"{end['tokens'] / 1e6:>8.2f} M{end['budget_seconds'] / 60:>9.1f}{end[measure]:>9.4f}"
         lines.append(f"{name[:29]:30}{amounts}  {ratio}".rstrip())
     lines += ["-" * 78, f"final: {MEASURES[measure]}"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,6 +15,7 @@ from oneday.benchmarks.arguments import SeedArguments, VersusStockArguments
 from oneday.benchmarks.picture import draw_versus_stock
 from oneday.benchmarks.planning import Plan
 from oneday.benchmarks.records import Job, Record, write_summary
+from oneday.comparison import Match, time_to_match
 from oneday.modeling import check_config_file
 from oneday.objectives import find_objective
 
@@ -33,48 +33,6 @@ TIE_NATS = 0.02
 # Objectives whose held-out loss a stock model has too.
 COMPARABLE = ("mlm", "word_order", "clm")
 DEFAULT_BASELINES = {"encoder": ["bert", "modernbert"], "decoder": ["gpt2", "llama"]}
-
-
-@dataclass(frozen=True)
-class Match:
-    """How many times sooner ours has stock's final loss.
-
-    Attributes:
-        ratio: Stock's time over the time at which it is passed; None: never.
-        is_bound: It was passed before the first point, so the ratio is at least this.
-    """
-
-    ratio: float | None
-    is_bound: bool = False
-
-    def __str__(self) -> str:
-        if self.ratio is None:
-            return "not reached"
-        return f"{'> ' if self.is_bound else ''}{self.ratio:.2f} x"
-
-
-def time_to_match(points: Sequence[dict[str, float]], target: float, stock_seconds: float, measure: str) -> Match:
-    """Stock's time over the time at which a curve first reaches its loss, linear between its points.
-
-    >>> curve = [{"clock_seconds": 10.0, "loss": 5.0}, {"clock_seconds": 20.0, "loss": 3.0}]
-    >>> str(time_to_match(curve, 4.5, 25.0, "loss"))
-    '2.00 x'
-
-    Args:
-        points: Of the curve, ascending in `clock_seconds`.
-        target: The loss to reach.
-        stock_seconds: What stock took; the budget, but for what its probed steps were off.
-        measure: Name of the loss.
-    """
-    first = points[0]
-    if first[measure] <= target:
-        return Match(stock_seconds / first["clock_seconds"], is_bound=True)
-    for before, after in itertools.pairwise(points):
-        if after[measure] <= target:
-            share = (before[measure] - target) / (before[measure] - after[measure])
-            seconds = before["clock_seconds"] + share * (after["clock_seconds"] - before["clock_seconds"])
-            return Match(stock_seconds / seconds)
-    return Match(None)
 
 
 def median_match(matches: Sequence[Match]) -> Match:
