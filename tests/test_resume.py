@@ -211,6 +211,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_trainer, 
     resumed = make_trainer("bert", "killed", **settings)
     resumed.run(resume=True)
     assert "checkpoint-6 is damaged" in caplog.text and file.name in caplog.text
+    words = {"truncated": "bytes instead of", "changed": "has changed", "missing": "is missing", "unsealed": "is missing"}
+    assert words[fault] in caplog.text
     assert next(event for event in read_metrics(folder) if event["event"] == "resume")["from_step"] == 5
     assert_same_weights(whole, resumed)
     assert (folder / "damaged-checkpoint-6").is_dir()
