@@ -211,7 +211,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_trainer, 
     resumed = make_trainer("bert", "killed", **settings)
     resumed.run(resume=True)
     assert "checkpoint-6 is damaged" in caplog.text and file.name in caplog.text
-    words = {"truncated": "bytes instead of", "changed": "has changed", "missing": "is missing", "unsealed": "is missing"}
+    words = {
+        "truncated": "bytes instead of",
+        "changed": "has changed",
+        "missing": "is missing",
+        "unsealed": "is missing",
+    }
     assert words[fault] in caplog.text
     assert next(event for event in read_metrics(folder) if event["event"] == "resume")["from_step"] == 5
     assert_same_weights(whole, resumed)
@@ -296,6 +301,8 @@ def test_a_finished_run_whose_reports_are_missing_is_only_scored_again(make_trai
     saved = AutoModelForMaskedLM.from_pretrained(first.args.output_dir).state_dict()
     assert all(torch.equal(value, weights(first)[key]) for key, value in saved.items())
     assert again.clock.steps == 9 and again.loader.epoch == first.loader.epoch
+    events = [event["event"] for event in read_metrics(first.args.output_dir)]
+    assert "resume" not in events and events.count("step") == 9, "nothing was trained again"
 
 
 def test_a_torn_line_swallows_no_other(tmp_path):
