@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,32 @@ def test_wall_clock_budget_is_used_and_kept(make_trainer):
     progress = [step["lr_progress"] for step in steps_of(trainer)]
     assert progress == sorted(progress)
     assert progress[-1] > 0.9
+
+
+class JumpingSteps(TrainerCallback):
+    """Makes steps slow at random."""
+
+    def __init__(self, seconds):
+        self.seconds, self.generator = seconds, np.random.default_rng(0)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        time.sleep(self.generator.uniform(0.0, self.seconds))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "least"), [(0.3, 0.93), pytest.param(10, 0.99, marks=pytest.mark.slow, id="ten minutes")]
+)
+def test_a_clock_is_kept_while_step_times_jump(make_trainer, minutes, least):
+    """Compiling at the start, then steps slow at random, evaluations and checkpoints in between."""
+    settings = {"torch_compile": True, "num_evaluations": 4, "save_steps": 15}
+    trainer = make_trainer(budget_minutes=minutes, batch_size_tokens=8 * ROW_LENGTH, **settings)
+    trainer.add_callback(JumpingSteps(0.4))
+    trainer.run()
+    report = json.loads((trainer_path(trainer) / "budget.json").read_text())
+    ledger = report["ledger_seconds"]
+    assert least <= report["used_fraction"] <= 1.0
+    assert min(ledger[part] for part in ("compilation", "steps", "evaluation", "checkpoints")) > 0
+    assert sum(ledger.values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)
 
 
 def trainer_path(trainer):
