@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Stock models of about 6 M parameters; for a recipe of another size name config files.
 CONFIGS = {
     "bert": "model_configs/baseline-bert.json",
-    "modernbert": "model_configs/quickstart-bert.json",
+    "modernbert": "model_configs/baseline-modernbert.json",
     "gpt2": "model_configs/baseline-gpt2.json",
     "llama": "model_configs/baseline-llama.json",
 }
