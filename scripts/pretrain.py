@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
+from oneday.budget import Budget
 from oneday.extension import extend_run
 from oneday.model_card import write_reports
-from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
+from oneday.recipe import Settings, build_arguments, complete_settings, resolve_settings, run_program
 from oneday.replay import read_replayed_settings
 from oneday.run_directory import create_run, discard_run, inspect_run, lock_run
 from oneday.trainer import BudgetTrainer
@@ -31,24 +33,32 @@ def main() -> int:
     if inspect_run(args.output_dir, settings) == "finished":
         return say_finished(args.output_dir)
     trainer, data = assemble_trainer(model_args, data_args, args)
-    with lock_run(args.output_dir):
-        state = inspect_run(args.output_dir, settings)  # another process may have ended it meanwhile
+    with ExitStack() as held:
+        state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
             return say_finished(args.output_dir)
-        if state == "new":
-            create_run(args.output_dir, settings)
-        elif state == "extended":
-            extend_run(args.output_dir, settings, budget, data.fingerprint)
         try:
             metrics = trainer.run(resume=state != "new")
         except SettingError:
-            if state == "new" and trainer.clock.steps_taken == 0:
+            if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
                 discard_run(args.output_dir)
             raise
         if trainer.status == "interrupted":
             return say_interrupted(trainer)
         write_reports(trainer, data, model_args, data_args, metrics)
     return 0
+
+
+def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerprint: str) -> str:
+    """Lock the run directory until `held` is closed; what is in it, as `inspect_run` says, ready to go on."""
+    folder = settings["output_dir"]
+    held.enter_context(lock_run(folder))
+    state = inspect_run(folder, settings)  # another process may have ended it meanwhile
+    if state == "new":
+        create_run(folder, settings)
+    elif state == "extended":
+        extend_run(folder, settings, budget, data_fingerprint)
+    return state
 
 
 def say_finished(output_dir: str) -> int:
@@ -63,7 +73,8 @@ def say_interrupted(trainer: BudgetTrainer) -> int:
     if trainer.saved_at != trainer.clock.steps_taken:
         where = "without a new checkpoint: the last one is"
     logger.info("Interrupted %s in %s; run the same command again to go on.", where, trainer.args.output_dir)
-    return INTERRUPTED
+    # The first code that is not 0 has a launcher end the other processes: process 0 gives it, once all is on disk.
+    return INTERRUPTED if trainer.ranks.is_first else 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -123,11 +125,13 @@ class BudgetTrainingArguments(TrainingArguments):
     budget_flops: float | None = setting(None, "Budget of floating-point operations executed, forward and backward.")
     budget_steps: int | None = setting(None, "Budget of optimizer steps.")
     budget_usd: float | None = setting(None, "Budget of money, in US dollars; needs usd_per_hour.")
-    usd_per_hour: float | None = setting(None, "Price of this machine, in US dollars an hour.")
+    usd_per_hour: float | None = setting(None, "Price of the machine, or of all of them, in US dollars an hour.")
     budget_kwh: float | None = setting(
         None, "Budget of energy, in kilowatt-hours: metered by the GPU's and CPU's counters, or at stated_watts."
     )
-    stated_watts: float | None = setting(None, "Power this machine draws, in watts; takes the place of the counters.")
+    stated_watts: float | None = setting(
+        None, "Power that the machine, or all of them, draw, in watts; takes the place of the counters."
+    )
     extend: bool = setting(
         False,
         "Give a finished run the larger budget that is set now: it goes on from before its learning rate fell.",
@@ -217,6 +221,8 @@ class BudgetTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"The setting {name} is {value}; it must be above zero.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+            self.use_cpu = True  # accelerate, finding no GPU, would take each process for a run of its own
         self.optimizer_name = self.optim
         self.use_bf16 = self.bf16
         self.use_compile = self.torch_compile

@@ -44,7 +44,7 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
     for name, value in (("max_seq_length_start", args.max_seq_length_start), ("torch_compile", args.use_compile)):
         if not objective_class.is_packed and value:
             raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
-    with args.main_process_first(local=True, desc="preparing the data"):
+    with args.main_process_first(local=False, desc="preparing the data"):
         data = prepare_data(data_args, objective_class.kind, args.seed)
     return objective_class(data.tokenizer, args), data
 

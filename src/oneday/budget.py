@@ -374,16 +374,19 @@ class BudgetClock:
         write_whole(path, json.dumps(report, indent=2) + "\n", is_durable)
 
 
-def open_meter(budget: Budget, device: torch.device) -> EnergyMeter | None:
+def open_meter(budget: Budget, device: torch.device, num_processes: int = 1) -> EnergyMeter | None:
     """The energy counters of this machine, unless a power is stated; None: none can be read.
+
+    Several processes have none: their devices may be of several machines, and the counters of one CPU would be added
+    once a process.
 
     Raises:
         SettingError: When energy is limited and cannot be measured.
     """
-    meter = None if budget.stated_watts else open_energy_meter(device)
+    meter = None if budget.stated_watts or num_processes > 1 else open_energy_meter(device)
     if budget.needs_meter and meter is None:
+        reason = "no energy counter can be read here" if num_processes == 1 else "several processes read no counter"
         raise SettingError(
-            f"budget_kwh is {budget.kwh:g}, but no energy counter can be read here; set stated_watts, the machine's "
-            "power in watts."
+            f"budget_kwh is {budget.kwh:g}, but {reason}; set stated_watts, the power of all machines in watts."
         )
     return meter

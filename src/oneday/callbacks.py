@@ -120,13 +120,12 @@ class BudgetCallback(TrainerCallback):
             fits = trainer.next_step_fits()
         if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
             self.is_past_plateau = trainer.save_as_kept = True
-        if trainer.signals:
+        wishes = self.schedule(args) if fits and not trainer.is_interrupted else (False, False)
+        fits, control.should_evaluate, control.should_save = map(bool, trainer.ranks.decide(fits, *wishes))
+        if trainer.is_interrupted:
             trainer.status = "interrupted"
-            control.should_save = control.should_training_stop = True
-        elif not fits:
-            control.should_training_stop = True
-        else:
-            self.schedule(args, control)
+            control.should_save = True
+        control.should_training_stop |= trainer.is_interrupted or not fits
 
     def note_spike(self, is_spike: bool) -> None:
         """Say that the loss has jumped."""
@@ -137,15 +136,15 @@ class BudgetCallback(TrainerCallback):
                 self.trainer.step_loss, self.trainer.clock.steps, SPIKE_DEVIATIONS, len(self.trainer.guard.losses),
             )  # fmt: skip
 
-    def schedule(self, args: TrainingArguments, control: TrainerControl) -> None:
-        """Ask for an evaluation or a checkpoint when one is due and still fits, with a step after it."""
+    def schedule(self, args: TrainingArguments) -> tuple[bool, bool]:
+        """Whether an evaluation and a checkpoint are due and still fit, with a step after them."""
         trainer, due = self.trainer, self.evaluations_due()
         if trainer.step_record.bad_number is not None:  # nothing new to score or keep
-            return
+            return False, False
         clock, seconds = trainer.clock, trainer.clock.slow_step_seconds
         wanted = due > self.evaluations if args.eval_steps is None else clock.steps % int(args.eval_steps) == 0
-        control.should_evaluate = wanted and clock.fits_seconds(seconds + trainer.eval_seconds)
-        seconds += trainer.eval_seconds * control.should_evaluate + max(
+        should_evaluate = wanted and clock.fits_seconds(seconds + trainer.eval_seconds)
+        seconds += trainer.eval_seconds * should_evaluate + max(
             trainer.save_seconds, trainer.checkpoint_seconds or OPTIMIZER_SHARE * trainer.save_seconds
         )
         if args.save_steps is not None:
@@ -155,10 +154,11 @@ class BudgetCallback(TrainerCallback):
         if isinstance(clock, ReplayClock):
             wanted = clock.previous().is_saved
         wanted = wanted or trainer.save_as_kept
-        control.should_save = wanted and clock.fits_seconds(seconds)
+        should_save = wanted and clock.fits_seconds(seconds)
         self.evaluations = due
-        if control.should_save:
+        if should_save:
             self.last_save = time.monotonic()
+        return should_evaluate, should_save
 
     def evaluations_due(self) -> int:
         """How many of the evenly spaced evaluations the progress has passed; the last is the final one."""

@@ -15,9 +15,25 @@ from oneday.collators import Collator
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
 
+# Name of a loss -> term -> [sum, count].
+Totals = dict[str, dict[str, list[float]]]
+
+
+def evaluate_objective(
+    model: nn.Module,
+    objective: Objective,
+    dataset: PackedDataset,
+    micro_batch_tokens: int,
+    precision: Callable[[], AbstractContextManager],
+    collators: Mapping[str, Collator],
+) -> dict[str, float]:
+    """Mean held-out losses under each collator, by one process; see `sum_held_out` and `name_losses`."""
+    totals = sum_held_out(model, objective, dataset, micro_batch_tokens, precision, collators)
+    return name_losses(objective, totals, dataset)
+
 
 @torch.no_grad()
-def evaluate_objective(
+def sum_held_out(
     model: nn.Module,
     objective: Objective,
     dataset: PackedDataset,
@@ -26,12 +42,9 @@ def evaluate_objective(
     collators: Mapping[str, Collator],
     rank: int = 0,
     num_processes: int = 1,
-    reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     max_parts: int | None = None,
-) -> dict[str, float]:
-    """Mean held-out losses, in nats, under each collator.
-
-    Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
+) -> Totals:
+    """Sums over this process's share of the held-out rows, under each collator.
 
     Args:
         model: The stock model, after `objective.attach`.
@@ -42,7 +55,6 @@ def evaluate_objective(
         collators: By the name of the loss; of `objective.evaluation_collators`.
         rank: This process; it takes every `num_processes`-th micro-batch.
         num_processes: All of them.
-        reduce_sum: Sums a tensor over the processes.
         max_parts: Only the first micro-batches, to see how long one takes.
     """
     training = model.training
@@ -50,21 +62,43 @@ def evaluate_objective(
     device = next(model.parameters()).device
     rows = max(1, micro_batch_tokens // dataset.row_length)
     parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
-    metrics = {}
+    totals: Totals = {name: defaultdict(lambda: [0.0, 0]) for name in collators}
     for name, collator in collators.items():
-        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         with precision():
             for part in parts[:max_parts]:
                 for term, (value, count) in sum_part(model, objective, dataset, collator, part, device).items():
-                    totals[term][0] += value
-                    totals[term][1] += count
-        if num_processes > 1:
-            summed = reduce_sum(torch.tensor(list(totals.values()), dtype=torch.float64, device=device)).tolist()
-            totals = dict(zip(totals, summed))
-        metrics |= name_metrics(objective, name, totals)
-        if objective.kind == "decoder":
-            metrics["eval_bits_per_byte"] = totals["loss"][0] / math.log(2) / dataset.num_bytes_text
+                    totals[name][term][0] += value
+                    totals[name][term][1] += count
     model.train(training)
+    return {name: dict(terms) for name, terms in totals.items()}
+
+
+def add_totals(shares: Sequence[Totals]) -> Totals:
+    """The sums of several processes, in one."""
+    sums: Totals = {name: defaultdict(lambda: [0.0, 0]) for name in shares[0]}
+    for share in shares:
+        for name, terms in share.items():
+            for term, (value, count) in terms.items():
+                sums[name][term][0] += value
+                sums[name][term][1] += count
+    return sums
+
+
+def name_losses(objective: Objective, totals: Totals, dataset: PackedDataset) -> dict[str, float]:
+    """Mean held-out losses, in nats, under each collator.
+
+    Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
+
+    Args:
+        objective: Weighs the terms.
+        totals: Over all processes.
+        dataset: Packed held-out rows.
+    """
+    metrics: dict[str, float] = {}
+    for name, terms in totals.items():
+        metrics |= name_metrics(objective, name, terms)
+        if objective.kind == "decoder":
+            metrics["eval_bits_per_byte"] = terms["loss"][0] / math.log(2) / dataset.num_bytes_text
     return metrics
 
 

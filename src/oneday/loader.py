@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from oneday.arguments import SettingError
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.collators import Batch, Collator
 from oneday.packing import cut_rows
 from oneday.row_sources import RowSource
+
+# The busiest process may have this many times its even share of a step's rows, for the sake of larger micro-batches.
+UNEVENNESS = 1.125
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class StepPlan:
     """Size of one optimizer step.
 
     Attributes:
-        num_rows: Rows over all processes; a multiple of `micro_rows` times the number of processes.
+        num_rows: Rows over all processes; a multiple of `micro_rows`.
         micro_rows: Rows of one forward and backward pass.
         progress: Fraction of the budget spent.
         row_length: Tokens of the rows that the model sees, a divisor of the packed rows' length; None: that itself.
@@ -52,16 +55,41 @@ class TakenRows:
     doc_lengths: list[np.ndarray]
 
 
-def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_processes: int) -> tuple[int, int]:
-    """(rows of a step, rows of a micro-batch) nearest to the tokens asked for.
+def micro_tokens(args: BudgetTrainingArguments) -> int:
+    """Tokens of a micro-batch; compiled layers get all of one size, that of the smallest step, and compile once."""
+    smallest = args.batch_size_tokens_start if args.use_compile else None
+    return min(args.micro_batch_tokens, smallest or args.micro_batch_tokens)
 
-    Example: 16,384 tokens a step, 8,192 a micro-batch, rows of 128, 1 process -> (128, 64).
+
+def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_processes: int) -> tuple[int, int]:
+    """(rows of a step, rows of a micro-batch) nearest to the tokens asked for; processes only share the step out.
+
+    Example: 16,384 tokens a step, 8,192 a micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32) for 4.
     """
-    micro_rows = max(1, micro_tokens // row_length)
-    wanted = max(num_processes, round(batch_tokens / row_length))
-    micro_rows = min(micro_rows, wanted // num_processes)
-    unit = micro_rows * num_processes
-    return max(1, round(wanted / unit)) * unit, micro_rows
+    wanted = max(1, round(batch_tokens / row_length))
+    unit = min(max(1, micro_tokens // row_length), wanted)
+    num_rows = max(1, round(wanted / unit)) * unit
+    return num_rows, share_rows(num_rows, unit, num_processes)
+
+
+def share_rows(num_rows: int, most: int, num_processes: int) -> int:
+    """Rows of a micro-batch: the most, up to `most`, that divide the step and keep all processes about as busy.
+
+    Raises:
+        SettingError: When there are fewer rows than processes.
+    """
+    if num_rows < num_processes:
+        raise SettingError(
+            f"A step of {num_rows} rows cannot be shared by {num_processes} processes; raise batch_size_tokens (or "
+            "batch_size_tokens_start), or start fewer."
+        )
+    even = -(-num_rows // num_processes)
+    for rows in range(min(num_rows, max(1, most)), 1, -1):
+        parts = num_rows // rows
+        busiest = -(-parts // num_processes) * rows
+        if num_rows % rows == 0 and parts >= num_processes and busiest <= UNEVENNESS * even:
+            return rows
+    return 1
 
 
 def check_growing_rows(start: int | None, row_length: int, is_compiled: bool) -> None:
@@ -83,10 +111,8 @@ def check_growing_rows(start: int | None, row_length: int, is_compiled: bool) ->
 
 
 def limit_micro_rows(plan: StepPlan, most: int, num_processes: int) -> StepPlan:
-    """The same step in micro-batches of at most `most` rows, which divide it evenly."""
-    rows_here = plan.num_rows // num_processes
-    micro_rows = next(rows for rows in range(min(plan.micro_rows, max(1, most)), 0, -1) if rows_here % rows == 0)
-    return replace(plan, micro_rows=micro_rows)
+    """The same step in micro-batches of at most `most` rows."""
+    return replace(plan, micro_rows=share_rows(plan.num_rows, min(plan.micro_rows, most), num_processes))
 
 
 class StepLoader:

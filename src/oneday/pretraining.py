@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.callbacks import heartbeat, note_signals
-from oneday.checkpoints import find_good_checkpoint, read_state
-from oneday.compilation import try_compiled
-from oneday.durable_files import synchronize_path
+from oneday.checkpoints import read_state
 from oneday.initialization import initialize_embeddings
 from oneday.objectives import COMPANION
 from oneday.recovery import are_finite
@@ -67,7 +65,7 @@ def check_weights(trainer: BudgetTrainer) -> bool:
     """
     if are_finite(trainer.model):
         return True
-    folder = find_good_checkpoint(trainer.args.output_dir)
+    folder = trainer.find_good_checkpoint()
     if folder is not None:
         trainer._load_from_checkpoint(str(folder))
         trainer.clock.rewind(read_state(folder)["clock"])
@@ -95,7 +93,7 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
         trainer.evaluate()
     trainer.args.eval_on_start = False
     prepare_first_step(trainer, is_new=checkpoint is None)
-    if trainer.next_step_fits():
+    if any(trainer.ranks.decide(trainer.next_step_fits())):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     elif checkpoint is None:
         raise SettingError(
@@ -114,24 +112,26 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
         clock.start()
         with clock.account("initialization"):
             special_ids = trainer.processing_class.all_special_ids
-            initialize_embeddings(trainer.model, trainer.train_dataset, special_ids, args.seed)
+            if trainer.ranks.is_first:
+                initialize_embeddings(trainer.model, trainer.train_dataset, special_ids, args.seed)
+            trainer.ranks.share_weights(trainer.model)
     if args.use_compile:
         clock.start()
         with clock.account("compilation"):
-            args.use_compile = try_compiled(trainer.model, trainer.rehearse_step)
+            args.use_compile = trainer.rehearse_step()
     if is_new:
         clock.start_progress()
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:
     """Whether an earlier process saved the final model but not all of its reports; then it is loaded."""
-    report = rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET)
+    report = trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
     if report.get("status") not in ("trained", "finished"):
         return False
     trainer.loader.samples_seen = report["samples_seen"]
     trainer._load_from_checkpoint(trainer.args.output_dir)
     if hasattr(trainer.model, COMPANION):
-        trainer.load_companion(find_good_checkpoint(trainer.args.output_dir))
+        trainer.load_companion(trainer.find_good_checkpoint())
     trainer.clock.load_report(report)
     trainer.clock.start()
     trainer.status = "trained"
@@ -141,7 +141,7 @@ def load_trained(trainer: BudgetTrainer) -> bool:
 def take_up_clock(trainer: BudgetTrainer) -> None:
     """Go on from what earlier processes had spent, this one's start-up included, before anything writes there."""
     clock = trainer.clock
-    clock.load_carried(rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
+    clock.load_carried(trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET)))
     clock.start(since=clock.now() - process_age_seconds())
 
 
@@ -151,7 +151,7 @@ def prepare_resume(trainer: BudgetTrainer) -> Path | None:
     Raises:
         SettingError: When the corpus or the tokenizer is another one than when the checkpoint was written.
     """
-    clock, checkpoint = trainer.clock, find_good_checkpoint(trainer.args.output_dir)
+    clock, checkpoint = trainer.clock, trainer.find_good_checkpoint()
     if checkpoint is not None:
         load_state(trainer, read_state(checkpoint))
     else:
@@ -184,10 +184,7 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
 def measure_end(trainer: BudgetTrainer) -> None:
     """Time a save and a part of an evaluation, so that the reserve is right from the first step."""
     begun = time.monotonic()
-    with rundir.refuse_full_disk(trainer.args.output_dir), rundir.staging(trainer.args.output_dir, "trial") as folder:
-        trainer._save(str(folder))
-        for path in folder.iterdir():
-            synchronize_path(path)
+    trainer.ranks.lead(trainer.save_trial)
     trainer.save_seconds = time.monotonic() - begun
     trainer.measure_held_out(max_parts=1)
     begun = time.monotonic()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import os
 import sys
 import textwrap
+import time
 import types
 import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -26,6 +28,9 @@ from oneday.arguments import SettingError
 
 # Two spellings of one budget: given in one layer, either replaces the other from the layers below.
 SAME_KIND = (("budget_hours", "budget_minutes"),)
+
+# So long after process 0 has ended with an error, its launcher has ended the others.
+ALONE_SECONDS = 5.0
 
 Settings = dict[str, Any]
 
@@ -305,9 +310,15 @@ def format_setting(field: dataclasses.Field) -> list[str]:
     ]
 
 
+def is_first_process() -> bool:
+    """Whether this is process 0 of those that `accelerate launch` started, the one that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_logging() -> None:
     """Plain lines on stderr, without the chatter of the libraries."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    level = logging.INFO if is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
@@ -322,9 +333,15 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except SettingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
+        say_error(str(error))
     except torch.OutOfMemoryError:
-        sys.stderr.write("error: The memory does not hold the model; take a smaller model_config or max_seq_length.\n")
-        raise SystemExit(1) from None
+        say_error("The memory does not hold the model; take a smaller model_config or max_seq_length.")
     raise SystemExit(code or 0)
+
+
+def say_error(sentence: str) -> NoReturn:
+    """One sentence on stderr, and exit code 1; process 0 speaks for all, unless it is another's error alone."""
+    if not is_first_process():
+        time.sleep(ALONE_SECONDS)
+    sys.stderr.write(f"error: {sentence}\n")
+    raise SystemExit(1) from None

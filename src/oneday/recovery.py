@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from oneday.arguments import SettingError
-from oneday.checkpoints import find_good_checkpoint, read_state
+from oneday.checkpoints import read_state
 from oneday.collators import Batch
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def roll_back(trainer: BudgetTrainer) -> None:
         SettingError: When rolling back has not helped several times.
     """
     guard, clock = trainer.guard, trainer.clock
-    folder = find_good_checkpoint(trainer.args.output_dir)
+    folder = trainer.find_good_checkpoint()
     if guard.rollbacks >= MAX_ROLLBACKS:
         kept = f"{folder.name} is kept" if folder else "there is no checkpoint yet"
         raise SettingError(
@@ -108,23 +108,34 @@ def load_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
 
 
 def fit_into_memory(
-    trainer: BudgetTrainer, step: list[Batch], run: Callable[[list[Batch]], Result]
-) -> tuple[Result, list[Batch]]:
-    """`run(step)`, again in smaller micro-batches as long as memory runs out.
+    trainer: BudgetTrainer, step: list[Batch], run: Callable[[list[Batch]], Result], progress: float = 0.0
+) -> tuple[Result, float]:
+    """`run(step)`, on every process again in smaller micro-batches as long as memory runs out on one of them.
+
+    Args:
+        trainer: Its loader makes the micro-batches smaller.
+        step: This process's micro-batches.
+        run: Talks to no other process.
+        progress: A word of process 0 that goes along.
 
     Returns:
-        What `run` returned, and the micro-batches that it took.
+        What `run` returned, and process 0's `progress`.
 
     Raises:
         SettingError: When a micro-batch of one row does not fit.
     """
-    device = trainer.args.device
+    device, ranks = trainer.args.device, trainer.ranks
     random_states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     while True:
+        result, has_failed = None, False
         try:
-            return run(step), step
+            result = run(step)
         except torch.OutOfMemoryError:
-            step = []  # outside of this clause nothing holds the tensors of the failed pass
+            has_failed = True
+        num_failed, progress = ranks.add(has_failed, progress if ranks.is_first else 0.0)
+        if not num_failed:
+            return result, progress
+        step, result = [], None  # nothing holds the tensors of the failed pass
         trainer.model.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()

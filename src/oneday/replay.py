@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
-from oneday.budget import BudgetClock
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.loader import StepPlan
 
 ATTEMPTS = ("step", "skip")
@@ -116,3 +116,15 @@ class ReplayClock(BudgetClock):
     def fits_seconds(self, seconds: float) -> bool:
         """A replay takes the time it takes."""
         return True
+
+
+def build_clock(args: BudgetTrainingArguments) -> BudgetClock:
+    """The clock of a run, or of one that repeats another.
+
+    Raises:
+        SettingError: When the budget cannot be measured, or the run to be repeated cannot be read.
+    """
+    budget = Budget.from_arguments(args)
+    if args.replay:
+        return ReplayClock(budget, script=read_script(args.replay))
+    return BudgetClock(budget, meter=open_meter(budget, args.device, args.world_size))

@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
 from oneday.budget import BudgetClock
-from oneday.checkpoints import STATE, publish_checkpoint, remove_old_checkpoints
-from oneday.durable_files import write_whole
+from oneday.checkpoints import STATE, find_good_checkpoint, publish_checkpoint, remove_old_checkpoints
+from oneday.durable_files import synchronize_path, write_whole
 from oneday.loader import StepLoader
 from oneday.objectives import COMPANION
+from oneday.ranks import Ranks
 from oneday.recovery import StepGuard, are_finite
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ def drop_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class RunTrainer(Trainer):
-    """A Trainer whose run directory is whole at every moment.
+    """A Trainer whose run directory is whole at every moment. Only process 0 writes there; all read from it.
 
     Attributes:
+        ranks: The processes of the run.
         clock: What has been spent.
         loader: Position in the data.
         data_fingerprint: What data and tokenizer these are.
@@ -61,6 +63,7 @@ class RunTrainer(Trainer):
     """
 
     args: BudgetTrainingArguments
+    ranks: Ranks
     clock: BudgetClock
     loader: StepLoader
     data_fingerprint: str
@@ -79,6 +82,8 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
         """Write a checkpoint aside, seal and rename it; where that fails, keep the last one and go on."""
         begun = time.monotonic()
+        if not self.ranks.is_first:
+            return
         if not are_finite(self.model):
             logger.warning("The checkpoint of step %d was not written: a weight is not finite.", self.clock.steps)
             return
@@ -101,12 +106,15 @@ class RunTrainer(Trainer):
         with rundir.staging(folder, "checkpoint") as self._staging_dir:
             try:
                 super()._save_checkpoint(model, trial)
-                if self.args.should_save:
-                    self.write_state(self._staging_dir / name)
-                    publish_checkpoint(self._staging_dir / name, folder / name)
-                    remove_old_checkpoints(folder, self.args.save_total_limit)
+                self.write_state(self._staging_dir / name)
+                publish_checkpoint(self._staging_dir / name, folder / name)
+                remove_old_checkpoints(folder, self.args.save_total_limit)
             finally:
                 self._staging_dir = None
+
+    def find_good_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, as process 0 finds it; see `checkpoints.find_good_checkpoint`."""
+        return self.ranks.lead(lambda: find_good_checkpoint(self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where the parent writes checkpoints: the staging directory while one is being written."""
@@ -149,22 +157,34 @@ class RunTrainer(Trainer):
         }
         write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
 
+    def save_trial(self) -> None:
+        """Write the model aside and throw it away, to see how long that takes.
+
+        Raises:
+            SettingError: When the disk is full.
+        """
+        folder = Path(self.args.output_dir)
+        with rundir.refuse_full_disk(folder), rundir.staging(folder, "trial") as new:
+            self._save(str(new))
+            for path in new.iterdir():
+                synchronize_path(path)
+
     def save_final(self) -> None:
         """The final model and tokenizer at the top of the run directory.
 
         Raises:
             SettingError: When the disk is full.
         """
+        with self.clock.account("checkpoints"):
+            self.ranks.lead(self.write_final)
+
+    def write_final(self) -> None:
+        """What `save_final` does on process 0."""
         folder = Path(self.args.output_dir)
-        with (
-            self.clock.account("checkpoints"),
-            rundir.refuse_full_disk(folder),
-            rundir.staging(folder, "final") as new,
-        ):
+        with rundir.refuse_full_disk(folder), rundir.staging(folder, "final") as new:
             self.save_model(str(new), _internal_call=True)
-            if self.args.should_save:
-                (new / "training_args.bin").unlink(missing_ok=True)
-                rundir.publish_files(new, folder)
+            (new / "training_args.bin").unlink(missing_ok=True)
+            rundir.publish_files(new, folder)
 
     def describe_place(self) -> dict[str, Any]:
         """Where the run is: the keys that every line of metrics.jsonl has."""

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +17,22 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import position_offset, probe_packing
-from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
-from oneday.compilation import compile_layers, mark_varying, run_eagerly
-from oneday.evaluation import evaluate_objective
+from oneday.compilation import compile_layers, mark_varying, run_eagerly, try_compiled
+from oneday.evaluation import add_totals, name_losses, sum_held_out
 from oneday.initialization import check_embedding_init
-from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, plan_rows
+from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, micro_tokens, plan_rows
 from oneday.mixed_precision import HalfWeights
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import build_optimizer, check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
+from oneday.ranks import Ranks, check_strategy
 from oneday.recovery import StepGuard, find_bad_number, fit_into_memory
-from oneday.replay import ReplayClock, read_script
+from oneday.replay import ReplayClock, build_clock
 from oneday.row_sources import RowSource, ShuffledRows
 from oneday.saving import RunTrainer
 from oneday.schedules import (
@@ -64,30 +64,12 @@ class StepRecord:
     is_spike: bool = False
 
 
-def micro_tokens(args: BudgetTrainingArguments) -> int:
-    """Tokens of a micro-batch; compiled layers get all of one size, that of the smallest step, and compile once."""
-    smallest = args.batch_size_tokens_start if args.use_compile else None
-    return min(args.micro_batch_tokens, smallest or args.micro_batch_tokens)
-
-
-def build_clock(args: BudgetTrainingArguments) -> BudgetClock:
-    """The clock of a run, or of one that repeats another.
-
-    Raises:
-        SettingError: When the budget cannot be measured, or the run to be repeated cannot be read.
-    """
-    budget = Budget.from_arguments(args)
-    if args.replay:
-        return ReplayClock(budget, script=read_script(args.replay))
-    return BudgetClock(budget, meter=open_meter(budget, args.device))
-
-
 class BudgetTrainer(RunTrainer):
     """Pretrains a stock model inside a budget.
 
     One item of the data loader is a whole optimizer step: a list of micro-batches, whose summed losses are divided by
-    the number of predicted tokens of the step. Loss and gradient are therefore exact for every architecture and any
-    accumulation, and the batch may change its size from step to step.
+    the number of predicted tokens of the step. Loss and gradient are therefore exact for every architecture, any
+    accumulation and any number of processes, and the batch may change its size from step to step.
 
     Args:
         model: A stock model with packed attention.
@@ -99,7 +81,7 @@ class BudgetTrainer(RunTrainer):
         data_fingerprint: Says what data and tokenizer these are; a run does not go on under another one.
 
     Raises:
-        SettingError: When a setting cannot work, or several processes or GPUs are at hand.
+        SettingError: When a setting cannot work, a process has several GPUs, or the processes have different texts.
     """
 
     args: BudgetTrainingArguments
@@ -114,11 +96,9 @@ class BudgetTrainer(RunTrainer):
         processing_class: PreTrainedTokenizerBase,
         data_fingerprint: str = "",
     ) -> None:
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise SettingError(
-                f"{args.world_size} processes and {args.n_gpu} GPUs were given; this version trains with one process "
-                "on one device: start one, with CUDA_VISIBLE_DEVICES=0."
-            )
+        check_strategy(args)
+        self.ranks = Ranks(args.process_index, args.world_size, args.ddp_timeout)
+        self.ranks.check_same_text(data_fingerprint)
         keep_freed_memory()
         self.objective, self.data_fingerprint = objective, data_fingerprint
         self.clock = build_clock(args)
@@ -127,6 +107,9 @@ class BudgetTrainer(RunTrainer):
         self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
         self.plateau_end = find_plateau_end(args.lr_shape, args.decay_fraction)
         self.step_record: StepRecord | None = None
+        self.signals: list[str] = []
+        self.is_interrupted = False
+        self.counted: tuple[list[Batch], tuple[int, float, dict[str, int]]] | None = None
         self.eval_seconds = self.save_seconds = 0.0
         self.last_eval: dict[str, float] = {}
         self.position_offset = position_offset(model)
@@ -141,7 +124,10 @@ class BudgetTrainer(RunTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
+        # Only placed, not wrapped: see `ranks`.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         objective.attach(model)
+        self.ranks.share_weights(model)
         self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
         # What is not packed is not this project's path through the model: there autocast decides.
@@ -175,20 +161,26 @@ class BudgetTrainer(RunTrainer):
         )
 
     def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
-        """Size of the next step, as the schedules say at the present progress."""
+        """Size of the next step, as the schedules say at the present progress of process 0."""
         if isinstance(self.clock, ReplayClock):
-            return self.limit_plan(self.clock.current().plan, row_length)
+            return self.share_plan(self.clock.current().plan, row_length)
         progress = self.clock.progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
         rows = plan_rows(tokens, micro_tokens(args), row_length, args.world_size)
         cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
-        return self.limit_plan(StepPlan(*rows, progress, cut), row_length)
+        return self.share_plan(StepPlan(*rows, progress, cut), row_length)
 
-    def limit_plan(self, plan: StepPlan, row_length: int) -> StepPlan:
-        """A step of the same rows, in micro-batches that the memory has been found to hold."""
-        if self.micro_batch_limit is None:
-            return plan
-        return limit_micro_rows(plan, self.micro_batch_limit // row_length, self.args.world_size)
+    def share_plan(self, plan: StepPlan, row_length: int) -> StepPlan:
+        """Process 0's plan, in micro-batches that the memory has been found to hold."""
+        rows, micro_rows, progress, cut = self.ranks.decide(
+            plan.num_rows, plan.micro_rows, plan.progress, plan.row_length or 0
+        )
+        plan = StepPlan(int(rows), int(micro_rows), progress, int(cut) or None)
+        most = self.micro_batch_limit // row_length if self.micro_batch_limit is not None else plan.micro_rows
+        if self.args.use_compile:  # all of one size, also where the smallest step is shared out
+            smallest = self.args.batch_size_tokens_start or self.args.batch_size_tokens
+            most = min(most, plan_rows(smallest, micro_tokens(self.args), row_length, self.args.world_size)[1])
+        return limit_micro_rows(plan, most, self.args.world_size)
 
     def get_train_dataloader(self) -> StepLoader:
         """The loader as it is: it shards by rank itself, so accelerate must not."""
@@ -209,9 +201,10 @@ class BudgetTrainer(RunTrainer):
         model.train()
         tokens, flops, counts = self.count_step(inputs)
         progress = self.clock.step_progress(tokens, flops)
+        self.ranks.seed_step(self.args.seed, self.clock.steps_taken)
+        total, progress = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts), progress)
         self.lr_scheduler.set_progress(progress)
-        total, _ = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts))
-        loss = self.reduce_sum(total)
+        loss = self.ranks.sum_gradients(model.parameters(), total)
         self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
@@ -220,10 +213,8 @@ class BudgetTrainer(RunTrainer):
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
         total = torch.zeros((), device=self.args.device)
         with self.precision():
-            for index, batch in enumerate(step):
-                last = index == len(step) - 1
-                with nullcontext() if last else self.accelerator.no_sync(model):
-                    total += self.backward(model, batch.to(self.args.device), counts)
+            for batch in step:
+                total += self.backward(model, batch.to(self.args.device), counts)
         return total
 
     @contextmanager
@@ -244,23 +235,33 @@ class BudgetTrainer(RunTrainer):
         if self.args.use_compile and self.objective.is_packed:
             mark_varying(batch.inputs["cu_seq_lens"])
         loss = self.objective.mean_loss(self.objective.summed_terms(model, batch), counts)
-        # Data-parallel wrappers average gradients over processes; the sum is wanted.
-        self.accelerator.backward(loss * self.args.world_size)
+        self.accelerator.backward(loss)
         self.half_weights.collect()
         return loss.detach()
 
-    def rehearse_step(self) -> None:
-        """Forward and backward over the coming micro-batch, for what happens only once; leaves no gradient."""
+    def rehearse_step(self) -> bool:
+        """Forward and backward over the coming micro-batch, which compiles, without a trace; whether it compiled."""
         self.model.train()
-        fit_into_memory(
-            self,
-            self.loader.peek(),
-            lambda step: self.accumulate(self.model, self.objective.count_terms(step[0]), step[:1]),
-        )
+
+        def rehearse(step: list[Batch]) -> bool:
+            counts = self.objective.count_terms(step[0])
+            return try_compiled(self.model, lambda: self.accumulate(self.model, counts, step[:1]))
+
+        is_compiled, _ = fit_into_memory(self, self.loader.peek(), rehearse)
         self.model.zero_grad()
+        return is_compiled
 
     def count_step(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
-        """(tokens, FLOPs, counts of the loss's terms); windowed layers count the pairs inside their window."""
+        """(tokens, FLOPs, counts of the loss's terms) over all processes; also hears of signals that reached any."""
+        if self.counted is None or self.counted[0] is not step:
+            tokens, flops, counts = self.count_share(step)
+            tokens, flops, signals, *totals = self.ranks.add(tokens, flops, len(self.signals), *counts.values())
+            self.is_interrupted = signals > 0
+            self.counted = step, (int(tokens), flops, dict(zip(counts, map(int, totals))))
+        return self.counted[1]
+
+    def count_share(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
+        """The same of this process; windowed layers count the pairs inside their window."""
         lengths = np.concatenate([batch.doc_lengths for batch in step])
         counts = Counter()
         for batch in step:
@@ -276,23 +277,19 @@ class BudgetTrainer(RunTrainer):
         self.composite.is_skipping = self.step_record.bad_number is not None
         return self.grad_norm
 
-    def reduce_sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
-
     def next_step_fits(self) -> bool:
-        """Whether the coming step ends inside the budget; rank 0 decides for all."""
+        """Whether the coming step ends inside the budget, by this process's clock; process 0's is the one to ask."""
         tokens, flops, _ = self.count_step(self.loader.peek())
-        fits = self.clock.fits(tokens, flops)
-        if self.args.world_size == 1:
-            return fits
-        flag = torch.tensor(int(fits), device=self.args.device)
-        torch.distributed.broadcast(flag, 0)
-        return bool(flag.item())
+        return self.clock.fits(tokens, flops)
 
     def floating_point_ops(self, inputs: list[Batch]) -> float:
-        """Executed FLOPs of the step just taken, for `total_flos`."""
-        return self.step_record.flops / self.args.world_size
+        """Executed FLOPs of the step just taken, over all processes, for `total_flos`."""
+        return self.step_record.flops
+
+    def store_flos(self) -> None:
+        """As the parent with one process: the FLOPs are over all of them already."""
+        self.state.total_flos += self.current_flos
+        self.current_flos = 0
 
     # ---- Optimizer and schedule ----
 
@@ -339,7 +336,7 @@ class BudgetTrainer(RunTrainer):
         collators = list(self.objective.evaluation_collators(self.position_offset).items())
         self.eval_batch_tokens = min(self.eval_batch_tokens, self.micro_batch_limit or self.eval_batch_tokens)
         try:
-            metrics = evaluate_objective(
+            totals = sum_held_out(
                 self.model,
                 self.objective,
                 self.eval_dataset,
@@ -348,16 +345,17 @@ class BudgetTrainer(RunTrainer):
                 dict(collators[:1] if own_only else collators),
                 self.args.process_index,
                 self.args.world_size,
-                self.reduce_sum,
                 max_parts,
             )
         except torch.OutOfMemoryError:
             if self.eval_batch_tokens <= self.eval_dataset.row_length:
                 raise
-            metrics = None
-        if metrics is None:
+            totals = None
+        shares = self.ranks.gather(totals)
+        if None in shares:
             self.eval_batch_tokens //= 2
             return self.measure_held_out(own_only, max_parts)
+        metrics = name_losses(self.objective, add_totals(shares), self.eval_dataset)
         synchronize(self.args.device)
         return metrics
 

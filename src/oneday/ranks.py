@@ -1,0 +1,173 @@
+"""The processes of a run, kept in step: one clock, one batch, one sum of gradients.
+
+Nothing is wrapped around the model. torch's DistributedDataParallel hooks the gradients while the backward pass makes
+them; here parameters lend their storage to bfloat16 weights for that time (`mixed_precision`), a pass that runs out of
+memory is done again, and processes may hold different numbers of micro-batches. So each process adds up its own
+micro-batches alone, and the float32 gradients are summed once a step, before they are clipped: exact for every
+objective and optimizer, and nothing is left half-way when a pass fails.
+
+What depends on the clock is decided by process 0 and told to all; what any process may run into (a signal, memory) is
+added up. These words are float64 numbers and go through gloo, whatever the gradients go through: four short messages
+a step, none of which waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+# Gradients are summed in pieces of this many elements.
+BUCKET_ELEMENTS = 2**24
+# How accelerate may start the processes; the sharding strategies spread one parameter over several.
+STRATEGIES = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+def check_strategy(args: BudgetTrainingArguments) -> None:
+    """Refuse what is not one whole model a process.
+
+    Raises:
+        SettingError: On several GPUs in one process, or sharded parameters.
+    """
+    if args.n_gpu > 1:
+        raise SettingError(
+            f"{args.n_gpu} GPUs are visible to one process, whose packed rows cannot be scattered over them; start "
+            "accelerate launch with recipes/accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0."
+        )
+    name = args.distributed_state.distributed_type.value
+    if name not in STRATEGIES or args.fsdp or args.deepspeed:
+        name = name if name not in STRATEGIES else "FSDP" if args.fsdp else "DEEPSPEED"
+        raise SettingError(
+            f"The distributed_type {name} is not for this project's models, which fit one GPU, nor for its optimizers "
+            "(8-bit states and muon need whole matrices); set it to MULTI_GPU, one process a GPU."
+        )
+
+
+class Ranks:
+    """What the processes say to each other; with one process every method returns its own value.
+
+    Args:
+        rank: This process.
+        size: All of them.
+        timeout_seconds: How long one may keep the others waiting.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, timeout_seconds: float = 1800) -> None:
+        self.rank, self.size = rank, size
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if size > 1 else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0: the one with the clock, and the only one that writes."""
+        return self.rank == 0
+
+    def decide(self, *numbers: float) -> list[float]:
+        """Process 0's numbers."""
+        return self.add(*(number if self.is_first else 0.0 for number in numbers))
+
+    def add(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes; exact for integers below 2^53."""
+        if self.size == 1:
+            return list(numbers)
+        words = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(words, group=self.group)
+        return words.tolist()
+
+    def gather(self, value: Result) -> list[Result]:
+        """Everyone's value, by rank; for what is rare."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def lead(self, call: Callable[[], Result]) -> Result:
+        """What process 0's call returns; the others do not make it.
+
+        Raises:
+            SettingError: On every process, when process 0's call does.
+        """
+        result: tuple[Any, str | None] = None, None
+        if self.is_first:
+            try:
+                result = call(), None
+            except SettingError as error:
+                result = None, str(error)
+        result, refusal = self.gather(result)[0]
+        if refusal is not None:
+            raise SettingError(refusal)
+        return result
+
+    def check_same_text(self, fingerprint: str) -> None:
+        """Refuse processes that do not read the same.
+
+        Args:
+            fingerprint: Of this process's text and tokenizer.
+
+        Raises:
+            SettingError: When another has a different one.
+        """
+        if len(set(self.gather(fingerprint))) > 1:
+            raise SettingError(
+                "The text or tokenizer of dataset_name is not the same for all processes; have every machine read the "
+                "same files."
+            )
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every process the weights and buffers of process 0."""
+        if self.size > 1:
+            for tensor in model.state_dict(keep_vars=True).values():
+                dist.broadcast(tensor.data, 0)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+        """Sum every gradient over the processes, in place; where no process has one, there is none.
+
+        Args:
+            parameters: In the same order everywhere; float32.
+            loss: A scalar that goes along.
+
+        Returns:
+            The sum of the losses.
+        """
+        if self.size == 1:
+            return loss
+        bucket: list[nn.Parameter] = []
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if sum(member.numel() for member in bucket) >= BUCKET_ELEMENTS:
+                sum_bucket(bucket, loss)
+                bucket = []
+            bucket.append(parameter)
+        return sum_bucket(bucket, loss)
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Random numbers (dropout) of this step and process, which need no state to go on after an interruption.
+
+        One process keeps the one sequence that its checkpoints hold.
+        """
+        if self.size > 1:
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
+
+
+def sum_bucket(parameters: list[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    """Sum some gradients over the processes in one message; returns the sum of the losses."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    has_grad = torch.tensor([p.grad is not None for p in parameters], dtype=loss.dtype, device=loss.device)
+    flat = torch.cat([*(grad.flatten() for grad in grads), has_grad, loss.reshape(1)])
+    dist.all_reduce(flat)
+    *totals, counts, loss = flat.split([*(grad.numel() for grad in grads), len(grads), 1])
+    for parameter, grad, total, count in zip(parameters, grads, totals, counts.tolist()):
+        parameter.grad = grad.copy_(total.view_as(grad)) if count else None
+    return loss[0].clone()
