@@ -1,0 +1,164 @@
+"""Several processes under `accelerate launch`: the same run as with one, ended together, and whole after a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+from test_programs import ROOT
+
+from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.run_directory import read_json, read_metrics
+
+STEPS, LEARNING_RATE, MUON_RATE = 20, 1e-3, 5e-3
+SETTINGS = {
+    "model_config": "model_configs/modernbert-mini.json", "vocab_size": 150, "max_seq_length": 32,
+    "batch_size_tokens_start": "null", "batch_size_tokens": 512, "micro_batch_tokens": 128, "bf16": "false",
+    "embedding_init": "random", "optim": "adamw", "learning_rate": LEARNING_RATE, "muon_learning_rate": MUON_RATE,
+    "budget_minutes": "null", "num_evaluations": 1, "validation_fraction": 0.1,
+}  # fmt: skip
+# torch's Muon and ours orthogonalise in bfloat16: a gradient that differs in its last bits moves an update by up to
+# two hundredths of its length (measured with torch 2.13: bfloat16 has 8 bits, and the iteration several products).
+MUON_RELATIVE_UPDATE = 0.02
+
+
+@pytest.fixture(scope="module")
+def launch(texts, tmp_path_factory):
+    """Starts scripts/pretrain.py on so many processes; returns (launcher, run directory)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    text = folder / "texts.jsonl"
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def start(processes, name, **settings):
+        given = {**SETTINGS, "dataset_name": text, "output_dir": folder / name, **settings}
+        command = [sys.executable]
+        if processes > 1:
+            config = ROOT / "recipes/accelerate_configs/cpu_processes.yaml"
+            command += ["-m", "accelerate.commands.launch", "--config_file", config]
+            command += ["--num_processes", processes, "--main_process_port", 0]
+        command += [ROOT / "scripts/pretrain.py", ROOT / "recipes/quickstart/bert.yaml"]
+        command += [word for key, value in given.items() for word in (f"--{key}", value)]
+        environment = {**os.environ, "ONEDAY_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        with open(folder / f"{name}-{processes}.log", "w") as log:
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return process, folder / name
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(launch):
+    """The same to the end; returns the run directory."""
+
+    def run_to_end(processes, name, **settings):
+        process, folder = launch(processes, name, **settings)
+        code = process.wait(timeout=240)
+        assert code == 0, (folder.parent / f"{name}-{processes}.log").read_text()[-2000:]
+        return folder
+
+    return run_to_end
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    """One process, never interrupted."""
+    return run(1, "alone", budget_steps=STEPS)
+
+
+def steps_of(folder):
+    """The steps that led to the weights in a run directory."""
+    return [event for event in read_metrics(folder) if event["event"] == "step"]
+
+
+def column(folder, name):
+    return np.array([step[name] for step in steps_of(folder)])
+
+
+def rank_process(launcher, rank):
+    """The process of a rank, once it is there."""
+    while launcher.poll() is None:
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            try:
+                if child.environ().get("RANK") == str(rank):
+                    return child
+            except psutil.Error:
+                continue
+        time.sleep(0.05)
+    raise AssertionError(f"the launcher ended with {launcher.returncode} before rank {rank} was there")
+
+
+def wait_for_checkpoint(launcher, folder, number=1):
+    while len(list_checkpoints(folder)) < number:
+        assert launcher.poll() is None, "the run ended before its checkpoint"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_as_many_processes_as_one_likes(run, alone, processes):
+    """Losses and summed gradients of twenty AdamW steps in float32, to a millionth; one directory, one card."""
+    together = run(processes, f"together-{processes}", budget_steps=STEPS)
+    assert len(steps_of(together)) == STEPS
+    assert np.array_equal(column(together, "batch_tokens"), column(alone, "batch_tokens"))
+    np.testing.assert_allclose(column(together, "loss"), column(alone, "loss"), rtol=1e-6)
+    np.testing.assert_allclose(column(together, "grad_norm"), column(alone, "grad_norm"), rtol=1e-5)
+    held_out = [read_json(folder / "results.json")["eval_loss"] for folder in (together, alone)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+    assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+@pytest.mark.slow
+def test_muon_stays_within_what_its_bfloat16_allows(run):
+    """Its updates have a root mean square of at most 0.2 times the rate; so far apart may two runs be, at most."""
+    weights = [load_file(run(n, f"muon-{n}", optim="muon", budget_steps=STEPS) / "model.safetensors") for n in (1, 2)]
+    path = 0.2 * MUON_RATE * STEPS
+    for name, value in weights[0].items():
+        apart = np.sqrt(np.mean((value - weights[1][name]) ** 2))
+        assert apart <= MUON_RELATIVE_UPDATE * path, name
+
+
+def test_losing_one_process_ends_all_and_any_number_goes_on(launch, run, alone):
+    """SIGKILL for rank 1; the checkpoint is whole, and one process alone ends as one that never stopped."""
+    launcher, folder = launch(2, "killed", budget_steps=STEPS, save_steps=5)
+    wait_for_checkpoint(launcher, folder)
+    rank_process(launcher, 1).send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    assert launcher.wait(timeout=60) != 0
+    assert time.monotonic() - begun < 60
+    assert list_checkpoints(folder) and not any(find_fault(checkpoint) for checkpoint in list_checkpoints(folder))
+    run(1, "killed", budget_steps=STEPS, save_steps=5)
+    assert len(steps_of(folder)) == STEPS
+    np.testing.assert_allclose(column(folder, "loss"), column(alone, "loss"), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_one_clock_and_one_signal_for_all(launch, run):
+    """SIGTERM to rank 1 alone stops both after the same step; then the wall-clock budget ends both inside it."""
+    settings = {"budget_minutes": 0.5, "learning_rate": 1e-4, "save_steps": 1000}
+    launcher, folder = launch(2, "clock", **settings)
+    while not (folder / "metrics.jsonl").exists() or len(steps_of(folder)) < 5:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    rank_process(launcher, 1).send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) != 0
+    assert len(list_checkpoints(folder)) == 1
+    run(2, "clock", **settings)
+    report = read_json(folder / "budget.json")
+    assert report["status"] == "finished"
+    assert 0.9 <= report["used_fraction"] <= 1.0
+    assert list(column(folder, "step")) == list(range(1, len(steps_of(folder)) + 1))
+
+
+def test_more_processes_than_rows_are_refused(launch):
+    launcher, folder = launch(2, "few", budget_steps=2, batch_size_tokens=32)
+    assert launcher.wait(timeout=120) == 1
+    said = (folder.parent / "few-2.log").read_text()
+    assert said.count("error: A step of 1 rows cannot be shared by 2 processes") == 1
+    assert not folder.exists()
