@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
+from oneday.callbacks import HubCallback
 from oneday.extension import extend_run
+from oneday.hub import HubPusher, fetch_run
 from oneday.model_card import write_reports
 from oneday.recipe import Settings, build_arguments, complete_settings, resolve_settings, run_program
 from oneday.replay import read_replayed_settings
-from oneday.run_directory import create_run, discard_run, inspect_run, lock_run
+from oneday.run_directory import RECIPE, create_run, discard_run, inspect_run, lock_run
 from oneday.trainer import BudgetTrainer
 
 DESCRIPTION = "Pretrain a language model from scratch until a budget is used up. Times in hours or minutes as named."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
 INTERRUPTED = 75
+# A machine that is taken away leaves about half a minute.
+PUSH_SECONDS = 20.0
 
 logger = logging.getLogger("oneday.pretrain")
 
@@ -36,16 +43,29 @@ def main() -> int:
     with ExitStack() as held:
         state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
-            return say_finished(args.output_dir)
-        try:
-            metrics = trainer.run(resume=state != "new")
-        except SettingError:
-            if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
-                discard_run(args.output_dir)
-            raise
-        if trainer.status == "interrupted":
-            return say_interrupted(trainer)
-        write_reports(trainer, data, model_args, data_args, metrics)
+            code = say_finished(args.output_dir)
+        else:
+            code = train(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
+    trainer.ranks.close()
+    return code
+
+
+def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]], None]) -> int:
+    """The run in an opened directory, its reports (`write` makes them of the held-out losses) and what is pushed."""
+    pusher = start_pushing(trainer)
+    try:
+        metrics = trainer.run(resume=state != "new")
+    except SettingError:
+        if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
+            discard_run(trainer.args.output_dir)
+        raise
+    if trainer.status == "interrupted":
+        if pusher:
+            pusher.wait(PUSH_SECONDS)
+        return say_interrupted(trainer)
+    write(metrics)
+    if pusher:
+        pusher.push_final()
     return 0
 
 
@@ -54,11 +74,28 @@ def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerpri
     folder = settings["output_dir"]
     held.enter_context(lock_run(folder))
     state = inspect_run(folder, settings)  # another process may have ended it meanwhile
-    if state == "new":
+    if state == "new" and settings["resume_from_hub"]:
+        try:
+            fetch_run(settings["resume_from_hub"], folder, settings)
+        except SettingError:
+            discard_run(folder)
+            raise
+        state = "resumed"
+    if not (Path(folder) / RECIPE).exists():
         create_run(folder, settings)
     elif state == "extended":
         extend_run(folder, settings, budget, data_fingerprint)
     return state
+
+
+def start_pushing(trainer: BudgetTrainer) -> HubPusher | None:
+    """Have checkpoints pushed to the Hub, where that was asked for."""
+    args = trainer.args
+    if not args.is_pushed or not trainer.ranks.is_first:
+        return None
+    pusher = HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
+    trainer.add_callback(HubCallback(trainer, pusher))
+    return pusher
 
 
 def say_finished(output_dir: str) -> int:

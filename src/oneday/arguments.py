@@ -75,7 +75,6 @@ class DataArguments:
 
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"
-NO_PUSH = "this version does not do; upload the finished run directory with `hf upload`"
 # Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
 REFUSED_SETTINGS = {
     "max_steps": DECIDED.format("budget_steps"),
@@ -92,7 +91,9 @@ REFUSED_SETTINGS = {
     "torch_compile_backend": "has no effect here; set torch_compile instead",
     "torch_compile_mode": "has no effect here; set torch_compile instead",
     "save_only_model": "would lose the optimizer of a resumed run; leave it out",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"), NO_PUSH),
+    "hub_token": "would stand in recipe.yaml; run `hf auth login` or set HF_TOKEN instead",
+    "hub_always_push": "is how it is not done: one push at a time; leave it out",
+    "hub_revision": "has no effect here; leave it out",
     **dict.fromkeys(
         (
             "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
@@ -209,6 +210,19 @@ class BudgetTrainingArguments(TrainingArguments):
     logging_steps: int = setting(10, "Steps between reports to the trackers.")
     report_to: str | list[str] = setting("none", "Trackers: tensorboard, trackio, wandb or none.")
     eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
+    push_to_hub: bool = setting(
+        False, "Push to the Hub while training and at the end; a push that fails ends nothing."
+    )
+    hub_model_id: str | None = setting(None, "Repository on the Hub, user/name; made when it is not there.")
+    hub_strategy: str = setting(
+        "checkpoint",
+        "What is pushed before the end: checkpoint (the newest, to the branch checkpoints), all_checkpoints, "
+        "every_save (the model alone, to main) or end (nothing).",
+    )
+    hub_private_repo: bool | None = setting(None, "Make a new repository private.")
+    resume_from_hub: str | None = setting(
+        None, "user/name: go on with the last checkpoint that was pushed there, where output_dir holds no run."
+    )
     seed: int = setting(42, "Seed of weights, masks and, unless data_seed is set, of the shuffle.")
     data_seed: int | None = setting(None, "Seed of the shuffle.")
     torch_compile: bool = setting(False, "Compile the layers with torch.compile; the first time takes half a minute.")
@@ -226,6 +240,9 @@ class BudgetTrainingArguments(TrainingArguments):
         self.optimizer_name = self.optim
         self.use_bf16 = self.bf16
         self.use_compile = self.torch_compile
+        self.is_pushed, self.push_to_hub = self.push_to_hub, False
+        if self.is_pushed and not self.hub_model_id:
+            raise SettingError("push_to_hub is true and hub_model_id is empty; name a repository, say you/my-model.")
         self.optim, self.bf16, self.torch_compile = "adamw_torch", False, False
         self.remove_unused_columns = False
         self.ignore_data_skip = True

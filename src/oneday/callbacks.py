@@ -22,6 +22,7 @@ from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
 
 if TYPE_CHECKING:
+    from oneday.hub import HubPusher
     from oneday.trainer import BudgetTrainer
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,18 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """One line an evaluation."""
         self.trainer.note_event("eval", **metrics)
+
+
+class HubCallback(TrainerCallback):
+    """Has each new checkpoint pushed, aside."""
+
+    def __init__(self, trainer: BudgetTrainer, pusher: HubPusher) -> None:
+        self.trainer, self.pusher = trainer, pusher
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Push what was written, unless writing failed."""
+        if self.trainer.saved_at == self.trainer.clock.steps_taken:
+            self.pusher.push_newest()
 
 
 class BudgetProgressCallback(TrainerCallback):

@@ -160,6 +160,12 @@ class Ranks:
         if self.size > 1:
             torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
 
+    def close(self) -> None:
+        """Wait for all at the end of a run: one that left early would end under the messages of the others."""
+        if self.size > 1:
+            dist.barrier(self.group)
+            dist.destroy_process_group()
+
 
 def sum_bucket(parameters: list[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
     """Sum some gradients over the processes in one message; returns the sum of the losses."""

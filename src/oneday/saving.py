@@ -47,6 +47,13 @@ def drop_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(state.items())}.values())
 
 
+def share_files(folder: Path) -> None:
+    """Weights get the permissions of the other files: safetensors writes them for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 class RunTrainer(Trainer):
     """A Trainer whose run directory is whole at every moment. Only process 0 writes there; all read from it.
 
@@ -125,6 +132,7 @@ class RunTrainer(Trainer):
         companion = getattr(self.model, COMPANION, None)
         if companion is None:
             super()._save(output_dir, state_dict)
+            share_files(Path(output_dir or self.args.output_dir))
             return
         state = {key: value for key, value in self.model.state_dict().items() if not key.startswith(f"{COMPANION}.")}
         super()._save(output_dir, dict(state))  # it takes entries out
@@ -132,6 +140,7 @@ class RunTrainer(Trainer):
             shared = {parameter.data_ptr() for parameter in state.values()}
             own = {key: value for key, value in companion.state_dict().items() if value.data_ptr() not in shared}
             save_file(drop_aliases(own), Path(output_dir) / COMPANION_FILE)
+        share_files(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """As the parent, and what the model carries."""

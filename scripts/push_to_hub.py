@@ -1,0 +1,48 @@
+"""Push a finished run to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError, setting
+from oneday.hub import describe_failure, push_model
+from oneday.model_card import refresh_card
+from oneday.recipe import parse_recipe, run_program
+
+
+@dataclass
+class PushArguments:
+    """What is pushed, and where to."""
+
+    run_dir: str = setting("runs/quickstart-bert", "A finished run directory; its checkpoints stay here.")
+    hub_model_id: str = setting("", "Repository on the Hub, user/name; made when it is not there.")
+    hub_private_repo: bool = setting(False, "Make a new repository private.")
+
+
+def main() -> None:
+    """Push, and say where it is."""
+    (args,) = parse_recipe(
+        (PushArguments,),
+        description="Push a finished run to the Hub: model, tokenizer, card, recipe, curve, metrics; no local path.",
+        example="python scripts/push_to_hub.py --run_dir runs/quickstart-bert --hub_model_id you/my-first-bert",
+    )
+    if not args.hub_model_id:
+        raise SettingError("hub_model_id is empty; name a repository, say you/my-first-bert.")
+    if not (Path(args.run_dir) / rundir.RESULTS).is_file():
+        raise SettingError(f"run_dir {args.run_dir} holds no finished run; finish it, or name another.")
+    refresh_card(args.run_dir)
+    try:
+        print(push_model(HfApi(library_name="oneday"), args.run_dir, args.hub_model_id, args.hub_private_repo))
+    # The client has errors of its own, httpx others.
+    except Exception as error:  # noqa: BLE001
+        raise SettingError(
+            f"{args.run_dir} was not pushed to {args.hub_model_id}: {describe_failure(error)}."
+        ) from None
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,287 @@
+"""Runs on the Hugging Face Hub: what leaves the machine, how it is sent, how a run comes back.
+
+Main holds the finished model, card, recipe, curve and metrics; the branch `checkpoints` holds what another machine
+needs to go on. What is sent is a copy in which every absolute path has been cut down to its last name; a run directory
+never holds a token. huggingface_hub tries again by itself when the Hub is busy or away (429, 5xx, a lost connection).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from oneday import run_directory as rundir
+from oneday.arguments import SettingError
+from oneday.checkpoints import PREFIX, list_checkpoints, seal_checkpoint
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+# A pickle of every setting, paths included, which nothing reads when a run goes on.
+UNSENT = {"training_args.bin", rundir.LOCK}
+RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS)
+# `/a/b`, `~/a` and `C:\a`, and the same after `file://`; never a word of a sentence with one slash.
+LOCAL_PATH = re.compile(r"(?:file://)?(?:~|[A-Za-z]:)?(?:[/\\][^/\\\s,'\"]+){2,}[/\\]?|~[/\\][^\s,'\"]+")
+
+
+def hide_paths(value: Any) -> Any:
+    """The same value with every absolute path in its strings cut down to its last name.
+
+    Example: {"dataset_name": "/home/ann/texts/*.parquet"} -> {"dataset_name": "*.parquet"}.
+    """
+    if isinstance(value, dict):
+        return {key: hide_paths(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [hide_paths(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    # A path that holds spaces is one all the same when it is the whole string.
+    if value.startswith(("/", "~/", "file:///")) and "\n" not in value and "," not in value:
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w:/.])" + LOCAL_PATH.pattern, lambda match: last_name(match.group()), value)
+
+
+def last_name(path: str) -> str:
+    """`*.parquet` of `/home/ann/texts/*.parquet`."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def copy_publicly(source: Path, target: Path) -> None:
+    """A copy of one file that names no local path; weights, states and vocabularies hold none and are linked."""
+    if source.name == "tokenizer.json" or source.suffix not in (".json", ".jsonl", ".yaml", ".md"):
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
+        return
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".yaml":
+        text = yaml.safe_dump(hide_paths(yaml.safe_load(text)), sort_keys=True, allow_unicode=True)
+    elif source.suffix == ".json":
+        text = json.dumps(hide_paths(json.loads(text)), indent=2) + "\n"
+    elif source.suffix == ".jsonl":
+        text = "".join(json.dumps(hide_paths(json.loads(line))) + "\n" for line in whole_lines(text))
+    else:
+        text = hide_paths(text)
+    target.write_text(text, encoding="utf-8")
+
+
+def whole_lines(text: str) -> list[str]:
+    """The lines that are JSON; the last may be torn."""
+    lines = []
+    for line in text.splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            continue
+        lines.append(line)
+    return lines
+
+
+def stage_model(run_dir: Path, folder: Path) -> None:
+    """Copies of the files at the top of a run directory, and of its scores."""
+    for path in sorted(run_dir.iterdir()):
+        if path.is_file() and path.name not in UNSENT and not path.name.startswith("."):
+            copy_publicly(path, folder / path.name)
+    scores = run_dir / "glue" / "glue_results.json"
+    if scores.is_file():
+        (folder / "glue").mkdir()
+        copy_publicly(scores, folder / "glue" / scores.name)
+
+
+def stage_saved_model(checkpoint: Path, folder: Path) -> None:
+    """Copies of what a checkpoint holds of the model and its tokenizer, without what only resuming needs."""
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors" or "config" in path.name or path.name.startswith("tokenizer"):
+            copy_publicly(path, folder / path.name)
+
+
+def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
+    """Copies of a checkpoint, sealed anew, under `name`, and of what a run needs beside it to go on."""
+    (folder / name).mkdir()
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.name not in UNSENT:
+            copy_publicly(path, folder / name / path.name)
+    seal_checkpoint(folder / name)
+    for file in RESUMED_FILES:
+        if (checkpoint.parent / file).is_file():
+            copy_publicly(checkpoint.parent / file, folder / file)
+
+
+def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, private: bool | None = None) -> str:
+    """One commit with every file of `folder`; returns its address.
+
+    Args:
+        api: Client with the user's token.
+        repo_id: `user/name`; made when it is not there.
+        folder: What is sent, and nothing else; directories replace those of the same name.
+        branch: Where to; made when it is not there.
+        message: Of the commit.
+        private: Whether a new repository is.
+    """
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if branch != "main":
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    there = api.list_repo_files(repo_id, revision=branch)
+    replaced = {name.split("/")[0] for name in names if "/" in name}
+    gone = [name for name in there if name.split("/")[0] in replaced and name not in names]
+    operations = [CommitOperationAdd(name, path) for name, path in names.items()]
+    operations += [CommitOperationDelete(name) for name in gone]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch)
+    return commit.commit_url
+
+
+def describe_failure(error: BaseException) -> str:
+    """Why the Hub did not take it, in words."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    reasons = {
+        401: "the Hub does not know the token: run `hf auth login` or set HF_TOKEN",
+        403: "the token may not write there, or its quota is used up",
+        404: "the repository is not there or the token may not see it",
+        413: "the files are too large for the account",
+        429: "the Hub is answering too many requests",
+    }
+    if status in reasons:
+        return reasons[status]
+    if status is not None and status >= 500:
+        return f"the Hub had an error of its own ({status})"
+    if type(error).__name__ == "LocalTokenNotFoundError":
+        return reasons[401]
+    if status is None and not isinstance(error, (ValueError, TypeError)):
+        return f"the Hub cannot be reached ({type(error).__name__})"
+    return str(error).splitlines()[0][:200]
+
+
+def describe_command(run_dir: str | Path, repo_id: str) -> str:
+    """The command that pushes a run."""
+    return f"python scripts/push_to_hub.py --run_dir {run_dir} --hub_model_id {repo_id}"
+
+
+def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | None = None) -> str:
+    """Send a finished run to main; returns the commit's address."""
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".hub-") as folder:
+        stage_model(Path(run_dir), Path(folder))
+        return send(api, repo_id, Path(folder), "main", f"Push {Path(run_dir).name}", private)
+
+
+def push_checkpoint(api: HfApi, checkpoint: Path, repo_id: str, strategy: str, private: bool | None = None) -> str:
+    """Send what a strategy sends of a checkpoint: its model to main, or all of it to the branch `checkpoints`."""
+    message = f"Push {checkpoint.name}"
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".hub-") as folder:
+        if strategy == "every_save":
+            stage_saved_model(checkpoint, Path(folder))
+            return send(api, repo_id, Path(folder), "main", message, private)
+        name = checkpoint.name if strategy == "all_checkpoints" else LAST_CHECKPOINT
+        stage_checkpoint(checkpoint, Path(folder), name)
+        return send(api, repo_id, Path(folder), CHECKPOINT_BRANCH, message, private)
+
+
+class HubPusher:
+    """Sends checkpoints from a thread of its own, one at a time; what comes meanwhile is passed over.
+
+    A push that fails ends nothing and delays nothing: it is said, and the next checkpoint is tried again.
+
+    Args:
+        run_dir: The run directory.
+        repo_id: `user/name`.
+        strategy: One of `STRATEGIES`.
+        private: Whether a new repository is.
+
+    Raises:
+        SettingError: On an unknown strategy.
+    """
+
+    def __init__(self, run_dir: str | Path, repo_id: str, strategy: str, private: bool | None = None) -> None:
+        if strategy not in STRATEGIES:
+            raise SettingError(f"The setting hub_strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}.")
+        self.run_dir, self.repo_id, self.strategy, self.private = Path(run_dir), repo_id, strategy, private
+        self.api = HfApi(library_name="oneday")
+        self.thread: threading.Thread | None = None
+
+    def push_newest(self) -> None:
+        """Start sending the newest checkpoint, unless one is on its way."""
+        if self.strategy == "end" or (self.thread is not None and self.thread.is_alive()):
+            return
+        checkpoint = list_checkpoints(self.run_dir)[-1]
+        send_it = functools.partial(push_checkpoint, self.api, checkpoint, self.repo_id, self.strategy, self.private)
+        self.thread = threading.Thread(target=self.attempt, args=(send_it, checkpoint.name), daemon=True)
+        self.thread.start()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Let a checkpoint on its way arrive, for so long."""
+        if self.thread is not None:
+            self.thread.join(seconds)
+
+    def push_final(self) -> bool:
+        """Send the finished run; whether that worked."""
+        self.wait()
+        send_it = functools.partial(push_model, self.api, self.run_dir, self.repo_id, self.private)
+        return self.attempt(send_it, "The model")
+
+    def attempt(self, call: Callable[[], str], what: str) -> bool:
+        """Make a call that may fail, and say how it went."""
+        try:
+            address = call()
+        # The client has errors of its own, httpx others, and a file may go away while it is read.
+        except Exception as error:  # noqa: BLE001
+            logger.warning(
+                "%s was not pushed to %s (%s); the run is not touched. To push it when it is finished: %s",
+                what, self.repo_id, describe_failure(error), describe_command(self.run_dir, self.repo_id),
+            )  # fmt: skip
+            return False
+        logger.info("%s is on the Hub: %s", what, address)
+        return True
+
+
+def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) -> None:
+    """Bring the last pushed checkpoint of a run, with its budget and metrics, into an empty output_dir.
+
+    Args:
+        repo_id: `user/name`.
+        output_dir: Where the run goes on.
+        settings: Of the run now; paths may be others than they were.
+
+    Raises:
+        SettingError: When there is no such checkpoint, it cannot be had, or it is of a run with other settings.
+    """
+    folder = Path(output_dir)
+    with tempfile.TemporaryDirectory(prefix="oneday-hub-") as temporary:
+        try:
+            snapshot_download(repo_id, revision=CHECKPOINT_BRANCH, local_dir=temporary)
+        except Exception as error:  # noqa: BLE001
+            raise SettingError(
+                f"The setting resume_from_hub is {repo_id!r}, whose branch {CHECKPOINT_BRANCH} cannot be had: "
+                f"{describe_failure(error)}."
+            ) from None
+        found = Path(temporary)
+        newest = next(iter([*found.glob(LAST_CHECKPOINT), *reversed(list_checkpoints(found))]), None)
+        if newest is None or not (found / rundir.RECIPE).is_file():
+            raise SettingError(f"The setting resume_from_hub is {repo_id!r}, which holds no checkpoint of a run.")
+        before = yaml.safe_load((found / rundir.RECIPE).read_text(encoding="utf-8"))
+        differing = rundir.differing_settings(before, hide_paths(settings))
+        if differing:
+            raise SettingError(
+                f"The run in resume_from_hub {repo_id} has other settings ({', '.join(differing)}); give the same "
+                "settings to go on with it."
+            )
+        step = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(newest, folder / f"{PREFIX}{step}")
+        for name in (rundir.BUDGET, rundir.METRICS):
+            if (found / name).is_file():
+                shutil.copyfile(found / name, folder / name)

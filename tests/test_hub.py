@@ -1,0 +1,169 @@
+"""Pushing to the Hub and coming back, with the official client against a server on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from hub_server import HubServer
+from test_programs import ROOT, SMALL
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.hub import hide_paths
+from oneday.run_directory import read_json, read_metrics
+
+SECRET = "hf_good"
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def program(hub, texts, tmp_path):
+    """Runs a script in a process of its own, on another machine's empty cache; returns (code, what it said)."""
+    text = tmp_path / "secret place" / "texts.jsonl"
+    text.parent.mkdir()
+    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def run(script, home="home", token=SECRET, **settings):
+        folder = tmp_path / home
+        environment = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "hf"),
+            "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+            "ONEDAY_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        given = {**SMALL, "dataset_name": text} if script == "pretrain" else {}
+        words = [word for name, value in {**given, **settings}.items() for word in (f"--{name}", str(value))]
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / f"{script}.py", *words],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    run.texts = text
+    return run
+
+
+def load_elsewhere(hub, tmp_path, repo, texts):
+    """Logits of a model taken from the Hub by a process that has only transformers, and an empty cache."""
+    code = (
+        "import sys, json, torch; from transformers import AutoModelForMaskedLM as M, AutoTokenizer as T;"
+        f"m, t = M.from_pretrained({repo!r}), T.from_pretrained({repo!r});"
+        f"print(json.dumps(m(**t({texts!r}, return_tensors='pt')).logits.tolist()))"
+    )
+    environment = {
+        **{key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "empty"), "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_paths_are_cut_down_to_their_names():
+    assert hide_paths({"a": ["/home/ann/my texts/*.parquet"], "b": "/x/y,/z/w.txt"}) == {
+        "a": ["*.parquet"],
+        "b": "y,w.txt",
+    }
+    assert hide_paths("see /home/ann/run/model.bin, or ~/keys") == "see model.bin, or keys"
+    for kept in ("and/or", "https://huggingface.co/a/b", "model_configs/bert-mini.json", "3/4", "ann/model", 7, None):
+        assert hide_paths(kept) == kept
+
+
+def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp_path):
+    """Taken up from a pushed checkpoint in an empty directory, ended there alike, and loaded by anyone."""
+    here, there = tmp_path / "deep" / "run", tmp_path / "other" / "run"
+    settings = {"budget_steps": 6, "save_steps": 2, "push_to_hub": "true", "hub_model_id": "ann/tiny"}
+    code, said = program("pretrain", output_dir=here, **settings, hub_strategy="all_checkpoints")
+    assert code == 0, said
+    assert "The model is on the Hub: " in said
+    branches = hub.branches["ann/tiny"]
+    assert {"model.safetensors", "README.md", "recipe.yaml", "metrics.jsonl", "training_curve.png"} <= set(
+        branches["main"]
+    )
+    assert not any(name.startswith("checkpoint") for name in branches["main"])
+    # Another machine finds what was pushed first, as if this one had been taken away then.
+    first = min(name.split("/")[0] for name in branches["checkpoints"] if name.startswith("checkpoint-"))
+    later = {name for name in branches["checkpoints"] if "/" in name and not name.startswith(first)}
+    branches["checkpoints"] = {name: data for name, data in branches["checkpoints"].items() if name not in later}
+    code, said = program(
+        "pretrain", "elsewhere", output_dir=there, resume_from_hub="ann/tiny", **(settings | {"push_to_hub": "false"})
+    )
+    assert code == 0, said
+    assert f"Resuming from step {first.rpartition('-')[2]}," in said
+    assert [event["step"] for event in read_metrics(there) if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert not any(find_fault(checkpoint) for checkpoint in list_checkpoints(there))
+    assert (
+        read_json(there / "budget.json")["spent"]["seconds"]
+        > read_json(here / "budget.json")["ledger_seconds"]["steps"] / 3
+    )
+    ours, elsewhere = (AutoModelForMaskedLM.from_pretrained(folder) for folder in (here, there))
+    tokenizer = AutoTokenizer.from_pretrained(here)
+    inputs = tokenizer(texts[:1], return_tensors="pt")
+    logits = ours(**inputs).logits
+    assert logits.equal(elsewhere(**inputs).logits), "the run that moved ended with other weights"
+    assert load_elsewhere(hub, tmp_path, "ann/tiny", texts[:1]) == logits.tolist()
+    for path, body in hub.received:
+        for secret in (str(tmp_path), "secret place", SECRET, str(ROOT), os.path.expanduser("~") + "/"):
+            assert secret.encode() not in body, f"{secret} was sent to {path}"
+
+
+@pytest.mark.parametrize(
+    ("errors", "reason"),
+    [
+        ([401] * 9, "the Hub does not know the token"),
+        ([403] * 9, "the token may not write there"),
+        ([429, 500], None),
+    ],
+)
+def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reason):
+    """The run is finished all the same, the command to push it is said, and works; what passes is tried again."""
+    hub.errors[("POST", "/preupload/")] = errors
+    run = tmp_path / "run"
+    code, said = program("pretrain", output_dir=run, push_to_hub="true", hub_model_id="ann/tiny", hub_strategy="end")
+    assert code == 0, said
+    assert read_json(run / "results.json")
+    if reason is None:
+        assert "The model is on the Hub" in said
+        return
+    assert f"The model was not pushed to ann/tiny ({reason}" in said
+    assert f"python scripts/push_to_hub.py --run_dir {run} --hub_model_id ann/tiny" in said
+    hub.errors.clear()
+    code, said = program("push_to_hub", run_dir=run, hub_model_id="ann/tiny")
+    assert code == 0, said
+    assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
+
+
+def test_what_cannot_be_pushed_or_brought_back(hub, program, tmp_path):
+    code, said = program("push_to_hub", run_dir=tmp_path, hub_model_id="ann/tiny")
+    assert (code, said.count("holds no finished run")) == (1, 1)
+    code, said = program("pretrain", output_dir=tmp_path / "new", resume_from_hub="ann/nothing")
+    assert code == 1
+    assert "error: The setting resume_from_hub is 'ann/nothing', whose branch checkpoints cannot be had" in said
+    assert not (tmp_path / "new").exists()
+    code, said = program("pretrain", output_dir=tmp_path / "new", push_to_hub="true")
+    assert (code, said.count("hub_model_id is empty")) == (1, 1)
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
+    """Read whole and as a stream, by its id."""
+    frame = pd.DataFrame({"text": texts})
+    hub.branches["ann/texts"]["main"] = {
+        "data/train-00000-of-00001.parquet": frame.to_parquet(),
+        "README.md": b"---\n---\n",
+    }
+    run = tmp_path / "run"
+    given = {"dataset_name": "ann/texts", "streaming": streaming, "output_dir": run, "validation_name": program.texts}
+    code, said = program("pretrain", **given)
+    assert code == 0, said
+    assert read_json(run / "results.json")["corpus"].startswith("ann/texts")
