@@ -99,7 +99,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
         "pretrain", "elsewhere", output_dir=there, resume_from_hub="ann/tiny", **(settings | {"push_to_hub": "false"})
     )
     assert code == 0, said
-    assert f"Resuming from step {first.rpartition('-')[2]}," in said
+    assert f"Resuming from step {first.rpartition('-')[2]}," in said, said
     assert [event["step"] for event in read_metrics(there) if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert not any(find_fault(checkpoint) for checkpoint in list_checkpoints(there))
     assert (
