@@ -24,7 +24,7 @@ from transformers import (
 from oneday import finetuning
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
-from oneday.finetuning import finetune_task, prepare_task, run_protocol
+from oneday.finetuning import finetune_task, measure_run, prepare_task, run_protocol
 from oneday.glue import find_task
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
 from oneday.recipe import parse_recipe
@@ -147,9 +147,9 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
 
     def count_runs(*arguments):
         started.append(arguments)
-        return finetune_task(*arguments)
+        return measure_run(*arguments)
 
-    monkeypatch.setattr(finetuning, "finetune_task", count_runs)
+    monkeypatch.setattr(finetuning, "measure_run", count_runs)
     # A crash in the middle of a line must not lose the lines before it.
     with (tmp_path / "out" / "glue_runs.jsonl").open("a") as file:
         file.write('{"task": "sst2", "se')
@@ -289,6 +289,8 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"num_seeds": 0}, "num_seeds is 0"),
         ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0"),
         ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
+        ({"peft": "loha"}, "peft is 'loha'; it must be one of lora, dora, qlora"),
+        ({"merge_adapters": True, "save_models": True}, "merge_adapters is on and peft is empty"),
         ({"lr_scheduler_type": "triangle"}, "'triangle'"),
     ],
 )
