@@ -27,6 +27,7 @@ from oneday.classification import (
 )
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
 from oneday.glue_protocol import (
+    TUNED,
     FinetuneArguments,
     check_arguments,
     choose_attention,
@@ -46,8 +47,11 @@ from oneday.glue_results import (
     write_json,
 )
 from oneday.throughput import keep_freed_memory, peak_memory_bytes, set_threads
+from oneday.tuning import choose_setting
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = {False: "pretrained", True: "random"}
 
 Scores = dict[str, dict[str, float]]
 
@@ -73,25 +77,42 @@ def run_protocol(args: FinetuneArguments) -> dict:
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     output_dir = find_output_dir(args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    finished = read_runs(output_dir / RUNS_FILE)
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    obtain_run = functools.partial(take_run, checkpoint, read_runs(output_dir / RUNS_FILE))
     kinds = (False, True) if args.random_baseline else (False,)
-    plan = [(task, seed, from_random) for task in prepared for seed in seeds for from_random in kinds]
-    runs = []
-    with tqdm(plan, desc="fine-tuning", unit="run", mininterval=1.0, disable=None) as bar:
-        for task, seed, from_random in bar:
-            bar.set_postfix_str(f"{task.task.name} seed {seed}{' random' * from_random}")
-            key = hash_run(checkpoint, task, args, seed, from_random)
-            if not is_finished(key, finished, args):
-                finished[key] = measure_run(checkpoint, task, args, seed, from_random, key)
-                append_run(output_dir / RUNS_FILE, finished[key])
-            runs.append(finished[key])
-            if bar.disable:
-                logger.info("%d of %d: %s", len(runs), len(plan), describe_run(finished[key]))
+    plan = [(task, from_random) for task in prepared for from_random in kinds]
+    runs, choices = [], {}
+    with tqdm(total=len(plan) * args.num_seeds, desc="fine-tuning", unit="run", mininterval=1.0, disable=None) as bar:
+        for task, from_random in plan:
+            bar.set_postfix_str(f"{task.task.name}{' random' * from_random}")
+            settings = args
+            if args.protocol == TUNED:
+                once = functools.partial(obtain_run, seed=args.seed, from_random=from_random)
+                settings, choices[task.task.name, WEIGHTS[from_random]] = choose_setting(task, args, once)
+            for seed in range(args.seed, args.seed + args.num_seeds):
+                runs.append(obtain_run(task, settings, seed, from_random))
+                bar.update()
+                if bar.disable:
+                    logger.info("%d of %d: %s", len(runs), bar.total, describe_run(runs[-1]))
     earlier = read_earlier(output_dir / RESULTS_FILE)
-    results = summarize_runs(args, checkpoint, prepared, runs, earlier)
+    results = summarize_runs(args, checkpoint, prepared, runs, earlier, choices)
     write_json(output_dir / RESULTS_FILE, results)
     return results
+
+
+def take_run(
+    checkpoint: Checkpoint,
+    finished: dict[str, dict],
+    task: PreparedTask,
+    args: FinetuneArguments,
+    seed: int,
+    from_random: bool,
+) -> dict:
+    """The line of one run: the finished one, or a new one, which is written down at once."""
+    key = hash_run(checkpoint, task, args, seed, from_random)
+    if not is_finished(key, finished, args):
+        finished[key] = measure_run(checkpoint, task, args, seed, from_random, key)
+        append_run(find_output_dir(args) / RUNS_FILE, finished[key])
+    return finished[key]
 
 
 def is_finished(key: str, finished: dict[str, dict], args: FinetuneArguments) -> bool:
@@ -140,7 +161,7 @@ def measure_run(
     started, device = time.perf_counter(), choose_device(args)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    run = {"key": key, "task": task.task.name, "seed": seed, "weights": "random" if from_random else "pretrained"}
+    run = {"key": key, "task": task.task.name, "seed": seed, "weights": WEIGHTS[from_random]}
     with silence_libraries():
         trainer = train_classifier(checkpoint, task, args, seed, from_random)
         logits = predict_splits(trainer, task)

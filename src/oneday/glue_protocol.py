@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 CRAMMING, TUNED, PROBE = "cramming", "tuned", "probe"
 PEFT_KINDS = ("lora", "dora", "qlora")
 # Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
-LEARNING_RATE, ADAPTER_LEARNING_RATE = 4e-5, 4e-4
+LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
+TUNED_FACTORS = (1, 2.5, 5)
 
 
 @dataclass
@@ -40,7 +41,9 @@ class FinetuneArguments:
     cache_dir: str | None = setting(None, "Where downloads and built-in tasks are kept; empty: the default cache.")
     output_dir: str | None = setting(None, "Where glue_results.json goes; empty: MODEL/glue for a local MODEL.")
     protocol: str = setting(
-        CRAMMING, "Name the results carry; cramming is kept only while every setting below is that protocol's."
+        CRAMMING,
+        "cramming (one setting for all tasks), tuned (a task's learning rate and epochs are chosen on held-out "
+        "training rows), probe (only the head is trained, without dropout), or a name of your own for your settings.",
     )
     num_seeds: int = setting(5, "Runs a task, with the seeds seed, seed + 1, ...; the score is their median.")
     seed: int = setting(0, "First seed.")
@@ -48,7 +51,9 @@ class FinetuneArguments:
     num_train_epochs: float = setting(5.0, "Passes over the training split.")
     per_device_train_batch_size: int = setting(16, "Examples a step.")
     per_device_eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
-    learning_rate: float | None = setting(None, "Peak learning rate of AdamW; empty: 4e-5, with peft 4e-4.")
+    learning_rate: float | None = setting(
+        None, "Peak learning rate of AdamW; empty: 4e-5, with peft 4e-4, probe 1e-3."
+    )
     lr_scheduler_type: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
     warmup_fraction: float = setting(0.1, "Fraction of the steps in which the learning rate rises.")
     adam_beta1: float = setting(0.9, "AdamW's first decay.")
@@ -58,6 +63,10 @@ class FinetuneArguments:
     max_grad_norm: float = setting(0.0, "Gradients are clipped to this norm; 0: not clipped.")
     dropout: float | None = setting(0.1, "Every dropout the architecture has; empty keeps the checkpoint's.")
     max_seq_length: int = setting(128, "Longer examples are truncated, in tokens.")
+    tuned_learning_rates: list[float] | None = setting(
+        None, "Grid of the tuned protocol; empty: 1, 2.5 and 5 times learning_rate's default."
+    )
+    tuned_epochs: list[float] = setting([3.0, 10.0], "Grid of the tuned protocol: passes over the training split.")
     peft: str | None = setting(
         None, "lora, dora, or qlora (4-bit weights): train adapters on the linear layers, and the head; empty: all."
     )
@@ -93,6 +102,8 @@ RUN_SETTINGS = (
     "max_eval_examples",
 )
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
+TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
+CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
 POSITIVE_SETTINGS = (
     "num_seeds",
     "num_train_epochs",
@@ -110,7 +121,13 @@ POSITIVE_SETTINGS = (
 def complete_arguments(args: FinetuneArguments) -> FinetuneArguments:
     """The settings, with those that were left open filled in."""
     rate = LEARNING_RATE if args.peft is None else ADAPTER_LEARNING_RATE
-    return dataclasses.replace(args, learning_rate=rate if args.learning_rate is None else args.learning_rate)
+    changes = {}
+    if args.protocol == PROBE:
+        rate, changes = PROBE_LEARNING_RATE, {"dropout": 0.0}
+    if args.protocol == TUNED and not args.tuned_learning_rates:
+        changes = {"tuned_learning_rates": [float(f"{factor * rate:.6g}") for factor in TUNED_FACTORS]}
+    rate = rate if args.learning_rate is None else args.learning_rate
+    return dataclasses.replace(args, learning_rate=rate, **changes)
 
 
 def check_arguments(args: FinetuneArguments) -> list[str]:
@@ -132,6 +149,12 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     kinds = [kind.value for kind in SchedulerType]
     if args.lr_scheduler_type not in kinds:
         raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {', '.join(kinds)}.")
+    if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
+        raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
+    if args.protocol == PROBE and args.peft is not None:
+        raise SettingError(
+            f"protocol is probe and peft is {args.peft!r}; a probe trains the head alone: leave one out."
+        )
     check_peft(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
@@ -164,13 +187,17 @@ def find_output_dir(args: FinetuneArguments) -> Path:
 
 
 def name_protocol(args: FinetuneArguments) -> str:
-    """The protocol's name; `custom` where it claims cramming with other settings."""
-    usual, args = complete_arguments(FinetuneArguments()), complete_arguments(args)
-    changed = [name for name in PROTOCOL_SETTINGS if getattr(args, name) != getattr(usual, name)]
-    if args.protocol != CRAMMING or not changed:
+    """The protocol's name; `custom` where it claims one of ours with other settings (say `custom tuned`)."""
+    if args.protocol not in (CRAMMING, TUNED, PROBE):
         return args.protocol
-    logger.info("protocol is custom, not cramming: %s differ", ", ".join(changed))
-    return "custom"
+    usual, args = complete_arguments(FinetuneArguments(protocol=args.protocol)), complete_arguments(args)
+    names = (*PROTOCOL_SETTINGS, *TUNED_SETTINGS) if args.protocol == TUNED else PROTOCOL_SETTINGS
+    taken = CHOSEN_SETTINGS if args.protocol == TUNED else ()
+    changed = [name for name in names if name not in taken and getattr(args, name) != getattr(usual, name)]
+    if not changed:
+        return args.protocol
+    logger.info("protocol is custom, not %s: %s differ", args.protocol, ", ".join(changed))
+    return "custom" if args.protocol == CRAMMING else f"custom {args.protocol}"
 
 
 def choose_device(args: FinetuneArguments) -> torch.device:

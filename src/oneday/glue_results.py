@@ -12,7 +12,17 @@ import torch
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
 from oneday.glue import GLUE_NUMBERS, score_majority
-from oneday.glue_protocol import PROBE, PROTOCOL_SETTINGS, RUN_SETTINGS, FinetuneArguments, choose_bf16, name_protocol
+from oneday.glue_protocol import (
+    CHOSEN_SETTINGS,
+    PROBE,
+    PROTOCOL_SETTINGS,
+    RUN_SETTINGS,
+    TUNED,
+    TUNED_SETTINGS,
+    FinetuneArguments,
+    choose_bf16,
+    name_protocol,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +40,12 @@ METRIC_TITLES = {
 
 
 def summarize_runs(
-    args: FinetuneArguments, checkpoint: Checkpoint, prepared: list[PreparedTask], runs: list[dict], earlier: dict
+    args: FinetuneArguments,
+    checkpoint: Checkpoint,
+    prepared: list[PreparedTask],
+    runs: list[dict],
+    earlier: dict,
+    choices: dict[tuple[str, str], dict],
 ) -> dict:
     """The contents of `glue_results.json`.
 
@@ -40,8 +55,11 @@ def summarize_runs(
         prepared: The tasks of this call.
         runs: Their lines of `glue_runs.jsonl`.
         earlier: What the file held before; its tasks are kept when all but the tasks is the same.
+        choices: Of the tuned protocol, by task and kind of weights.
     """
     settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
+    if args.protocol == TUNED:
+        settings |= {name: getattr(args, name) for name in TUNED_SETTINGS} | dict.fromkeys(CHOSEN_SETTINGS)
     header = {
         "protocol": name_protocol(args),
         "model": checkpoint.name,
@@ -58,6 +76,8 @@ def summarize_runs(
         mine = [run for run in runs if run["task"] == task.task.name]
         for split in task.scored_splits:
             tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
+            tuning = {kind: choice for (name, kind), choice in choices.items() if name == task.task.name}
+            tasks[task.task.name_number(split)] |= {"tuning": tuning} if tuning else {}
     return header | {"tasks": tasks} | summarize_average(tasks)
 
 
@@ -125,6 +145,10 @@ def format_results(results: dict) -> str:
         lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
         if gain <= 0:
             notes.append(f"{name}: pretraining does not help here")
+        if "tuning" in row:
+            tuning = row["tuning"]["pretrained"]
+            chosen = "learning rate {learning_rate:g}, {num_train_epochs:g} epochs".format(**tuning["chosen"])
+            notes.append(f"{name}: {chosen}, chosen on {tuning['num_held_out']:,} training rows")
         if row["subset"]:
             notes.append(f"* {name}: {row['num_train']:,} of {row['official_num_train']:,} training rows,")
             notes.append(
