@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     NanoChatConfig,
@@ -24,10 +25,11 @@ from transformers import (
 from oneday import finetuning
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
-from oneday.finetuning import finetune_task, prepare_task, run_protocol
+from oneday.finetuning import finetune_task, measure_run, prepare_task, run_protocol
 from oneday.glue import find_task
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
 from oneday.recipe import parse_recipe
+from oneday.tuning import hold_out
 
 ROOT = Path(__file__).parents[1]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -147,9 +149,9 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
 
     def count_runs(*arguments):
         started.append(arguments)
-        return finetune_task(*arguments)
+        return measure_run(*arguments)
 
-    monkeypatch.setattr(finetuning, "finetune_task", count_runs)
+    monkeypatch.setattr(finetuning, "measure_run", count_runs)
     # A crash in the middle of a line must not lose the lines before it.
     with (tmp_path / "out" / "glue_runs.jsonl").open("a") as file:
         file.write('{"task": "sst2", "se')
@@ -253,6 +255,11 @@ def test_protocol_keeps_its_name_only_with_its_settings():
     assert name_protocol(FinetuneArguments(random_baseline=True, seed=7)) == "cramming"
     assert name_protocol(FinetuneArguments(learning_rate=1e-4)) == "custom"
     assert name_protocol(FinetuneArguments(num_seeds=3)) == "custom"
+    assert name_protocol(FinetuneArguments(peft="lora")) == "custom"
+    assert name_protocol(FinetuneArguments(protocol="tuned", num_train_epochs=7)) == "tuned"  # chosen, not given
+    assert name_protocol(FinetuneArguments(protocol="tuned", tuned_epochs=[4.0])) == "custom tuned"
+    assert name_protocol(FinetuneArguments(protocol="probe")) == "probe"
+    assert name_protocol(FinetuneArguments(protocol="probe", num_train_epochs=7)) == "custom probe"
     assert name_protocol(FinetuneArguments(learning_rate=1e-4, protocol="quickstart")) == "quickstart"
 
 
@@ -265,6 +272,42 @@ def test_recipes_parse_and_name_their_hardware(recipe, protocol):
     assert check_arguments(args)
     assert name_protocol(args) == protocol
     assert path.read_text().startswith("# For ")
+
+
+def test_tuned_setting_is_chosen_on_training_rows_and_recorded(bert, data_dir, tmp_path):
+    # A learning rate of next to nothing cannot be chosen over one that learns, whatever validation would say.
+    args = make_args(
+        bert, data_dir, tmp_path, protocol="tuned", tuned_learning_rates=[1e-9, 3e-3], tuned_epochs=[6.0],
+        num_train_epochs=1,
+    )  # fmt: skip
+    entry = run_protocol(args)["tasks"]["sst2"]
+    tuning = entry["tuning"]["pretrained"]
+    assert tuning["chosen"] == {"learning_rate": 3e-3, "num_train_epochs": 6.0} and tuning["num_held_out"] == 32
+    assert [point["score"] > 0.9 for point in tuning["grid"]] == [False, True] and entry["median"] > 0.9
+    runs = [json.loads(line) for line in (tmp_path / "out" / "glue_runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 3
+    settings = json.loads((tmp_path / "out" / "glue_results.json").read_text())["settings"]
+    assert settings["tuned_learning_rates"] == [1e-9, 3e-3] and settings["learning_rate"] is None
+
+
+def test_held_out_rows_are_not_trained_on(bert, data_dir, tmp_path):
+    task = prepare_task("sst2", make_args(bert, data_dir, tmp_path), load_checkpoint(bert))
+    numbered = task.splits["train"].add_column("row", range(160))
+    trial = hold_out(dataclasses.replace(task, splits=task.splits | {"train": numbered}))
+    rows = [set(trial.splits[split]["row"]) for split in ("train", "held_out")]
+    assert list(map(len, rows)) == [128, 32] and not rows[0] & rows[1] and list(trial.splits) == ["train", "held_out"]
+
+
+def test_probe_leaves_the_encoder_as_it_was(bert, data_dir, tmp_path):
+    args = make_args(bert, data_dir, tmp_path, protocol="probe", num_train_epochs=1, save_models=True)
+    results = run_protocol(args)
+    assert results["protocol"] == "custom probe" and results["settings"]["dropout"] == 0.0
+    assert results["tasks"]["sst2"]["trainable_parameters"] == 32 * 32 + 32 + 2 * 32 + 2
+    (folder,) = (tmp_path / "out" / "runs").glob("*/model")
+    before, after = (BertForSequenceClassification.from_pretrained(path).state_dict() for path in (bert, folder))
+    same = {name for name in after if torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in same} == {"embeddings", "encoder"}
+    assert not same & {"classifier.weight", "bert.pooler.dense.weight"}
 
 
 def test_model_without_a_classification_head(tmp_path, data_dir):
@@ -289,6 +332,10 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"num_seeds": 0}, "num_seeds is 0"),
         ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0"),
         ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
+        ({"peft": "lora", "protocol": "probe"}, "protocol is probe and peft is 'lora'"),
+        ({"protocol": "tuned", "tuned_epochs": [0.0]}, "tuned_epochs must hold numbers above 0"),
+        ({"peft": "loha"}, "peft is 'loha'; it must be one of lora, dora, qlora"),
+        ({"merge_adapters": True, "save_models": True}, "merge_adapters is on and peft is empty"),
         ({"lr_scheduler_type": "triangle"}, "'triangle'"),
     ],
 )

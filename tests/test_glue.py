@@ -56,7 +56,8 @@ def write_rows(path, rows):
 
 def make_entry(median, subset=False):
     sizes = dict.fromkeys(("num_train", "num_validation", "official_num_train", "official_num_validation"), 10_000)
-    return {"metric": "f1", "median": median, "scores": [median] * 5, "majority": 0.5, "subset": subset} | sizes
+    cost = {"trainable_parameters": 180_000, "total_parameters": 6_300_000, "peak_memory_bytes": 1_020_000_000}
+    return {"metric": "f1", "median": median, "scores": [median] * 5, "majority": 0.5, "subset": subset} | sizes | cost
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -250,11 +251,13 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     tasks = {name: make_entry(0.5 + 0.05 * index) for index, name in enumerate(GLUE_NUMBERS)}
     tasks["mnli_mismatched"] = make_entry(1.0, subset=True) | {"metric": "matthews_correlation", "scores": [1.0, 1.0]}
     tasks["rte"] = make_entry(0.6) | {"random_weights": {"median": 0.7, "scores": [0.7]}}
-    table = format_results({"tasks": tasks, "protocol": "custom"} | summarize_average(tasks))
+    header = {"tasks": tasks, "protocol": "custom", "device": "cpu", "settings": {"peft": "lora"}}
+    table = format_results(header | summarize_average(tasks))
     assert max(map(len, table.splitlines())) <= 80
     assert "rte: pretraining does not help here" in table and "-10.0" in table
     assert "qqp: pretraining" not in table
     assert "no official score" in table
+    assert "lora: 0.18 M of 6.30 M parameters, peak memory 1.02 GB of the process" in table
     assert "average over 9 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import (
     Checkpoint,
     PreparedTask,
@@ -25,7 +26,16 @@ from oneday.classification import (
     tokenize_split,
 )
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
-from oneday.glue_protocol import FinetuneArguments, check_arguments, choose_attention, choose_bf16, find_output_dir
+from oneday.glue_protocol import (
+    TUNED,
+    FinetuneArguments,
+    check_arguments,
+    choose_attention,
+    choose_bf16,
+    choose_device,
+    complete_arguments,
+    find_output_dir,
+)
 from oneday.glue_results import (
     RESULTS_FILE,
     RUNS_FILE,
@@ -36,9 +46,12 @@ from oneday.glue_results import (
     summarize_runs,
     write_json,
 )
-from oneday.throughput import keep_freed_memory, set_threads
+from oneday.throughput import keep_freed_memory, peak_memory_bytes, set_threads
+from oneday.tuning import choose_setting
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = {False: "pretrained", True: "random"}
 
 Scores = dict[str, dict[str, float]]
 
@@ -56,6 +69,7 @@ def run_protocol(args: FinetuneArguments) -> dict:
     Raises:
         SettingError: When a setting cannot work; nothing has been written then.
     """
+    args = complete_arguments(args)
     names = check_arguments(args)
     set_threads(args.num_threads)
     keep_freed_memory()
@@ -63,25 +77,55 @@ def run_protocol(args: FinetuneArguments) -> dict:
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     output_dir = find_output_dir(args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    finished = read_runs(output_dir / RUNS_FILE)
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    obtain_run = functools.partial(take_run, checkpoint, read_runs(output_dir / RUNS_FILE))
     kinds = (False, True) if args.random_baseline else (False,)
-    plan = [(task, seed, from_random) for task in prepared for seed in seeds for from_random in kinds]
-    runs = []
-    with tqdm(plan, desc="fine-tuning", unit="run", mininterval=1.0, disable=None) as bar:
-        for task, seed, from_random in bar:
-            bar.set_postfix_str(f"{task.task.name} seed {seed}{' random' * from_random}")
-            key = hash_run(checkpoint, task, args, seed, from_random)
-            if key not in finished:
-                finished[key] = measure_run(checkpoint, task, args, seed, from_random) | {"key": key}
-                append_run(output_dir / RUNS_FILE, finished[key])
-            runs.append(finished[key])
-            if bar.disable:
-                logger.info("%d of %d: %s", len(runs), len(plan), describe_run(finished[key]))
+    plan = [(task, from_random) for task in prepared for from_random in kinds]
+    runs, choices = [], {}
+    with tqdm(total=len(plan) * args.num_seeds, desc="fine-tuning", unit="run", mininterval=1.0, disable=None) as bar:
+        for task, from_random in plan:
+            bar.set_postfix_str(f"{task.task.name}{' random' * from_random}")
+            settings = args
+            if args.protocol == TUNED:
+                once = functools.partial(obtain_run, seed=args.seed, from_random=from_random)
+                settings, choices[task.task.name, WEIGHTS[from_random]] = choose_setting(task, args, once)
+            for seed in range(args.seed, args.seed + args.num_seeds):
+                runs.append(obtain_run(task, settings, seed, from_random))
+                bar.update()
+                if bar.disable:
+                    logger.info("%d of %d: %s", len(runs), bar.total, describe_run(runs[-1]))
     earlier = read_earlier(output_dir / RESULTS_FILE)
-    results = summarize_runs(args, checkpoint, prepared, runs, earlier)
+    results = summarize_runs(args, checkpoint, prepared, runs, earlier, choices)
     write_json(output_dir / RESULTS_FILE, results)
     return results
+
+
+def take_run(
+    checkpoint: Checkpoint,
+    finished: dict[str, dict],
+    task: PreparedTask,
+    args: FinetuneArguments,
+    seed: int,
+    from_random: bool,
+) -> dict:
+    """The line of one run: the finished one, or a new one, which is written down at once."""
+    key = hash_run(checkpoint, task, args, seed, from_random)
+    if not is_finished(key, finished, args):
+        finished[key] = measure_run(checkpoint, task, args, seed, from_random, key)
+        append_run(find_output_dir(args) / RUNS_FILE, finished[key])
+    return finished[key]
+
+
+def is_finished(key: str, finished: dict[str, dict], args: FinetuneArguments) -> bool:
+    """Whether a run has its scores, and its model where that is asked for."""
+    wanted = "config.json" if args.peft is None or args.merge_adapters else "adapter_config.json"
+    return key in finished and (
+        not args.save_models or (find_output_dir(args) / name_run(finished[key]) / "model" / wanted).exists()
+    )
+
+
+def name_run(run: dict) -> str:
+    """The folder of what is kept of a run, within the output directory: `runs/rte-pretrained-seed0-0123abcd`."""
+    return f"runs/{run['task']}-{run['weights']}-seed{run['seed']}-{run['key'][:8]}"
 
 
 def describe_run(run: dict) -> str:
@@ -111,14 +155,22 @@ def take_examples(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def measure_run(
-    checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
+    checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool, key: str
 ) -> dict:
-    """One line of `glue_runs.jsonl`."""
-    started = time.perf_counter()
-    scores = finetune_task(checkpoint, task, args, seed, from_random)
-    kind = "random" if from_random else "pretrained"
+    """One run and its line of `glue_runs.jsonl`, with what is kept of it in a folder of its own."""
+    started, device = time.perf_counter(), choose_device(args)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    run = {"key": key, "task": task.task.name, "seed": seed, "weights": WEIGHTS[from_random]}
+    with silence_libraries():
+        trainer = train_classifier(checkpoint, task, args, seed, from_random)
+        logits = predict_splits(trainer, task)
+        cost = count_trained(trainer.model) | {"peak_memory_bytes": peak_memory_bytes(device)}
+        if args.save_models:
+            folder = find_output_dir(args) / name_run(run) / "model"
+            save_classifier(trainer.model, checkpoint.tokenizer, folder, args.merge_adapters)
     seconds = round(time.perf_counter() - started, 3)
-    return {"task": task.task.name, "seed": seed, "weights": kind, "scores": scores, "seconds": seconds}
+    return run | {"scores": score_splits(task, logits), "seconds": seconds} | cost
 
 
 def finetune_task(
@@ -140,18 +192,44 @@ def finetune_task(
     Returns:
         Metrics of each validation split under its number's name, as `{"rte": {"accuracy": 0.57}}`.
     """
-    name = model_name_or_path
+    name, args = model_name_or_path, complete_arguments(args)
     checkpoint = name if isinstance(name, Checkpoint) else load_checkpoint(name)
     prepared = task if isinstance(task, PreparedTask) else prepare_task(task, args, checkpoint)
     with silence_libraries():
-        model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
-        trainer = build_trainer(model, checkpoint, prepared, args, seed)
-        trainer.train()
-        scores = {}
-        for split in prepared.scored_splits:
-            logits, labels, _ = trainer.predict(prepared.splits[split])
-            scores[prepared.task.name_number(split)] = score_logits(prepared.task, logits, labels)
-    return scores
+        trainer = train_classifier(checkpoint, prepared, args, seed, from_random)
+        return score_splits(prepared, predict_splits(trainer, prepared))
+
+
+def train_classifier(
+    checkpoint: Checkpoint, prepared: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
+) -> Trainer:
+    """The trainer after its last step; it holds the model."""
+    model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
+    trainer = build_trainer(restrict_training(model, args), checkpoint, prepared, args, seed)
+    trainer.train()
+    return trainer
+
+
+def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.ndarray]:
+    """The model's outputs on each split that is scored, (rows, num_labels), in the order of its rows."""
+    # Grouping by length would shuffle the rows here too, in an order of the sampler's own.
+    trainer.args.train_sampling_strategy = "sequential"
+    outputs = {}
+    for split in prepared.scored_splits:
+        rows = prepared.splits[split]
+        order = np.argsort(rows["length"], kind="stable")
+        logits = trainer.predict(rows.select(order)).predictions
+        outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
+    return outputs
+
+
+def score_splits(prepared: PreparedTask, logits: dict[str, np.ndarray]) -> Scores:
+    """Metrics of each split under its number's name."""
+    task, splits = prepared.task, prepared.splits
+    return {
+        task.name_number(split): score_logits(task, outputs, np.asarray(splits[split]["label"]))
+        for split, outputs in logits.items()
+    }
 
 
 def build_trainer(
@@ -192,9 +270,8 @@ def build_trainer(
     return trainer
 
 
-def score_logits(task: Task, logits: np.ndarray | tuple[np.ndarray, ...], labels: np.ndarray) -> dict[str, float]:
+def score_logits(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Metrics from a model's outputs, (rows, num_labels)."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
     if not np.isfinite(logits).all():
         logger.warning("%s: the model's outputs are not finite; the training diverged", task.name)
     predictions = logits.reshape(-1) if task.num_labels == 1 else logits.argmax(axis=-1)

@@ -6,6 +6,7 @@ tasks, last epoch, validation split, median of 5 seeds. Results of another setti
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -19,7 +20,11 @@ from oneday.glue import expand_task_names
 
 logger = logging.getLogger(__name__)
 
-CRAMMING = "cramming"
+CRAMMING, TUNED, PROBE = "cramming", "tuned", "probe"
+PEFT_KINDS = ("lora", "dora", "qlora")
+# Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
+LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
+TUNED_FACTORS = (1, 2.5, 5)
 
 
 @dataclass
@@ -36,7 +41,9 @@ class FinetuneArguments:
     cache_dir: str | None = setting(None, "Where downloads and built-in tasks are kept; empty: the default cache.")
     output_dir: str | None = setting(None, "Where glue_results.json goes; empty: MODEL/glue for a local MODEL.")
     protocol: str = setting(
-        CRAMMING, "Name the results carry; cramming is kept only while every setting below is that protocol's."
+        CRAMMING,
+        "cramming (one setting for all tasks), tuned (a task's learning rate and epochs are chosen on held-out "
+        "training rows), probe (only the head is trained, without dropout), or a name of your own for your settings.",
     )
     num_seeds: int = setting(5, "Runs a task, with the seeds seed, seed + 1, ...; the score is their median.")
     seed: int = setting(0, "First seed.")
@@ -44,7 +51,9 @@ class FinetuneArguments:
     num_train_epochs: float = setting(5.0, "Passes over the training split.")
     per_device_train_batch_size: int = setting(16, "Examples a step.")
     per_device_eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
-    learning_rate: float = setting(4e-5, "Peak learning rate of AdamW.")
+    learning_rate: float | None = setting(
+        None, "Peak learning rate of AdamW; empty: 4e-5, with peft 4e-4, probe 1e-3."
+    )
     lr_scheduler_type: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
     warmup_fraction: float = setting(0.1, "Fraction of the steps in which the learning rate rises.")
     adam_beta1: float = setting(0.9, "AdamW's first decay.")
@@ -54,6 +63,17 @@ class FinetuneArguments:
     max_grad_norm: float = setting(0.0, "Gradients are clipped to this norm; 0: not clipped.")
     dropout: float | None = setting(0.1, "Every dropout the architecture has; empty keeps the checkpoint's.")
     max_seq_length: int = setting(128, "Longer examples are truncated, in tokens.")
+    tuned_learning_rates: list[float] | None = setting(
+        None, "Grid of the tuned protocol; empty: 1, 2.5 and 5 times learning_rate's default."
+    )
+    tuned_epochs: list[float] = setting([3.0, 10.0], "Grid of the tuned protocol: passes over the training split.")
+    peft: str | None = setting(
+        None, "lora, dora, or qlora (4-bit weights): train adapters on the linear layers, and the head; empty: all."
+    )
+    lora_rank: int = setting(8, "Rank of the adapters.")
+    lora_alpha: int = setting(16, "An adapter's output is multiplied by lora_alpha / lora_rank.")
+    save_models: bool = setting(False, "Keep each run's model (with peft its adapter) in output_dir/runs.")
+    merge_adapters: bool = setting(False, "Add the adapter to the weights before saving: a stock model.")
     max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
     max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
     bf16: bool | None = setting(None, "bfloat16 autocast; empty: where the hardware has it.")
@@ -75,10 +95,15 @@ RUN_SETTINGS = (
     "max_grad_norm",
     "dropout",
     "max_seq_length",
+    "peft",
+    "lora_rank",
+    "lora_alpha",
     "max_train_examples",
     "max_eval_examples",
 )
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
+TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
+CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
 POSITIVE_SETTINGS = (
     "num_seeds",
     "num_train_epochs",
@@ -86,9 +111,23 @@ POSITIVE_SETTINGS = (
     "per_device_eval_batch_size",
     "learning_rate",
     "max_seq_length",
+    "lora_rank",
+    "lora_alpha",
     "max_train_examples",
     "max_eval_examples",
 )
+
+
+def complete_arguments(args: FinetuneArguments) -> FinetuneArguments:
+    """The settings, with those that were left open filled in."""
+    rate = LEARNING_RATE if args.peft is None else ADAPTER_LEARNING_RATE
+    changes = {}
+    if args.protocol == PROBE:
+        rate, changes = PROBE_LEARNING_RATE, {"dropout": 0.0}
+    if args.protocol == TUNED and not args.tuned_learning_rates:
+        changes = {"tuned_learning_rates": [float(f"{factor * rate:.6g}") for factor in TUNED_FACTORS]}
+    rate = rate if args.learning_rate is None else args.learning_rate
+    return dataclasses.replace(args, learning_rate=rate, **changes)
 
 
 def check_arguments(args: FinetuneArguments) -> list[str]:
@@ -110,6 +149,13 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     kinds = [kind.value for kind in SchedulerType]
     if args.lr_scheduler_type not in kinds:
         raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {', '.join(kinds)}.")
+    if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
+        raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
+    if args.protocol == PROBE and args.peft is not None:
+        raise SettingError(
+            f"protocol is probe and peft is {args.peft!r}; a probe trains the head alone: leave one out."
+        )
+    check_peft(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
     names = expand_task_names(args.task_names)
@@ -117,6 +163,15 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
         raise SettingError("task_names is empty; name a task, say sst2.")
     find_output_dir(args)
     return names
+
+
+def check_peft(args: FinetuneArguments) -> None:
+    """Raise SettingError where the settings of adapters cannot work together."""
+    if args.peft is not None and args.peft not in PEFT_KINDS:
+        raise SettingError(f"peft is {args.peft!r}; it must be one of {', '.join(PEFT_KINDS)}, or empty.")
+    if args.merge_adapters and (args.peft in (None, "qlora") or not args.save_models):
+        why = "save_models is off" if not args.save_models else f"peft is {args.peft or 'empty'}"
+        raise SettingError(f"merge_adapters is on and {why}; it needs save_models, and peft lora or dora.")
 
 
 def find_output_dir(args: FinetuneArguments) -> Path:
@@ -132,19 +187,29 @@ def find_output_dir(args: FinetuneArguments) -> Path:
 
 
 def name_protocol(args: FinetuneArguments) -> str:
-    """The protocol's name; `custom` where it claims cramming with other settings."""
-    changed = [name for name in PROTOCOL_SETTINGS if getattr(args, name) != getattr(FinetuneArguments(), name)]
-    if args.protocol != CRAMMING or not changed:
+    """The protocol's name; `custom` where it claims one of ours with other settings (say `custom tuned`)."""
+    if args.protocol not in (CRAMMING, TUNED, PROBE):
         return args.protocol
-    logger.info("protocol is custom, not cramming: %s differ", ", ".join(changed))
-    return "custom"
+    usual, args = complete_arguments(FinetuneArguments(protocol=args.protocol)), complete_arguments(args)
+    names = (*PROTOCOL_SETTINGS, *TUNED_SETTINGS) if args.protocol == TUNED else PROTOCOL_SETTINGS
+    taken = CHOSEN_SETTINGS if args.protocol == TUNED else ()
+    changed = [name for name in names if name not in taken and getattr(args, name) != getattr(usual, name)]
+    if not changed:
+        return args.protocol
+    logger.info("protocol is custom, not %s: %s differ", args.protocol, ", ".join(changed))
+    return "custom" if args.protocol == CRAMMING else f"custom {args.protocol}"
+
+
+def choose_device(args: FinetuneArguments) -> torch.device:
+    """The GPU when there is one and it may be used, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
 
 
 def choose_bf16(args: FinetuneArguments) -> bool:
     """Whether to use bfloat16 autocast: as told, else where the hardware multiplies in it."""
     if args.bf16 is not None:
         return args.bf16
-    if torch.cuda.is_available() and not args.use_cpu:
+    if choose_device(args).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -156,4 +221,4 @@ def choose_attention(args: FinetuneArguments) -> str | None:
     The backward pass of the CPU's flash kernel is slow in bfloat16: a step of 32 x 48 tokens through 6 layers of width
     256 took 371 ms of one core with sdpa and 256 ms with eager; in float32 the two were equal.
     """
-    return None if torch.cuda.is_available() and not args.use_cpu else "eager"
+    return None if choose_device(args).type == "cuda" else "eager"

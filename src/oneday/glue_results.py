@@ -12,12 +12,23 @@ import torch
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
 from oneday.glue import GLUE_NUMBERS, score_majority
-from oneday.glue_protocol import PROTOCOL_SETTINGS, RUN_SETTINGS, FinetuneArguments, choose_bf16, name_protocol
+from oneday.glue_protocol import (
+    CHOSEN_SETTINGS,
+    PROBE,
+    PROTOCOL_SETTINGS,
+    RUN_SETTINGS,
+    TUNED,
+    TUNED_SETTINGS,
+    FinetuneArguments,
+    choose_bf16,
+    name_protocol,
+)
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "glue_results.json"
 RUNS_FILE = "glue_runs.jsonl"
+COST_KEYS = ("trainable_parameters", "total_parameters", "peak_memory_bytes")
 METRIC_TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
@@ -29,7 +40,12 @@ METRIC_TITLES = {
 
 
 def summarize_runs(
-    args: FinetuneArguments, checkpoint: Checkpoint, prepared: list[PreparedTask], runs: list[dict], earlier: dict
+    args: FinetuneArguments,
+    checkpoint: Checkpoint,
+    prepared: list[PreparedTask],
+    runs: list[dict],
+    earlier: dict,
+    choices: dict[tuple[str, str], dict],
 ) -> dict:
     """The contents of `glue_results.json`.
 
@@ -39,8 +55,11 @@ def summarize_runs(
         prepared: The tasks of this call.
         runs: Their lines of `glue_runs.jsonl`.
         earlier: What the file held before; its tasks are kept when all but the tasks is the same.
+        choices: Of the tuned protocol, by task and kind of weights.
     """
     settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
+    if args.protocol == TUNED:
+        settings |= {name: getattr(args, name) for name in TUNED_SETTINGS} | dict.fromkeys(CHOSEN_SETTINGS)
     header = {
         "protocol": name_protocol(args),
         "model": checkpoint.name,
@@ -57,6 +76,8 @@ def summarize_runs(
         mine = [run for run in runs if run["task"] == task.task.name]
         for split in task.scored_splits:
             tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
+            tuning = {kind: choice for (name, kind), choice in choices.items() if name == task.task.name}
+            tasks[task.task.name_number(split)] |= {"tuning": tuning} if tuning else {}
     return header | {"tasks": tasks} | summarize_average(tasks)
 
 
@@ -85,6 +106,7 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
         "official_num_train": official[0],
         "official_num_validation": official[1],
         "subset": (num_train, num_validation) != official,
+        **{name: max(run[name] for run in runs) for name in COST_KEYS},
         "seconds": round(sum(run["seconds"] for run in runs), 1),
     }
     if main["random"]:
@@ -123,14 +145,28 @@ def format_results(results: dict) -> str:
         lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
         if gain <= 0:
             notes.append(f"{name}: pretraining does not help here")
+        if "tuning" in row:
+            tuning = row["tuning"]["pretrained"]
+            chosen = "learning rate {learning_rate:g}, {num_train_epochs:g} epochs".format(**tuning["chosen"])
+            notes.append(f"{name}: {chosen}, chosen on {tuning['num_held_out']:,} training rows")
         if row["subset"]:
             notes.append(f"* {name}: {row['num_train']:,} of {row['official_num_train']:,} training rows,")
             notes.append(
                 f"  {row['num_validation']:,} of {row['official_num_validation']:,} scored: no official score"
             )
     title = results["average_name"].partition(":")[0]
-    lines += [f"{title:53}{100 * results['average']:7.1f}", f"protocol: {results['protocol']}", *notes]
+    lines += [f"{title:53}{100 * results['average']:7.1f}", f"protocol: {results['protocol']}"]
+    lines += [describe_cost(results), *notes]
     return "\n".join(lines)
+
+
+def describe_cost(results: dict) -> str:
+    """`lora: 0.18 M of 6.30 M parameters trained, peak memory 1.02 GB`, the largest over the tasks."""
+    most = {name: max(row[name] for row in results["tasks"].values()) for name in COST_KEYS}
+    trained, total = most["trainable_parameters"] / 1e6, most["total_parameters"] / 1e6
+    memory = f"peak memory {most['peak_memory_bytes'] / 1e9:.2f} GB"
+    of = " of the process" if results["device"] == "cpu" else ""
+    return f"{results['settings']['peft'] or 'trained'}: {trained:.2f} M of {total:.2f} M parameters, {memory}{of}"
 
 
 def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool) -> str:
@@ -138,7 +174,9 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
     return hash_text(
         json.dumps(
             {
-                "settings": {name: getattr(args, name) for name in RUN_SETTINGS} | {"bf16": choose_bf16(args)},
+                "settings": {name: getattr(args, name) for name in RUN_SETTINGS}
+                | {"probe": args.protocol == PROBE}
+                | {"bf16": choose_bf16(args)},
                 "architecture": checkpoint.architecture_hash,
                 "weights": "random" if from_random else checkpoint.weights_hash,
                 "task": task.task.name,

@@ -1,0 +1,126 @@
+"""Adapters: what is trained of each architecture, and that merging and loading change no output."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from peft import AutoPeftModelForSequenceClassification
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from oneday.adapters import add_adapters, count_trained, find_head, find_linear_layers, restrict_training
+from oneday.adapters import save_classifier as save
+from oneday.arguments import SettingError
+from oneday.glue_protocol import FinetuneArguments
+
+SMALL = {**TINY, "vocab_size": 64, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.2}
+DECODER = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 1}
+# The head as transformers' source has it, by the names of its modules.
+ARCHITECTURES = {
+    "bert": ({}, "classifier bert.pooler"),
+    "roberta": ({}, "classifier"),
+    "electra": ({"embedding_size": 16}, "classifier"),
+    "albert": ({"embedding_size": 16}, "classifier albert.pooler"),
+    "distilbert": ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}, "pre_classifier classifier"),
+    "modernbert": ({"bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}, "head classifier"),
+    "eurobert": (DECODER | {"mask_token_id": 2}, "dense classifier"),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}, "score"),
+    "llama": (DECODER, "score"),
+    "qwen3": (DECODER | {"head_dim": 16}, "score"),
+    "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, "sequence_summary logits_proj"),
+}
+INPUTS = {"input_ids": torch.arange(3, 27).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+FROZEN_LINEAR = (nn.Linear, Conv1D)
+
+
+def make_classifier(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SMALL | ARCHITECTURES[kind][0]))
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def compute_logits(model):
+    with torch.no_grad():
+        return model.eval()(**INPUTS).logits
+
+
+def adapt(kind, **settings):
+    """A model whose adapters do something: fresh ones add exactly nothing."""
+    model = add_adapters(make_classifier(kind), FinetuneArguments(**{"peft": "lora"} | settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_adapters_stand_on_every_layer_and_the_head_is_trained(kind):
+    model = make_classifier(kind)
+    head = ARCHITECTURES[kind][1].split()
+    assert sorted(find_head(model)) == sorted(head)
+    layers = [name for name, module in model.base_model.named_modules() if isinstance(module, FROZEN_LINEAR)]
+    layers = [name for name in layers if not name.startswith("pooler")]
+    head_size = sum(value.numel() for name in head for value in model.get_submodule(name).parameters())
+    before, total = compute_logits(model), sum(value.numel() for value in model.parameters())
+    model = add_adapters(model, FinetuneArguments(peft="lora"))
+    assert torch.equal(compute_logits(model), before)
+    trained = {name: value.numel() for name, value in model.named_parameters() if value.requires_grad}
+    assert len([name for name in trained if "lora_A" in name]) == len(layers) > 0
+    adapters_size = sum(size for name, size in trained.items() if "lora_" in name)
+    assert sum(trained.values()) == adapters_size + head_size
+    assert count_trained(model) == {
+        "trainable_parameters": adapters_size + head_size,
+        "total_parameters": total + adapters_size,
+    }
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("peft", ["lora", "dora"])
+def test_merged_is_unmerged(kind, peft, tmp_path):
+    model = adapt(kind, peft=peft)
+    logits = compute_logits(model)
+    assert not torch.allclose(logits, compute_logits(make_classifier(kind)), atol=1e-3)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "merged", merge=True)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(compute_logits(merged), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_adapter_loads_with_peft_alone(tmp_path):
+    make_classifier("bert").base_model.save_pretrained(tmp_path / "base")  # its pooler is not the one that was trained
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    nn.init.normal_(base.bert.pooler.dense.weight)
+    model = add_adapters(base, FinetuneArguments(peft="lora", model_name_or_path=str(tmp_path / "base")))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "adapter", merge=False)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    torch.testing.assert_close(compute_logits(loaded), compute_logits(model))
+
+
+def test_probe_trains_the_head_alone():
+    model = restrict_training(make_classifier("bert"), FinetuneArguments(protocol="probe"))
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    parts = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert trained == parts
+
+
+def test_four_bit_layers_are_near_the_full_ones_and_learn():
+    pytest.importorskip("bitsandbytes")
+    model = adapt("llama", peft="qlora", use_cpu=True)
+    full = adapt("llama", peft="lora")
+    packed = [value for value in model.parameters() if value.dtype == torch.uint8]
+    assert len(packed) == len(find_linear_layers(make_classifier("llama")))
+    assert count_trained(model) == count_trained(full)
+    model(**INPUTS, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+def test_layers_without_a_four_bit_form_are_refused():
+    with pytest.raises(SettingError, match="no 4-bit form of the layers of a gpt2 model; take lora"):
+        add_adapters(make_classifier("gpt2"), FinetuneArguments(peft="qlora", use_cpu=True))
