@@ -178,7 +178,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
         kept = sorted(kept, key=lambda model: sizes[model].flops_per_token)
         if not kept:
             raise SettingError(
-                f"The budget ({budget.describe()}) holds fewer tokens than parameters of each model; raise it, or name "
+                f"The budget ({budget.describe()}) shows no model a token for each parameter; raise it, or name "
                 "smaller ones in models."
             )
         paces = find_paces(material, settings, {model: sizes[model] for model in kept}, machine, plan_args)
