@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
@@ -84,7 +86,14 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     events = [event["event"] for event in rundir.read_metrics(out)]
     assert events == ["eval", "start", "step", "step", "checkpoint", "step", "eval", "end"]
-    assert list(out.rglob("events.out.tfevents*")), "TensorBoard got the run"
+    scalars = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in scalars.Scalars("train/loss")] == [1, 2, 3]
+    assert scalars.Scalars("train/loss")[-1].value == pytest.approx(rundir.read_metrics(out)[5]["loss"], abs=1e-3)
+    held_out = scalars.Scalars("eval/loss")
+    assert [event.step for event in held_out] == [0, 3], "before the first step, and the final model"
+    assert held_out[-1].value == pytest.approx(results["eval_loss"], rel=1e-5)
+    names = ("learning_rate", "grad_norm", "tokens", "progress", "tokens_per_second", "mfu")
+    assert {f"train/{name}" for name in names} <= set(scalars.Tags()["scalars"])
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert str(tmp_path) not in card
@@ -102,12 +111,24 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     assert first == second, "feeding the recipe back repeats the run"
 
 
-def test_trackio_gets_the_run(run_script, text_file, tmp_path, monkeypatch):
+def test_trackio_gets_the_run_offline(text_file, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run", report_to="trackio", logging_steps=1)
-    code, _, stderr = run_script("pretrain", *argv)
-    assert code == 0, stderr
+    monkeypatch.setenv("TRACKIO_DIR", "")  # restored afterwards
+    monkeypatch.delenv("TRACKIO_DIR")
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="trackio", logging_steps=1)
+    script = [sys.executable, ROOT / "scripts" / "pretrain.py", *argv]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (database,) = (out / "trackio").glob("oneday*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT run_name, metrics FROM metrics ORDER BY id").fetchall()
+    assert {name for name, _ in rows} == {"run"}, "the final loss is in the same line as the steps"
+    logged = [json.loads(metrics) for _, metrics in rows]
+    assert sum("train/loss" in metrics for metrics in logged) == 3
+    results = json.loads((out / "results.json").read_text())
+    assert logged[-1]["eval/loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
 
 
 def test_gpt_and_report(run_script, text_file, tmp_path):

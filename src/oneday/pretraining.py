@@ -16,6 +16,7 @@ from oneday.initialization import initialize_embeddings
 from oneday.objectives import COMPANION
 from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
+from oneday.trackers import close_trackers
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -53,6 +54,7 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
             metrics = trainer.evaluate()
             trainer.clock.stop()
             trainer.status = "finished"
+        close_trackers(trainer)
         trainer.note_event("end", status=trainer.status)
     return metrics
 

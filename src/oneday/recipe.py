@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import logging
 import os
 import sys
@@ -82,15 +83,19 @@ def resolve_settings(
     return {key: coerce(key, value, known[key]) for key, value in settings.items()}
 
 
-def split_mode(modes: tuple[str, ...], argv: list[str] | None = None) -> tuple[str | None, list[str]]:
+def split_mode(
+    modes: tuple[str, ...], argv: list[str] | None = None, default: str | None = None
+) -> tuple[str | None, list[str]]:
     """The first word of the command line, one of `modes`, and what follows; None for a `--help` without one.
 
     Raises:
-        SettingError: When the first word is none of them.
+        SettingError: When the first word is none of them and there is no `default`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in modes:
         return argv[0], argv[1:]
+    if default is not None:
+        return default, argv
     if argv and argv[0] in ("--help", "-h"):
         return None, argv
     given = f"is {argv[0]!r}" if argv else "is missing"
@@ -124,6 +129,7 @@ def split_command_line(argv: list[str], repeatable: Collection[str] = ()) -> tup
             text = argv[position] if has_value else "true"
             position += has_value
         name, value = key.replace("-", "_"), read_value(key, text)
+        name += "_" * keyword.iskeyword(name)  # `--for` is the field `for_`
         overrides[name] = [*overrides.get(name, []), value] if name in repeatable else value
     return recipe, overrides
 
@@ -305,7 +311,7 @@ def format_setting(field: dataclasses.Field) -> list[str]:
     default = default_of(field)
     shown = "" if default is None else f" (default: {default})"
     return [
-        f"  --{field.name}{shown}",
+        f"  --{field.name.rstrip('_')}{shown}",
         *textwrap.wrap(field.metadata.get("help", ""), 73, initial_indent="      ", subsequent_indent="      "),
     ]
 

@@ -43,6 +43,7 @@ from oneday.schedules import (
     learning_rate_multiplier,
 )
 from oneday.throughput import has_fast_bf16, keep_freed_memory, measure_peak_flops, synchronize
+from oneday.trackers import name_run, place_tensorboard
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ class BudgetTrainer(RunTrainer):
         check_optimizer(args.optimizer_name)
         check_embedding_init(args.embedding_init, train_dataset)
         self.loader = self.build_loader(args, train_dataset)
+        name_run(args)
         super().__init__(
             model=model,
             args=args,
@@ -141,6 +143,7 @@ class BudgetTrainer(RunTrainer):
         self.remove_callback(PrinterCallback)
         for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
             self.add_callback(callback)
+        place_tensorboard(self)
 
     # ---- Data ----
 

@@ -1,0 +1,50 @@
+"""Dashboards that watch a run (`report_to`): their files lie in the run directory, and all of a run is one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+from oneday.arguments import BudgetTrainingArguments
+
+if TYPE_CHECKING:
+    from oneday.trainer import BudgetTrainer
+
+PROJECT, STOCK_PROJECT = "oneday", "huggingface"
+# Where a tracker looks for a directory that the user chose.
+DIRECTORIES = {"trackio": "TRACKIO_DIR", "wandb": "WANDB_DIR"}
+TENSORBOARD_DIRECTORY = "TENSORBOARD_LOGGING_DIR"
+
+
+def name_run(args: BudgetTrainingArguments) -> None:
+    """Name the run after its directory and keep trackers' files there; call before the trainer makes its callbacks.
+
+    Under a name, the final evaluation and a resumed run go on in the same line of a dashboard. A choice in the
+    environment or the settings stays.
+    """
+    args.run_name = args.run_name or Path(args.output_dir).name
+    args.project = PROJECT if args.project == STOCK_PROJECT else args.project
+    for tracker, variable in DIRECTORIES.items():
+        if tracker in args.report_to:
+            os.environ.setdefault(variable, str(Path(args.output_dir).resolve() / tracker))
+    if "wandb" in args.report_to:
+        os.environ.setdefault("WANDB_PROJECT", args.project)
+
+
+def place_tensorboard(trainer: BudgetTrainer) -> None:
+    """One directory for every process of a run; the stock name of it would hold the host's."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and TENSORBOARD_DIRECTORY not in os.environ:
+            callback.logging_dir = str(Path(trainer.args.output_dir) / "tensorboard")
+
+
+def close_trackers(trainer: BudgetTrainer) -> None:
+    """Bring to the disk what came after the last step: the parent closes trackers there, the final loss opens them."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, (TensorBoardCallback, TrackioCallback)):
+            callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        elif isinstance(callback, WandbCallback) and callback._wandb is not None:
+            callback._wandb.finish()

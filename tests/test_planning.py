@@ -1,0 +1,203 @@
+"""A plan of a budget: sizes against real ones, arithmetic by hand, the choice, and the recipe it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROW_LENGTH
+from torch import nn
+
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.assembly import CLASSES
+from oneday.budget import Budget
+from oneday.cards import CARDS, find_card
+from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
+from oneday.plan_table import format_plan
+from oneday.planning import (
+    Machine,
+    PlanArguments,
+    choose_row,
+    count_tokens,
+    largest_micro_batch,
+    make_row,
+    memory_bytes,
+    plan_budget,
+)
+from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element
+from oneday.recipe import parse_recipe, resolve_settings, split_command_line
+from oneday.scaling_law import Prediction
+
+ROOT = Path(__file__).parent.parent
+PROBE = Probe(4_000_000, 2_000_000, 1e7, 50_000_000, 10_000.0, {"muon": 30_000_000, "muon_8bit": 20_000_000})
+MACHINE = Machine("machine", 100e6, 1e12, 200.0, None)
+SETTINGS = {"batch_size_tokens": 4096, "micro_batch_tokens": 4096, "max_seq_length": 128, "optim": "muon"}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon", "muon_8bit", "lion_8bit", "ademamix_8bit"])
+def test_state_bytes_are_those_of_a_real_optimizer(make_model, tmp_path, optim):
+    """What a plan reckons for a model is what its optimizer holds after a step."""
+    args = BudgetTrainingArguments(output_dir=str(tmp_path), optim=optim, budget_steps=1, use_cpu=True)
+    layers = [nn.Embedding(300, 256), *(nn.Linear(256, 512, bias=False) for _ in range(8)), nn.LayerNorm(512)]
+    model = nn.ModuleList(layers)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(model, args)
+    optimizer.step()
+    real = count_state_bytes(optimizer.optimizers)
+    hidden, tables, vectors = (sum(p.numel() for p in group) for group in split_parameters(model))
+    reckoned = hidden * state_bytes_per_element(optim, args) + 8 * (tables + vectors)
+    assert reckoned == pytest.approx(real, rel=0.02)
+
+
+def test_what_the_forward_pass_keeps_is_counted():
+    """Linear -> GELU -> Linear on 10 x 8 float32: both inputs of the products, and GELU's own."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    inputs = torch.randn(10, 8)
+    with count_saved_bytes({p.untyped_storage().data_ptr() for p in model.parameters()}) as saved:
+        model(inputs).sum().backward()
+    assert sum(saved.values()) == 4 * (10 * 8 + 10 * 16 + 10 * 16)
+
+
+def test_tokens_of_a_budget_by_hand():
+    """4,096 tokens take 4,096 x 1e-4 + 0.1 s; of 60 s ten go to compiling."""
+    pace = Pace(1e-4, 0.1, fixed_seconds=10.0)
+    per_second = 4096 / (0.4096 + 0.1)
+    assert count_tokens(PROBE, pace, Budget(seconds=60.0), None, 4096) == pytest.approx(50 * per_second)
+    assert count_tokens(PROBE, pace, Budget(seconds=60.0, tokens=1000.0), None, 4096) == 1000
+    assert count_tokens(PROBE, pace, Budget(flops=1e12), None, 4096) == pytest.approx(1e5)
+    assert count_tokens(PROBE, pace, Budget(steps=3), None, 4096) == 3 * 4096
+    usd = Budget(usd=1.0, usd_per_hour=60.0)
+    assert count_tokens(PROBE, pace, usd, None, 4096) == pytest.approx(50 * per_second)
+    assert count_tokens(PROBE, pace, Budget(kwh=0.01), 600.0, 4096) == pytest.approx(50 * per_second)
+    with pytest.raises(SettingError, match="stated_watts"):
+        count_tokens(PROBE, pace, Budget(kwh=0.01), None, 4096)
+
+
+def test_the_largest_micro_batch_that_fits():
+    """80 MB of 100 may be used: 50 of the model, 20 of the state in 8 bit, so 10 MB at 10 kB a token: 1,000 tokens."""
+    assert largest_micro_batch(PROBE, "muon_8bit", MACHINE, SETTINGS) == 512, "divides the batch"
+    assert largest_micro_batch(PROBE, "muon", MACHINE, SETTINGS) == 0
+    assert memory_bytes(PROBE, "muon", 512) == 50e6 + 30e6 + 5.12e6
+    roomy = dataclasses.replace(MACHINE, memory_bytes=1e9)
+    assert largest_micro_batch(PROBE, "muon", roomy, {**SETTINGS, "batch_size_tokens": 8192}) == 4096
+    card = dataclasses.replace(roomy, card=CARDS[0])
+    assert largest_micro_batch(PROBE, "muon", card, {**SETTINGS, "batch_size_tokens": 8192}) == 8192
+
+
+def test_what_a_row_says_by_hand():
+    budget = Budget(seconds=3600.0, usd_per_hour=0.5)
+    row = make_row("m.json", PROBE, Pace(1e-4, 0.0), budget, MACHINE, SETTINGS, 9_000_000, None)
+    assert (row.tokens, row.epochs, row.hours, row.usd, row.kwh) == pytest.approx((3.6e7, 4.0, 1.0, 0.5, 0.2))
+    assert (row.optim, row.micro_batch_tokens, row.prediction) == ("muon_8bit", 512, None), "only 8 bit fits"
+
+
+def test_the_choice():
+    def row(size, tokens, loss=None, micro=128):
+        said = None if loss is None else Prediction(loss, loss, loss)
+        probe = dataclasses.replace(PROBE, num_parameters=size, flops_per_token=6.0 * size)
+        return dataclasses.replace(base, probe=probe, tokens=tokens, prediction=said, micro_batch_tokens=micro)
+
+    base = make_row("m.json", PROBE, Pace(1e-4, 0.0), Budget(seconds=1.0), MACHINE, SETTINGS, None, None)
+    assert choose_row([row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5), row(4e6, 1e7, 3.8)]) == 1
+    assert choose_row([row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5, micro=0), row(4e6, 1e7, 3.8)]) == 2
+    assert choose_row([row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)]) == 1, "the largest with 20 tokens a parameter"
+    assert choose_row([row(1e6, 1e7), row(2e6, 1e7)]) == 0
+    with pytest.raises(SettingError, match="No model fits"):
+        choose_row([row(1e6, 1e7, micro=0)])
+
+
+def test_cards_are_found_by_words():
+    assert find_card("rtx4090").name == "RTX 4090"
+    assert find_card("h100").name == "H100"
+    assert find_card("3090").peak_flops == pytest.approx(71e12, rel=0.01)
+    assert find_card("a100-80gb").memory_gb == 80
+    with pytest.raises(SettingError, match="RTX 5000.*RTX 2080 Ti"):
+        find_card("RTX 5000")
+
+
+@pytest.fixture
+def small_recipe(texts, tmp_path, monkeypatch):
+    """Two tiny models of one architecture and a recipe that extends another."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shape = {"model_type": "bert", "num_attention_heads": 2, "vocab_size": 192, "max_position_embeddings": 64}
+    for name, width, layers in (("small", 16, 1), ("wide", 32, 2)):
+        config = {**shape, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    base = {
+        "model_config": str(tmp_path / "small.json"), "dataset_name": str(tmp_path / "texts.jsonl"),
+        "validation_fraction": 0.1, "vocab_size": 150, "max_seq_length": ROW_LENGTH, "batch_size_tokens": 256,
+        "micro_batch_tokens": 256, "budget_minutes": 5, "bf16": False, "optim": "muon",
+    }  # fmt: skip
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"extends": "base.yaml", "learning_rate": 2e-3}))
+    return tmp_path / "recipe.yaml"
+
+
+def plan(recipe, target, **settings):
+    argv = [str(recipe), *[word for key, value in settings.items() for word in (f"--{key}", str(value))]]
+    given = resolve_settings((PlanArguments, *CLASSES), argv)
+    own = {field.name for field in dataclasses.fields(PlanArguments)}
+    plan_args = PlanArguments(**{key: value for key, value in given.items() if key in own}, plan_recipe=str(target))
+    return plan_budget(str(recipe), {key: value for key, value in given.items() if key not in own}, plan_args)
+
+
+def test_a_plan_of_this_machine(small_recipe, tmp_path):
+    """Two real models probed; the recipe written is the given one with the choice, and can be launched."""
+    target = tmp_path / "plans" / "mine.yaml"
+    made = plan(small_recipe, target, budget_minutes=2, probe_seconds=1, usd_per_hour=6, stated_watts=100)
+    assert [Path(row.model_config).stem for row in made.rows] == ["small", "wide"]
+    assert made.rows[0].tokens > made.rows[1].tokens > 0
+    assert all(row.usd == pytest.approx(0.2, rel=1e-3) for row in made.rows)
+    assert all(row.kwh == pytest.approx(0.1 / 30, rel=1e-3) for row in made.rows)
+    assert made.fitted is None
+    table = format_plan(made)
+    assert max(map(len, table.splitlines()[:-1])) <= 80
+    assert "no law" in table
+    assert "no scaling law is fitted for bert" in " ".join(table.split())
+
+    model_args, data_args, args = parse_recipe(CLASSES, [str(target)])
+    assert model_args.model_config == made.rows[made.best].model_config
+    assert (args.budget_minutes, args.learning_rate, args.usd_per_hour) == (2, 2e-3, 6)
+    assert (args.optimizer_name, args.micro_batch_tokens, data_args.max_seq_length) == ("muon", 256, ROW_LENGTH)
+    assert yaml.safe_load(target.read_text())["extends"] == "../base.yaml"
+
+
+def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):
+    made = plan(small_recipe, tmp_path / "card.yaml", **{"for": "RTX 3090", "mfu": 0.5, "budget_hours": 1})
+    rate = 0.5 * 6.1e18 / 86400
+    assert made.rows[1].tokens == pytest.approx(3600 * rate / made.rows[1].probe.flops_per_token)
+    assert made.rows[1].kwh == pytest.approx(0.35)
+    table = format_plan(made)
+    assert "estimate for RTX 3090" in table
+    assert "50 % of 71 TFLOP/s" in " ".join(table.split())
+    assert made.rows[0].epochs > 4
+    assert "more text is worth more" in " ".join(table.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"for": "Voodoo 2"}, "none of the cards"),
+        ({"mfu": 2}, "mfu is 2"),
+        ({"probe_seconds": 0}, "probe_seconds is 0"),
+        ({"gpu_memory_gb": 1e-4}, "No model fits"),
+        ({"models": "nothing.json"}, "nothing.json does not exist"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_leaves_nothing(small_recipe, tmp_path, settings, message):
+    target = tmp_path / "plans" / "none.yaml"
+    with pytest.raises(SettingError, match=message):
+        plan(small_recipe, target, **{"probe_seconds": 0.2, **settings})
+    assert not target.exists()
+
+
+def test_for_is_a_word_of_the_language():
+    assert split_command_line(["--for", "RTX 4090"]) == (None, {"for_": "RTX 4090"})
+    assert math.isclose(sum(card.memory_gb for card in CARDS), 368)

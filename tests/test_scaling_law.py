@@ -1,0 +1,122 @@
+"""The scaling law: a known one is found again, its interval holds new runs, and the ladder predicts a longer run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oneday.ladder import Family, family_of, fit_family, format_law, read_records, to_point
+from oneday.scaling_law import Point, fit_law, log_losses, objective_and_slope
+
+ROOT = Path(__file__).parent.parent
+SIZES, TOKENS = (2e6, 5e6, 15e6, 40e6), (1e6, 3e6, 1e7, 3e7)
+
+
+def known_loss(parameters, tokens):
+    return 1.8 + 2.0 * (parameters / 1e6) ** -0.35 + 3.0 * (tokens / 1e6) ** -0.4
+
+
+def make_points(noise=0.0, seed=0):
+    generator = np.random.default_rng(seed)
+    return [
+        Point(size, tokens, known_loss(size, tokens) * float(np.exp(generator.normal(0.0, noise))))
+        for size, tokens in itertools.product(SIZES, TOKENS)
+    ]
+
+
+def test_a_known_law_is_found_again():
+    law = fit_law(make_points())
+    log_e, log_a, a, log_b, b = law.values
+    assert np.exp([log_e, log_a, log_b]) == pytest.approx([1.8, 2.0, 3.0], rel=0.01)
+    assert (a, b) == pytest.approx((0.35, 0.4), rel=0.01)
+    far = law.predict(8e7, 1.5e8)
+    assert far.loss == pytest.approx(known_loss(8e7, 1.5e8), rel=1e-3)
+    assert far.outside == "parameters 2.0 x above, tokens 5.0 x above"
+    assert law.predict(5e6, 2e6).outside == ""
+
+
+def test_the_interval_holds_what_it_says():
+    """Of predictions just outside the range, from twenty noisy ladders, most intervals hold the truth."""
+    held = 0
+    for seed in range(20):
+        said = fit_law(make_points(noise=0.01, seed=seed)).predict(6e7, 6e7)
+        held += said.low <= known_loss(6e7, 6e7) <= said.high
+    assert held >= 15
+
+
+def test_the_slope_is_that_of_the_loss():
+    points = make_points(noise=0.05)
+    targets, free = np.log([point.loss for point in points]), np.full(5, True)
+    values = np.array([0.4, 0.6, 0.3, 1.0, 0.5])
+    _, slope = objective_and_slope(values, points, targets, free)
+    for place in range(5):
+        step = np.eye(5)[place] * 1e-6
+        ends = [objective_and_slope(values + sign * step, points, targets, free)[0] for sign in (1, -1)]
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(slope[place], rel=1e-4)
+
+
+def test_two_sizes_do_not_make_a_law_of_sizes():
+    """The size with most runs gives a law of tokens alone; a few runs give none."""
+    few = [Point(2e6, tokens, 2.0 + 3.0 * (tokens / 1e6) ** -0.5) for tokens in (1e6, 2e6, 4e6, 8e6, 1.6e7)]
+    law = fit_law([*few, Point(9e6, 1e6, 3.0)])
+    assert (law.num_sizes, len(law.points)) == (1, 5)
+    assert law.predict(2e6, 6.4e7).loss == pytest.approx(2.0 + 3.0 * 64**-0.5, rel=0.01)
+    assert law.predict(9e6, 4e6).outside == "parameters 4.5 x above"
+    assert fit_law(few[:3]) is None
+    assert fit_law([]) is None
+    assert np.isfinite(log_losses(law.values, few)).all()
+
+
+# ---- The ladder in this repository ----
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_records([ROOT / "recipes" / "ladder", ROOT / "recipes" / "benchmarks"])
+
+
+def is_short(record):
+    return record["tokens"] < 5e6
+
+
+def test_the_ladder_predicts_the_ten_minute_run(records):
+    """From runs of at most four minutes to the measured loss of ten, within 3 %."""
+    long = [record for record in records if not is_short(record)]
+    short = [record for record in records if is_short(record)]
+    assert len(long) >= 3
+    assert max(record["clock_seconds"] for record in short) < 240
+    law = fit_family(short, family_of(long[0]), long[0]["settings"]["held_out"]).law
+    assert max(point.tokens for point in law.points) < 0.4 * long[0]["tokens"]
+    for record in long:
+        point = to_point(record)
+        said = law.predict(point.parameters, point.tokens)
+        assert said.loss == pytest.approx(point.loss, rel=0.03)
+        assert said.outside
+
+
+def test_records_say_what_they_are_of(records):
+    ladder = [record for record in records if record["kind"] == "ladder"]
+    assert len(ladder) >= 5
+    for record in ladder:
+        assert record["environment"]["device"]
+        assert record["environment"]["commit"]
+        assert record["environment"]["packages"]["torch"]
+        assert record["flops"] > 6 * record["num_parameters_without_embeddings"] * record["tokens"] * 0.9
+        assert record["seed"] == 42
+    texts = {(record["settings"]["held_out"], record["measure"]) for record in records}
+    assert len(texts) == 1, "one text, one loss: one law"
+    family = family_of(ladder[0])
+    table = format_law(fit_family(records, family), family)
+    assert max(map(len, table.splitlines())) <= 80
+
+
+def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records, tmp_path):
+    (tmp_path / "torn.json").write_text('{"kind": "ladder", "name"')
+    (tmp_path / "empty.json").write_text('{"kind": "ladder"}')
+    (tmp_path / "good.json").write_text(json.dumps(records[0]))
+    assert read_records([tmp_path]) == [records[0]]
+    assert fit_family(records, Family("bert", "mlm", 8192, 128)) is None
