@@ -157,13 +157,11 @@ def test_what_cannot_be_pushed_or_brought_back(hub, program, tmp_path):
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
     """Read whole and as a stream, by its id."""
-    frame = pd.DataFrame({"text": texts})
-    hub.branches["ann/texts"]["main"] = {
-        "data/train-00000-of-00001.parquet": frame.to_parquet(),
-        "README.md": b"---\n---\n",
-    }
+    frame, held_out = pd.DataFrame({"text": texts[:250]}), tmp_path / "held_out.txt"
+    hub.branches["ann/texts"]["main"] = {"data/train-00000-of-00001.parquet": frame.to_parquet()}
+    held_out.write_text("\n\n".join(texts[250:]))
     run = tmp_path / "run"
-    given = {"dataset_name": "ann/texts", "streaming": streaming, "output_dir": run, "validation_name": program.texts}
+    given = {"dataset_name": "ann/texts", "streaming": streaming, "validation_name": held_out, "output_dir": run}
     code, said = program("pretrain", **given)
     assert code == 0, said
     assert read_json(run / "results.json")["corpus"].startswith("ann/texts")

@@ -25,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.checkpoints import PREFIX, list_checkpoints, seal_checkpoint
+from oneday.checkpoints import PREFIX, SEAL, list_checkpoints, seal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
     """Copies of a checkpoint, sealed anew, under `name`, and of what a run needs beside it to go on."""
     (folder / name).mkdir()
     for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path.name not in UNSENT:
+        if path.is_file() and path.name not in UNSENT | {SEAL}:
             copy_publicly(path, folder / name / path.name)
     seal_checkpoint(folder / name)
     for file in RESUMED_FILES:
