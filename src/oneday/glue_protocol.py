@@ -72,6 +72,9 @@ class FinetuneArguments:
     )
     lora_rank: int = setting(8, "Rank of the adapters.")
     lora_alpha: int = setting(16, "An adapter's output is multiplied by lora_alpha / lora_rank.")
+    write_submission: bool = setting(
+        False, "Also answer the test splits and write GLUE's submission files, by the run with the median score."
+    )
     save_models: bool = setting(False, "Keep each run's model (with peft its adapter) in output_dir/runs.")
     merge_adapters: bool = setting(False, "Add the adapter to the weights before saving: a stock model.")
     max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
