@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
@@ -46,6 +46,7 @@ from oneday.glue_results import (
     summarize_runs,
     write_json,
 )
+from oneday.own_task import load_own_task
 from oneday.predictions import decide, read_test_splits, write_predictions, write_submission
 from oneday.throughput import keep_freed_memory, peak_memory_bytes, set_threads
 from oneday.tuning import choose_setting
@@ -143,8 +144,7 @@ def describe_run(run: dict) -> str:
 def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> PreparedTask:
     """Load a task and tokenise it."""
     with silence_libraries():
-        data = load_task(name, args.task_data_dir, args.cache_dir)
-        task = complete_task(find_task(name), data["train"])
+        task, data = read_task(name, args)
         limits = {split: args.max_train_examples if split == "train" else args.max_eval_examples for split in data}
         data = {split: take_examples(number_rows(rows), limits[split]) for split, rows in data.items()}
         hashes = [pd.util.hash_pandas_object(rows.to_pandas()).to_numpy().tobytes() for rows in data.values()]
@@ -154,6 +154,14 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
         tests = {file: tokenize_split(number_rows(rows), encode) for file, rows in tests.items()}
     return PreparedTask(task, splits, hashlib.sha256(b"".join(hashes)).hexdigest()[:16], tests)
+
+
+def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
+    """A task's row and its splits: of the user's own file, when there is one, or by its name."""
+    if args.task_file:
+        return load_own_task(args)
+    data = load_task(name, args.task_data_dir, args.cache_dir)
+    return complete_task(find_task(name), data["train"]), data
 
 
 def number_rows(rows: Dataset) -> Dataset:
