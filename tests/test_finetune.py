@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -29,6 +30,7 @@ from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
 from oneday.finetuning import finetune_task, measure_run, prepare_task, run_protocol
 from oneday.glue import find_task
+from oneday.glue_picture import count_confusions
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
 from oneday.recipe import parse_recipe
 from oneday.tuning import hold_out
@@ -307,6 +309,9 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     assert len(set(kept["row"])) == 50 and [truth[row] for row in kept["row"]] == kept["label"]
     right = [label == answer for label, answer in zip(kept["label"], kept["prediction"])]
     assert sum(right) / 50 == pytest.approx(median) and median > 0.9
+    counts = count_confusions([path], 2)
+    assert counts.sum() == 50 and np.trace(counts) == sum(right)
+    assert (tmp_path / "out" / "glue_results.png").stat().st_size > 10_000
     # The finished run has no answers to the test split yet: asked for these, it is run again.
     run_protocol(dataclasses.replace(args, write_submission=True))
     lines = (tmp_path / "out" / "submission" / "SST-2.tsv").read_text().splitlines()

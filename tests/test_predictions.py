@@ -12,6 +12,7 @@ from datasets import Dataset
 from oneday.arguments import SettingError
 from oneday.classification import PreparedTask
 from oneday.glue import find_task
+from oneday.glue_picture import count_confusions
 from oneday.predictions import read_test_splits, spell_answer, write_predictions, write_submission
 
 PAIRS = [{"premise": "a", "hypothesis": str(number), "label": -1, "idx": number} for number in range(3)]
@@ -31,6 +32,13 @@ def test_predictions_hold_row_label_answer_and_outputs(tmp_path):
     assert (table["row"], table["label"], table["prediction"]) == ([7, 5, 6], [1, 1, 0], [1, 0, 0])
     assert np.array_equal(np.array(table["logits"], np.float32), outputs)
     assert pq.read_table(tmp_path / "RTE.parquet").column_names == ["row", "prediction", "logits"]
+
+
+def test_confusions_count_labels_down_and_answers_across(tmp_path):
+    outputs = np.array([[0.1, 0.9], [2.0, -1.0], [0.3, 0.2]], np.float32)
+    write_predictions(tmp_path, prepare("rte", [1, 1, 0], []), {"validation": outputs})
+    path = tmp_path / "validation.parquet"
+    assert count_confusions([path, path], 2).tolist() == [[2, 0], [2, 2]]
 
 
 def test_submission_is_the_median_runs_in_the_servers_words(tmp_path):

@@ -26,6 +26,7 @@ from oneday.classification import (
     tokenize_split,
 )
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
+from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import (
     TUNED,
     FinetuneArguments,
@@ -98,10 +99,22 @@ def run_protocol(args: FinetuneArguments) -> dict:
     earlier = read_earlier(output_dir / RESULTS_FILE)
     results = summarize_runs(args, checkpoint, prepared, runs, earlier, choices)
     write_json(output_dir / RESULTS_FILE, results)
-    for task in prepared if args.write_submission else ():
-        mine = [run for run in runs if run["task"] == task.task.name and run["weights"] == "pretrained"]
-        write_submission(output_dir, task, [(run, output_dir / name_run(run)) for run in mine])
+    show_answers(args, prepared, runs, results)
     return results
+
+
+def show_answers(args: FinetuneArguments, prepared: list[PreparedTask], runs: list[dict], results: dict) -> None:
+    """What is made of the pretrained runs' kept answers: the picture, and the submission where it is asked for."""
+    output_dir, confusions = find_output_dir(args), {}
+    for task in prepared:
+        mine = [run for run in runs if run["task"] == task.task.name and run["weights"] == WEIGHTS[False]]
+        folders = [output_dir / name_run(run) for run in mine]
+        for split in task.scored_splits if task.task.num_labels > 1 else ():
+            paths = [folder / f"{split}.parquet" for folder in folders]
+            confusions[task.task.name_number(split)] = count_confusions(paths, task.task.num_labels)
+        if args.write_submission:
+            write_submission(output_dir, task, list(zip(mine, folders)))
+    draw_results(results, confusions, output_dir / PICTURE_FILE)
 
 
 def take_run(
@@ -125,7 +138,8 @@ def is_finished(key: str, finished: dict[str, dict], task: PreparedTask, args: F
     if key not in finished:
         return False
     model = "config.json" if args.peft is None or args.merge_adapters else "adapter_config.json"
-    wanted = [f"{file}.parquet" for file in task.test_splits] + [f"model/{model}"] * args.save_models
+    wanted = [f"{split}.parquet" for split in (*task.scored_splits, *task.test_splits)]
+    wanted += [f"model/{model}"] * args.save_models
     return all((find_output_dir(args) / name_run(finished[key]) / file).exists() for file in wanted)
 
 

@@ -38,6 +38,8 @@ def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
             f"text_columns names {len(args.text_columns)} columns; name one, or two for a pair of texts."
         )
     train = read_columns(args.task_file, args)
+    if len(train) < 2:
+        raise SettingError(f"The task file {args.task_file} has {len(train)} rows; it needs two at least.")
     if args.validation_file:
         splits = {"train": train, "validation": read_columns(args.validation_file, args)}
     else:
@@ -56,8 +58,6 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
     for name in (*args.text_columns, args.label_column):
         if name not in rows.column_names:
             raise SettingError(f"{path} has no column {name!r}; it has {', '.join(rows.column_names)}.")
-    if len(rows) < 2:
-        raise SettingError(f"{path} has {len(rows)} rows; add some.")
     rows = rows.select_columns([*args.text_columns, args.label_column])
     labels = [spell_label(label) for label in rows[args.label_column]]
     if None in labels:
