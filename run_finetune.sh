@@ -18,13 +18,13 @@ absolute_model() { if [[ -d $caller/$1 ]]; then absolute "$1"; else echo "$1"; f
 flags=() kind=
 for word in "$@"; do
     case $kind$word in
-        --*_dir=*) word="${word%%=*}=$(absolute "${word#*=}")" ;;
+        --*_dir=*|--*_file=*) word="${word%%=*}=$(absolute "${word#*=}")" ;;
         --model_name_or_path=*) word="${word%%=*}=$(absolute_model "${word#*=}")" ;;
         "directory "*) word=$(absolute "$word") ;;
         "model "*) word=$(absolute_model "$word") ;;
     esac
     case $word in
-        --*_dir) kind="directory " ;;
+        --*_dir|--*_file) kind="directory " ;;
         --model_name_or_path) kind="model " ;;
         *) kind= ;;
     esac

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -27,6 +30,7 @@ from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
 from oneday.finetuning import finetune_task, measure_run, prepare_task, run_protocol
 from oneday.glue import find_task
+from oneday.glue_picture import count_confusions
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
 from oneday.recipe import parse_recipe
 from oneday.tuning import hold_out
@@ -290,10 +294,35 @@ def test_tuned_setting_is_chosen_on_training_rows_and_recorded(bert, data_dir, t
     assert settings["tuned_learning_rates"] == [1e-9, 3e-3] and settings["learning_rate"] is None
 
 
+def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir, tmp_path):
+    folder = tmp_path / "tasks" / "sst2"
+    shutil.copytree(data_dir / "sst2", folder)
+    texts = [row["sentence"] + " town" * (index % 9) for index, row in enumerate(make_texts(60))]  # of many lengths
+    truth = [index % 2 for index in range(60)]
+    for split, labels in (("validation", truth), ("test", [-1] * 60)):
+        rows = [{"sentence": text, "label": label} for text, label in zip(texts, labels)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = make_args(bert, tmp_path / "tasks", tmp_path, max_eval_examples=50)
+    median = run_protocol(args)["tasks"]["sst2"]["median"]
+    (path,) = (tmp_path / "out" / "runs").glob("*/validation.parquet")
+    kept = pq.read_table(path).to_pydict()
+    assert len(set(kept["row"])) == 50 and [truth[row] for row in kept["row"]] == kept["label"]
+    right = [label == answer for label, answer in zip(kept["label"], kept["prediction"])]
+    assert sum(right) / 50 == pytest.approx(median) and median > 0.9
+    counts = count_confusions([path], 2)
+    assert counts.sum() == 50 and np.trace(counts) == sum(right)
+    assert (tmp_path / "out" / "glue_results.png").stat().st_size > 10_000
+    # The finished run has no answers to the test split yet: asked for these, it is run again.
+    run_protocol(dataclasses.replace(args, write_submission=True))
+    lines = (tmp_path / "out" / "submission" / "SST-2.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(60))]
+    answers = [int(line.split("\t")[1]) for line in lines[1:]]
+    assert sum(answer == label for answer, label in zip(answers, truth)) / 60 > 0.9
+
+
 def test_held_out_rows_are_not_trained_on(bert, data_dir, tmp_path):
     task = prepare_task("sst2", make_args(bert, data_dir, tmp_path), load_checkpoint(bert))
-    numbered = task.splits["train"].add_column("row", range(160))
-    trial = hold_out(dataclasses.replace(task, splits=task.splits | {"train": numbered}))
+    trial = hold_out(task)
     rows = [set(trial.splits[split]["row"]) for split in ("train", "held_out")]
     assert list(map(len, rows)) == [128, 32] and not rows[0] & rows[1] and list(trial.splits) == ["train", "held_out"]
 

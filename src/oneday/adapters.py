@@ -9,6 +9,7 @@ Liu et al. 2024, arXiv 2402.09353.
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import peft
@@ -76,7 +77,9 @@ def add_adapters(model: PreTrainedModel, args: FinetuneArguments) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     model.name_or_path = args.model_name_or_path  # peft writes it beside the adapter
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers renames
+        return peft.get_peft_model(model, config)
 
 
 def quantize_layers(model: PreTrainedModel, layers: list[str], device: torch.device) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import torch
@@ -51,11 +51,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task, tokenised once for all its runs; `label` and `length` (tokens) ride beside the model's inputs."""
+    """A task, tokenised once for all its runs; `label`, `row` and `length` (tokens) ride beside the model's inputs.
+
+    `test_splits` are answered and not scored.
+    """
 
     task: Task
     splits: dict[str, Dataset]
     data_hash: str
+    test_splits: dict[str, Dataset] = field(default_factory=dict)
 
     @property
     def scored_splits(self) -> list[str]:
@@ -147,8 +151,8 @@ def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
 
 
 def tokenize_split(rows: Dataset, encode: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
-    """A split as model inputs, with `label` and `length`."""
-    texts = [column for column in rows.column_names if column != "label"]
+    """A split as model inputs, with `label`, `row` and `length`."""
+    texts = [column for column in rows.column_names if column not in ("label", "row")]
     return rows.map(encode, batched=True, remove_columns=texts, keep_in_memory=True, new_fingerprint="tokenised")
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
@@ -26,6 +26,7 @@ from oneday.classification import (
     tokenize_split,
 )
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions
+from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import (
     TUNED,
     FinetuneArguments,
@@ -46,6 +47,8 @@ from oneday.glue_results import (
     summarize_runs,
     write_json,
 )
+from oneday.own_task import load_own_task
+from oneday.predictions import decide, read_test_splits, write_predictions, write_submission
 from oneday.throughput import keep_freed_memory, peak_memory_bytes, set_threads
 from oneday.tuning import choose_setting
 
@@ -96,7 +99,22 @@ def run_protocol(args: FinetuneArguments) -> dict:
     earlier = read_earlier(output_dir / RESULTS_FILE)
     results = summarize_runs(args, checkpoint, prepared, runs, earlier, choices)
     write_json(output_dir / RESULTS_FILE, results)
+    show_answers(args, prepared, runs, results)
     return results
+
+
+def show_answers(args: FinetuneArguments, prepared: list[PreparedTask], runs: list[dict], results: dict) -> None:
+    """What is made of the pretrained runs' kept answers: the picture, and the submission where it is asked for."""
+    output_dir, confusions = find_output_dir(args), {}
+    for task in prepared:
+        mine = [run for run in runs if run["task"] == task.task.name and run["weights"] == WEIGHTS[False]]
+        folders = [output_dir / name_run(run) for run in mine]
+        for split in task.scored_splits if task.task.num_labels > 1 else ():
+            paths = [folder / f"{split}.parquet" for folder in folders]
+            confusions[task.task.name_number(split)] = count_confusions(paths, task.task.num_labels)
+        if args.write_submission:
+            write_submission(output_dir, task, list(zip(mine, folders)))
+    draw_results(results, confusions, output_dir / PICTURE_FILE)
 
 
 def take_run(
@@ -109,18 +127,20 @@ def take_run(
 ) -> dict:
     """The line of one run: the finished one, or a new one, which is written down at once."""
     key = hash_run(checkpoint, task, args, seed, from_random)
-    if not is_finished(key, finished, args):
+    if not is_finished(key, finished, task, args):
         finished[key] = measure_run(checkpoint, task, args, seed, from_random, key)
         append_run(find_output_dir(args) / RUNS_FILE, finished[key])
     return finished[key]
 
 
-def is_finished(key: str, finished: dict[str, dict], args: FinetuneArguments) -> bool:
-    """Whether a run has its scores, and its model where that is asked for."""
-    wanted = "config.json" if args.peft is None or args.merge_adapters else "adapter_config.json"
-    return key in finished and (
-        not args.save_models or (find_output_dir(args) / name_run(finished[key]) / "model" / wanted).exists()
-    )
+def is_finished(key: str, finished: dict[str, dict], task: PreparedTask, args: FinetuneArguments) -> bool:
+    """Whether a run has its scores, and its answers and its model where these are asked for."""
+    if key not in finished:
+        return False
+    model = "config.json" if args.peft is None or args.merge_adapters else "adapter_config.json"
+    wanted = [f"{split}.parquet" for split in (*task.scored_splits, *task.test_splits)]
+    wanted += [f"model/{model}"] * args.save_models
+    return all((find_output_dir(args) / name_run(finished[key]) / file).exists() for file in wanted)
 
 
 def name_run(run: dict) -> str:
@@ -138,15 +158,29 @@ def describe_run(run: dict) -> str:
 def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> PreparedTask:
     """Load a task and tokenise it."""
     with silence_libraries():
-        data = load_task(name, args.task_data_dir, args.cache_dir)
-        task = complete_task(find_task(name), data["train"])
+        task, data = read_task(name, args)
         limits = {split: args.max_train_examples if split == "train" else args.max_eval_examples for split in data}
-        data = {split: take_examples(rows, limits[split]) for split, rows in data.items()}
+        data = {split: take_examples(number_rows(rows), limits[split]) for split, rows in data.items()}
         hashes = [pd.util.hash_pandas_object(rows.to_pandas()).to_numpy().tobytes() for rows in data.values()]
         max_length = limit_length(args.max_seq_length, checkpoint)
         encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
         splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
-    return PreparedTask(task, splits, hashlib.sha256(b"".join(hashes)).hexdigest()[:16])
+        tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
+        tests = {file: tokenize_split(number_rows(rows), encode) for file, rows in tests.items()}
+    return PreparedTask(task, splits, hashlib.sha256(b"".join(hashes)).hexdigest()[:16], tests)
+
+
+def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
+    """A task's row and its splits: of the user's own file, when there is one, or by its name."""
+    if args.task_file:
+        return load_own_task(args)
+    data = load_task(name, args.task_data_dir, args.cache_dir)
+    return complete_task(find_task(name), data["train"]), data
+
+
+def number_rows(rows: Dataset) -> Dataset:
+    """With each row's place in the split's data, which drawing and sorting rows would lose."""
+    return rows.add_column("row", np.arange(len(rows)))
 
 
 def take_examples(rows: Dataset, limit: int | None) -> Dataset:
@@ -166,9 +200,10 @@ def measure_run(
         trainer = train_classifier(checkpoint, task, args, seed, from_random)
         logits = predict_splits(trainer, task)
         cost = count_trained(trainer.model) | {"peak_memory_bytes": peak_memory_bytes(device)}
+        folder = find_output_dir(args) / name_run(run)
+        write_predictions(folder, task, logits)
         if args.save_models:
-            folder = find_output_dir(args) / name_run(run) / "model"
-            save_classifier(trainer.model, checkpoint.tokenizer, folder, args.merge_adapters)
+            save_classifier(trainer.model, checkpoint.tokenizer, folder / "model", args.merge_adapters)
     seconds = round(time.perf_counter() - started, 3)
     return run | {"scores": score_splits(task, logits), "seconds": seconds} | cost
 
@@ -211,12 +246,12 @@ def train_classifier(
 
 
 def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.ndarray]:
-    """The model's outputs on each split that is scored, (rows, num_labels), in the order of its rows."""
+    """The model's outputs on each split but the training one, (rows, num_labels), in the order of its rows."""
     # Grouping by length would shuffle the rows here too, in an order of the sampler's own.
     trainer.args.train_sampling_strategy = "sequential"
     outputs = {}
-    for split in prepared.scored_splits:
-        rows = prepared.splits[split]
+    asked = {split: prepared.splits[split] for split in prepared.scored_splits} | prepared.test_splits
+    for split, rows in asked.items():
         order = np.argsort(rows["length"], kind="stable")
         logits = trainer.predict(rows.select(order)).predictions
         outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
@@ -229,6 +264,7 @@ def score_splits(prepared: PreparedTask, logits: dict[str, np.ndarray]) -> Score
     return {
         task.name_number(split): score_logits(task, outputs, np.asarray(splits[split]["label"]))
         for split, outputs in logits.items()
+        if split in splits
     }
 
 
@@ -263,7 +299,7 @@ def build_trainer(
     pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=8)
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        return pad([{key: value for key, value in row.items() if key != "length"} for row in rows])
+        return pad([{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows])
 
     trainer = Trainer(model, training_args, data_collator=collate, train_dataset=prepared.splits["train"])
     trainer.remove_callback(PrinterCallback)
@@ -274,5 +310,4 @@ def score_logits(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
     """Metrics from a model's outputs, (rows, num_labels)."""
     if not np.isfinite(logits).all():
         logger.warning("%s: the model's outputs are not finite; the training diverged", task.name)
-    predictions = logits.reshape(-1) if task.num_labels == 1 else logits.argmax(axis=-1)
-    return score_predictions(task, predictions, labels)
+    return score_predictions(task, decide(task, logits), labels)

@@ -38,6 +38,15 @@ class FinetuneArguments:
     task_data_dir: str | None = setting(
         None, "Directory with <task>/<split>.parquet, .jsonl or .tsv in the Hub's column names; empty: the Hub."
     )
+    task_file: str | None = setting(
+        None, "A task of your own in place of task_names: a .csv, .tsv, .jsonl or .parquet file of labelled rows."
+    )
+    validation_file: str | None = setting(None, "Rows that are scored; empty: a tenth of task_file is held out.")
+    text_columns: list[str] = setting(["text"], "Of task_file: the column of the text, or two for pairs.")
+    label_column: str = setting("label", "Of task_file: words or numbers.")
+    metric: str = setting(
+        "accuracy", "Of task_file: accuracy, f1, f1_macro, matthews_correlation, pearson, spearmanr."
+    )
     cache_dir: str | None = setting(None, "Where downloads and built-in tasks are kept; empty: the default cache.")
     output_dir: str | None = setting(None, "Where glue_results.json goes; empty: MODEL/glue for a local MODEL.")
     protocol: str = setting(
@@ -72,6 +81,9 @@ class FinetuneArguments:
     )
     lora_rank: int = setting(8, "Rank of the adapters.")
     lora_alpha: int = setting(16, "An adapter's output is multiplied by lora_alpha / lora_rank.")
+    write_submission: bool = setting(
+        False, "Also answer the test splits and write GLUE's submission files, by the run with the median score."
+    )
     save_models: bool = setting(False, "Keep each run's model (with peft its adapter) in output_dir/runs.")
     merge_adapters: bool = setting(False, "Add the adapter to the weights before saving: a stock model.")
     max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
@@ -158,7 +170,9 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     check_peft(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
-    names = expand_task_names(args.task_names)
+    if args.task_file and args.write_submission:
+        raise SettingError("write_submission is on and task_file is set; GLUE's server takes GLUE's tasks only.")
+    names = [args.task_file] if args.task_file else expand_task_names(args.task_names)
     if not names:
         raise SettingError("task_names is empty; name a task, say sst2.")
     find_output_dir(args)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
-from oneday.glue import GLUE_NUMBERS, score_majority
+from oneday.glue import GLUE_NUMBERS, name_labels, score_majority
 from oneday.glue_protocol import (
     CHOSEN_SETTINGS,
     PROBE,
@@ -96,6 +96,7 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
         "task": task.name,
         "split": split,
         "metric": task.main_metric,
+        "labels": name_labels(task) if task.num_labels > 1 else None,
         "median": statistics.median(main["pretrained"]),
         "scores": main["pretrained"],
         "seeds": [run["seed"] for run in runs if run["weights"] == "pretrained"],

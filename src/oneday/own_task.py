@@ -1,0 +1,116 @@
+"""A classification or regression task from a file of one's own, named by its columns and a metric."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+from datasets import Dataset, DatasetDict
+
+from oneday.arguments import SettingError
+from oneday.glue import Task, normalize_split, read_file
+from oneday.glue_protocol import FinetuneArguments
+
+logger = logging.getLogger(__name__)
+
+REGRESSION_METRICS = ("pearson", "spearmanr")
+BINARY_METRICS = ("f1",)
+METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", *REGRESSION_METRICS)
+HELD_OUT_FRACTION = 0.1
+MAX_CLASSES = 1000
+
+
+def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
+    """The row of `task_file` and its splits, as `glue.load_task` gives them for a named task.
+
+    Classes are the distinct labels of the training rows, in order; labels may be words or numbers. Without a
+    `validation_file` a tenth of the rows, the same ones for every seed, is held out.
+
+    Raises:
+        SettingError: When a file, a column, a label or the metric does not fit.
+    """
+    if args.metric not in METRICS:
+        raise SettingError(f"metric is {args.metric!r}; it must be one of {', '.join(METRICS)}.")
+    if len(args.text_columns) not in (1, 2):
+        raise SettingError(
+            f"text_columns names {len(args.text_columns)} columns; name one, or two for a pair of texts."
+        )
+    train = read_columns(args.task_file, args)
+    if len(train) < 2:
+        raise SettingError(f"The task file {args.task_file} has {len(train)} rows; it needs two at least.")
+    if args.validation_file:
+        splits = {"train": train, "validation": read_columns(args.validation_file, args)}
+    else:
+        parts = train.train_test_split(max(1, int(HELD_OUT_FRACTION * len(train))), seed=0)
+        splits = {"train": parts["train"], "validation": parts["test"]}
+        logger.info("no validation_file: %d of %d rows are held out", len(parts["test"]), len(train))
+    task = describe_task(args, list(splits["train"]["label"]))
+    return task, DatasetDict({split: normalize_split(task, split, rows) for split, rows in splits.items()})
+
+
+def read_columns(path: str, args: FinetuneArguments) -> Dataset:
+    """The text columns and the label, as `label`, of a .csv, .tsv, .jsonl or .parquet file."""
+    if not Path(path).is_file():
+        raise SettingError(f"There is no task file {path}; name a .csv, .tsv, .jsonl or .parquet file.")
+    rows = read_table(Path(path), args)
+    for name in (*args.text_columns, args.label_column):
+        if name not in rows.column_names:
+            raise SettingError(f"{path} has no column {name!r}; it has {', '.join(rows.column_names)}.")
+    rows = rows.select_columns([*args.text_columns, args.label_column])
+    labels = [spell_label(label) for label in rows[args.label_column]]
+    if None in labels:
+        raise SettingError(f"{path} has no label in row {labels.index(None)}; fill in or remove the row.")
+    return rows.remove_columns(args.label_column).add_column("label", labels)
+
+
+def read_table(path: Path, args: FinetuneArguments) -> Dataset:
+    """A file as a data set; a .csv with quotes as spreadsheets write them, its texts left as they are."""
+    if path.suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
+        raise SettingError(f"The task file {path} is of an unknown kind; write .csv, .tsv, .jsonl or .parquet.")
+    if path.suffix != ".csv":
+        return read_file(Task(path.stem, tuple(args.text_columns), 0, (), ""), path)
+    text = dict.fromkeys((*args.text_columns, args.label_column), pa.string())
+    try:
+        parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        convert = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
+        return Dataset(pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"The task file {path} cannot be read ({reason}); write it again.") from None
+
+
+def spell_label(label: object) -> str | None:
+    """A label as text, whatever its type: `1`, `1.0` and `"1"` are one; None where it is missing."""
+    if label is None or label != label or not str(label).strip():
+        return None
+    is_whole = isinstance(label, (bool, int)) or (isinstance(label, float) and label.is_integer())
+    return str(int(label)) if is_whole else str(label).strip()
+
+
+def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
+    """The task's row, its classes read from the training labels and shown."""
+    name, columns = Path(args.task_file).stem[:15], tuple(args.text_columns)
+    if args.metric in REGRESSION_METRICS:
+        return Task(name, columns, 1, (args.metric,), args.metric)
+    names = sorted(set(labels), key=sort_label)
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise SettingError(
+            f"The column {args.label_column!r} of {args.task_file} has {len(names)} distinct labels, which makes no "
+            f"classification task (2 to {MAX_CLASSES}); name another label_column, or metric pearson for numbers."
+        )
+    if args.metric in BINARY_METRICS and len(names) > 2:
+        raise SettingError(
+            f"metric is {args.metric!r}, which is of two classes, and there are {len(names)}; take f1_macro."
+        )
+    logger.info("%s: %d classes: %s", name, len(names), dict(enumerate(names)))
+    return Task(name, columns, len(names), (args.metric,), args.metric, tuple(names))
+
+
+def sort_label(label: str) -> tuple[bool, float, str]:
+    """Numbers in their order, before words in theirs."""
+    try:
+        return (False, float(label), label)
+    except ValueError:
+        return (True, 0.0, label)

@@ -1,0 +1,109 @@
+"""What a fine-tuned model answered: a parquet file a split of each run, and the files of a GLUE submission."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from oneday.arguments import SettingError
+from oneday.classification import PreparedTask
+from oneday.glue import Task, find_task, name_labels, normalize_split, read_splits
+
+# The server's file of each task and split (gluebenchmark.com): index, tab, prediction. The diagnostics are answered by
+# the MNLI model.
+SUBMISSION_FILES = {
+    "cola": {"test": "CoLA"},
+    "sst2": {"test": "SST-2"},
+    "mrpc": {"test": "MRPC"},
+    "stsb": {"test": "STS-B"},
+    "qqp": {"test": "QQP"},
+    "mnli": {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
+    "qnli": {"test": "QNLI"},
+    "rte": {"test": "RTE"},
+    "wnli": {"test": "WNLI"},
+}
+WORD_TASKS = ("mnli", "qnli", "rte")
+SUBMISSION_DIR = "submission"
+
+
+def read_test_splits(name: str, task_data_dir: str | None, cache_dir: str | None) -> dict[str, Dataset]:
+    """A task's test rows under the names of the server's files, with a label that means nothing.
+
+    Raises:
+        SettingError: When the task is none of GLUE's, or its data has no test split.
+    """
+    task, files = find_task(name), SUBMISSION_FILES.get(name)
+    if files is None:
+        known = ", ".join(SUBMISSION_FILES)
+        raise SettingError(f"write_submission is on, and GLUE's server takes no file for {name}; it takes {known}.")
+    raw = read_splits(task, task_data_dir, cache_dir, tuple(files))
+    missing = [split for split in files if split not in raw]
+    if missing:
+        raise SettingError(
+            f"write_submission is on, and the task {name} has no split {missing[0]} in "
+            f"{task_data_dir or 'its data'}; add the file."
+        )
+    found = {file: hide_labels(task, file, raw[split]) for split, file in files.items()}
+    if name == "mnli" and (task_data_dir is None or (Path(task_data_dir) / "ax").is_dir()):
+        diagnostics = find_task("ax")
+        rows = read_splits(diagnostics, task_data_dir, cache_dir, ("test",))
+        found |= {"AX": hide_labels(diagnostics, "AX", rows["test"])} if "test" in rows else {}
+    return found
+
+
+def hide_labels(task: Task, split: str, rows: Dataset) -> Dataset:
+    """Test rows in their order; their labels, which are hidden or absent, all read 0."""
+    rows = rows.remove_columns("label") if "label" in rows.column_names else rows
+    return normalize_split(task, split, rows.add_column("label", np.zeros(len(rows), np.int64)))
+
+
+def decide(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class ids, or numbers for a regression, from outputs (rows, num_labels)."""
+    return logits.reshape(-1) if task.num_labels == 1 else logits.argmax(axis=-1)
+
+
+def write_predictions(folder: Path, prepared: PreparedTask, logits: dict[str, np.ndarray]) -> None:
+    """One parquet file a split: `row` (its place in the split's data), `label`, `prediction`, `logits`.
+
+    Labels and predictions are class ids, or numbers for a regression; a test split has no `label`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, outputs in logits.items():
+        rows = (prepared.splits | prepared.test_splits)[split]
+        columns = {"row": rows["row"][:], "label": rows["label"][:]}
+        if split in prepared.test_splits:
+            del columns["label"]
+        columns |= {"prediction": decide(prepared.task, outputs), "logits": list(outputs.astype(np.float32))}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+
+
+def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[dict, Path]]) -> list[Path]:
+    """The server's files of one task, from the run with the median score (of an even number, the lower middle).
+
+    Args:
+        output_dir: Gets the folder `submission`.
+        prepared: The task.
+        runs: Its pretrained runs' lines and the folders of what is kept of them.
+    """
+    task, number = prepared.task, prepared.task.name_number(prepared.scored_splits[0])
+    scores = [run["scores"][number][task.main_metric] for run, _ in runs]
+    _, folder = runs[scores.index(statistics.median_low(scores))]
+    target = output_dir / SUBMISSION_DIR
+    target.mkdir(exist_ok=True)
+    for file in prepared.test_splits:
+        answers = pq.read_table(folder / f"{file}.parquet")["prediction"].to_pylist()
+        lines = [f"{index}\t{spell_answer(task, answer)}\n" for index, answer in enumerate(answers)]
+        (target / f"{file}.tsv").write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
+    return [target / f"{file}.tsv" for file in prepared.test_splits]
+
+
+def spell_answer(task: Task, answer: float | int) -> str:
+    """A prediction as the server reads it: `entailment`, `1`, or a similarity of 0 to 5."""
+    if task.num_labels == 1:
+        return f"{min(5.0, max(0.0, answer)):.3f}"
+    return name_labels(task)[answer] if task.name in WORD_TASKS else str(answer)

@@ -1,0 +1,72 @@
+"""A task from a file of the user's own: kinds of files and labels, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from oneday.arguments import SettingError
+from oneday.glue_protocol import FinetuneArguments
+from oneday.own_task import load_own_task
+
+CSV = 'id,body,kind\n1,"one, ""two""",spam\n2,"a\nb",ham\n3,NA,ham\n4,,eggs\n'
+
+
+def load(tmp_path, content, **settings):
+    path = tmp_path / settings.pop("file", "mail.csv")
+    path.write_text(content)
+    return load_own_task(FinetuneArguments(task_file=str(path), **settings))
+
+
+def test_words_become_classes_in_order_and_texts_stay_as_they_are(tmp_path, caplog):
+    (tmp_path / "v.csv").write_text("kind,body\nspam,x\n")
+    caplog.set_level("INFO")
+    validation = str(tmp_path / "v.csv")
+    task, data = load(tmp_path, CSV, text_columns=["body"], label_column="kind", validation_file=validation)
+    assert (task.name, task.label_names, task.num_labels) == ("mail", ("eggs", "ham", "spam"), 3)
+    assert data["train"]["body"][:] == ['one, "two"', "a\nb", "NA", ""]
+    assert data["train"]["label"][:] == [2, 1, 1, 0] and data["validation"]["label"][:] == [2]
+    assert "{0: 'eggs', 1: 'ham', 2: 'spam'}" in caplog.text
+
+
+def test_numbers_that_leave_gaps_become_classes_too(tmp_path):
+    lines = "".join(f'{{"a": "x", "b": "y", "label": {label}}}\n' for label in (10, 2, -1, 10) * 5)
+    task, data = load(tmp_path, lines, file="t.jsonl", text_columns=["a", "b"])
+    assert task.label_names == ("-1", "2", "10") and task.columns == ("a", "b")
+    assert (len(data["train"]), len(data["validation"])) == (18, 2)
+    again = load(tmp_path, lines, file="t.jsonl", text_columns=["a", "b"])[1]
+    assert again["validation"]["label"][:] == data["validation"]["label"][:]
+
+
+def test_a_correlation_makes_it_a_regression(tmp_path):
+    task, data = load(tmp_path, "text\tlabel\nx\t0.5\ny\t3\nz\t2\n", file="t.tsv", metric="pearson")
+    assert task.num_labels == 1
+    assert sorted(data["train"]["label"][:] + data["validation"]["label"][:]) == [0.5, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "words"),
+    [
+        (CSV, {"label_column": "kind"}, "has no column 'text'; it has id, body, kind"),
+        (CSV, {"text_columns": ["body"], "label_column": "kind", "metric": "f1"}, "there are 3; take f1_macro"),
+        (CSV, {"text_columns": ["body"], "label_column": "kind", "metric": "pearson"}, "must be one of: numbers"),
+        (CSV, {"text_columns": ["body"], "label_column": "kind", "metric": "bleu"}, "metric is 'bleu'"),
+        (CSV, {"text_columns": ["body", "id", "kind"]}, "text_columns names 3 columns"),
+        (CSV, {"file": "t.xls"}, "t.xls is of an unknown kind"),
+        ("text,label\nx,1\ny,1\nz,1\n", {}, "has 1 distinct labels"),
+        ("text,label\nx,1\ny,\nz,0\n", {}, "has no label in row 1"),
+        ("text,label\nx,1\n", {}, "has 1 rows"),
+        ("text,label\nx,1\n", {"validation_file": "none.csv"}, "has 1 rows"),
+        ("text,label\nx,1\ny,0\n", {"validation_file": "none.csv"}, "There is no task file none.csv"),
+        ("text,label\nx,1,2\n", {}, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_gets_one_sentence(tmp_path, content, settings, words):
+    with pytest.raises(SettingError) as caught:
+        load(tmp_path, content, **settings)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_validation_label_that_training_never_saw(tmp_path):
+    (tmp_path / "v.csv").write_text("text,label\nx,maybe\ny,yes\n")
+    with pytest.raises(SettingError, match="'maybe'; it must be one of: no, yes"):
+        load(tmp_path, "text,label\nx,yes\ny,no\n", validation_file=str(tmp_path / "v.csv"))
