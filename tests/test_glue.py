@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import os
 
 import numpy as np
@@ -10,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import sklearn.metrics
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from oneday.arguments import SettingError
 from oneday.glue import (
@@ -99,6 +103,33 @@ def test_metrics_equal_sklearn_and_scipy(seed):
     for name, function in correlations.items():
         value = load_metric(name).compute(predictions=guess, references=truth)[name]
         assert value == pytest.approx(function(truth, guess).statistic, abs=1e-12)
+
+
+OUTPUTS = st.one_of(st.sampled_from([0.0, 1.0, 2.5, math.nan, math.inf]), st.floats(-1e3, 1e3))
+EXPECTED = {
+    "accuracy": sklearn.metrics.accuracy_score,
+    "f1_macro": functools.partial(sklearn.metrics.f1_score, average="macro", zero_division=0.0),
+    "matthews_correlation": sklearn.metrics.matthews_corrcoef,
+    "pearson": lambda truth, guess: scipy.stats.pearsonr(truth, guess).statistic,
+    "spearmanr": lambda truth, guess: scipy.stats.spearmanr(truth, guess).statistic,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EXPECTED)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_metrics_of_any_answers_equal_sklearn_and_scipy_or_are_zero_with_a_warning(name, data, caplog):
+    """Any number of classes, ties, constant answers, and the nan and inf of a training that diverged."""
+    is_regression = name in ("pearson", "spearmanr")
+    size = data.draw(st.integers(2, 12))
+    values = (st.sampled_from([0.0, 1.25, 3.4, 5.0]), OUTPUTS) if is_regression else (st.integers(0, 4),) * 2
+    truth, guess = (data.draw(st.lists(kind, min_size=size, max_size=size)) for kind in values)
+    caplog.clear()
+    score = load_metric(name).compute(predictions=guess, references=truth)[name]
+    expected = float(EXPECTED[name](truth, guess))
+    assert score == pytest.approx(expected if math.isfinite(expected) else 0.0, abs=1e-12)
+    assert ("0.0 is used" in caplog.text) == (not math.isfinite(expected))
 
 
 def test_metrics_by_hand():
