@@ -127,6 +127,7 @@ def make_args(model, data_dir, tmp_path, **changes):
         "learning_rate": 3e-3,
         "dropout": 0.0,
         "use_cpu": True,
+        "num_threads": 1,
     }
     return FinetuneArguments(**settings | changes)
 
@@ -374,6 +375,13 @@ def test_bad_settings_get_one_sentence_and_write_nothing(bert, data_dir, tmp_pat
         run_protocol(args)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_without_a_tokenizer_is_refused(bert, tmp_path):
+    BertForMaskedLM.from_pretrained(bert).save_pretrained(tmp_path)
+    with pytest.raises(SettingError) as caught:
+        load_checkpoint(str(tmp_path))
+    assert "tokenizer" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_tokenizer_of_another_model_is_refused(bert, tmp_path):

@@ -125,6 +125,9 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     The padding token of a decoder without one is its end token: stock heads read the last token that is not padding,
     and a causal model never looks at what follows it.
     """
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
+        # Without its files transformers makes one that knows its special tokens only.
+        raise SettingError("model_name_or_path has no tokenizer; put the one there that the model was trained with.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     # XLNet alone reads its summary from the last position.
