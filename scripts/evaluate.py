@@ -13,6 +13,7 @@ import torch
 from oneday.arguments import SettingError
 from oneday.corpus import resolve_cache_dir
 from oneday.durable_files import write_whole
+from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
 from oneday.text_files import load_files
@@ -52,6 +53,7 @@ def main() -> None:
         results["text"] = {"name": Path(args.text_name).name, **scorer.score_texts(texts)}
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    refresh_card(folder)
     sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
 
 

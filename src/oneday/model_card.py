@@ -11,6 +11,7 @@ import yaml
 
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
+from oneday.card_results import describe_corpus, model_index, subset_mark, zero_shot_section
 from oneday.curves import draw_curve
 from oneday.durable_files import write_whole
 from oneday.modeling import count_parameters
@@ -121,7 +122,7 @@ def format_card(folder: Path, results: dict[str, Any]) -> str:
         f"# {folder.name}",
         describe_model(results),
         "## How to use it\n\n" + usage(results),
-        "## Results\n\n" + results_table(results) + glue_section(folder),
+        "## Results\n\n" + results_table(results) + glue_section(folder) + zero_shot_section(folder),
         f"![Training curve]({rundir.CURVE})",
         "## Budget\n\n" + budget_table(budget),
         "## Data\n\n" + describe_data(results),
@@ -140,17 +141,14 @@ LIMITS = (
 
 def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The YAML head that the Hub reads, with the results as `model-index`."""
-    metrics = [{"type": "loss", "value": round(results["eval_loss"], 4), "name": "held-out loss, nats a token"}]
-    if "bits_per_byte" in results:
-        metrics.append({"type": "bits_per_byte", "value": round(results["bits_per_byte"], 4), "name": "bits a byte"})
     task = ROLES.get(results["objective"], FEATURES)[1]
-    index = {"task": {"type": task}, "dataset": {"name": results["corpus"], "type": "text"}, "metrics": metrics}
     return {
         "library_name": "transformers",
         "pipeline_tag": task,
         "license": "apache-2.0",
+        **describe_corpus(folder),
         "tags": ["oneday", "pretrained-from-scratch", results["objective"]],
-        "model-index": [{"name": folder.name, "results": [index]}],
+        "model-index": model_index(folder, results, task),
     }
 
 
@@ -208,7 +206,7 @@ def glue_section(folder: Path) -> str:
         random = task.get("random_weights", {}).get("median")
         rows.append(
             (
-                name,
+                name + subset_mark(task),
                 task["metric"],
                 f"{100 * task['median']:.1f}",
                 "" if random is None else f"{100 * random:.1f}",

@@ -1,0 +1,114 @@
+"""Scores in the form that the Hub reads from a model card: one `EvalResult` a number, under `model-index`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from oneday import run_directory as rundir
+from oneday.corpus import PYTHON_DOCS, split_names
+from oneday.glue import GLUE_TASKS
+from oneday.glue_results import METRIC_TITLES
+from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
+from oneday.text_files import is_local
+from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
+
+
+def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[dict[str, Any]]:
+    """All scores of a run directory.
+
+    Args:
+        folder: A run directory.
+        results: Its results.json.
+        pipeline: The pipeline that the model serves, say fill-mask.
+    """
+    scores = [*held_out(results, pipeline), *fine_tuned(folder), *zero_shot(folder, pipeline)]
+    return eval_results_to_model_index(folder.name, scores)
+
+
+def describe_corpus(folder: Path) -> dict[str, Any]:
+    """Hub ids of what it was trained on as `datasets`; the language where it is known."""
+    recipe = folder / rundir.RECIPE
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    names = split_names(settings.get("dataset_name") or "")
+    ids = [name for name in names if re.fullmatch(r"[\w-]+/[\w-]+(\.\d[\w.-]*)?", name) and not is_local(name)]
+    language = {"language": "en"} if names == [PYTHON_DOCS] else {}
+    return language | ({"datasets": ids} if ids else {})
+
+
+def held_out(results: dict[str, Any], pipeline: str) -> list[EvalResult]:
+    """Loss, and bits a byte where they are defined."""
+    corpus = {"task_type": pipeline, "dataset_type": "text", "dataset_name": results["corpus"]}
+    named = {"eval_loss": ("loss", "held-out loss, nats a token"), "bits_per_byte": ("bits_per_byte", "bits a byte")}
+    return [
+        EvalResult(**corpus, metric_type=kind, metric_value=round(results[key], 4), metric_name=name)
+        for key, (kind, name) in named.items()
+        if key in results
+    ]
+
+
+def fine_tuned(folder: Path) -> list[EvalResult]:
+    """The median over the seeds of each task; a part of the data is named as one."""
+    glue = rundir.read_json(folder / "glue" / GLUE_RESULTS)
+    return [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="nyu-mll/glue" if task["task"] in (*GLUE_TASKS, "wnli") else task["task"],
+            dataset_name=name + subset_mark(task),
+            dataset_config=task["task"],
+            dataset_split=task["split"],
+            metric_type=task["metric"],
+            metric_value=round(task["median"], 4),
+            metric_name=f"{METRIC_TITLES[task['metric']]}, median of {len(task['scores'])} seeds ({glue['protocol']})",
+        )
+        for name, task in glue.get("tasks", {}).items()
+    ]
+
+
+def subset_mark(task: dict[str, Any]) -> str:
+    """What stands behind the name of a task that was not run on all of its data."""
+    if not task.get("subset"):
+        return ""
+    counts = [f"{task[f'num_{part}']:,} of {task[f'official_num_{part}']:,}" for part in ("train", "validation")]
+    return f" (subset: {counts[0]} rows trained on, {counts[1]} scored)"
+
+
+def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
+    """Accuracies without training."""
+    return [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=name,
+            dataset_name=name + part,
+            metric_type="accuracy",
+            metric_value=round(task["accuracy"], 4),
+            metric_name=f"zero-shot accuracy over {task['num_questions']:,} questions",
+        )
+        for name, task, part in zero_shot_tasks(folder)
+    ]
+
+
+def zero_shot_section(folder: Path) -> str:
+    """The same for the reader, when there are some."""
+    rows = [
+        f"| {name}{part} | {task['num_questions']:,} | {100 * task['chance']:.1f} | {100 * task['accuracy']:.1f} +- "
+        f"{100 * task['standard_error']:.1f} |"
+        for name, task, part in zero_shot_tasks(folder)
+    ]
+    head = ["\n\n## Zero-shot\n", "| task | questions | chance | accuracy |", "|---|---|---|---|"]
+    return "\n".join(head + rows) if rows else ""
+
+
+def zero_shot_tasks(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
+    """(name, scores, mark of a subset) of each zero-shot task in a run directory."""
+    report = rundir.read_json(folder / ZERO_SHOT_RESULTS)
+    limit = report.get("max_examples")
+    return [
+        (name, task, f" (subset: {limit:,} questions)" if limit and task["num_questions"] >= limit else "")
+        for name, task in report.get("tasks", {}).items()
+    ]

@@ -1,0 +1,50 @@
+"""Scores on the card, as huggingface_hub reads them back."""
+
+from __future__ import annotations
+
+import json
+
+import yaml
+from huggingface_hub import ModelCard
+
+from oneday.card_results import zero_shot_section
+from oneday.model_card import card_metadata, glue_section
+
+RESULTS = {"eval_loss": 4.125, "corpus": "python-docs", "objective": "mlm"}
+GLUE = {
+    "task": "sst2", "split": "validation", "metric": "accuracy", "median": 0.8125, "scores": [0.8, 0.8125, 0.82],
+    "num_train": 67349, "num_validation": 872, "official_num_train": 67349, "official_num_validation": 872,
+    "subset": False,
+}  # fmt: skip
+PART = GLUE | {"task": "rte", "num_train": 100, "official_num_train": 2490, "subset": True, "median": 0.5}
+BLIMP = {"accuracy": 0.61, "standard_error": 0.02, "chance": 0.5, "num_questions": 200}
+
+
+def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
+    (tmp_path / "glue").mkdir()
+    glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}}
+    (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
+    (tmp_path / "zero_shot_results.json").write_text(json.dumps({"max_examples": 200, "tasks": {"blimp": BLIMP}}))
+    (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
+    metadata = card_metadata(tmp_path, RESULTS)
+    card = ModelCard(f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n", ignore_metadata_errors=False)
+    scores = {score.dataset_name: score for score in card.data.eval_results}
+    assert scores["python-docs"].metric_value == 4.125
+    assert (scores["sst2"].dataset_type, scores["sst2"].metric_value) == ("nyu-mll/glue", 0.8125)
+    assert "median of 3 seeds (cramming)" in scores["sst2"].metric_name
+    assert scores["rte (subset: 100 of 2,490 rows trained on, 872 of 872 scored)"].metric_value == 0.5
+    assert scores["blimp (subset: 200 questions)"].metric_value == 0.61
+    assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    assert "alice" not in str(card)
+    assert "rte (subset: 100 of 2,490" in glue_section(tmp_path)
+    assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)
+
+
+def test_a_run_without_other_scores_has_its_held_out_loss_and_language(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_name: python-docs\n")
+    metadata = card_metadata(tmp_path, RESULTS | {"bits_per_byte": 1.5, "objective": "clm"})
+    assert metadata["language"] == "en"
+    (index,) = metadata["model-index"]
+    values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    assert values == {"loss": 4.125, "bits_per_byte": 1.5}
+    assert zero_shot_section(tmp_path) == glue_section(tmp_path) == ""
