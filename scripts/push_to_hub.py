@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from huggingface_hub import HfApi
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError, setting
-from oneday.hub import describe_failure, push_model
+from oneday.hub import describe_failure, push_model, send_patiently
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 
@@ -35,8 +36,10 @@ def main() -> None:
     if not (Path(args.run_dir) / rundir.RESULTS).is_file():
         raise SettingError(f"run_dir {args.run_dir} holds no finished run; finish it, or name another.")
     refresh_card(args.run_dir)
+    api = HfApi(library_name="oneday")
+    push = functools.partial(push_model, api, args.run_dir, args.hub_model_id, args.hub_private_repo)
     try:
-        print(push_model(HfApi(library_name="oneday"), args.run_dir, args.hub_model_id, args.hub_private_repo))
+        print(send_patiently(push))
     # The client has errors of its own, httpx others.
     except Exception as error:  # noqa: BLE001
         raise SettingError(

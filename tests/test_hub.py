@@ -127,7 +127,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
 )
 def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reason):
     """The run is finished all the same, the command to push it is said, and works; what passes is tried again."""
-    hub.errors[("POST", "/preupload/")] = errors
+    hub.errors[("POST", "/commit/")] = errors
     run = tmp_path / "run"
     code, said = program("pretrain", output_dir=run, push_to_hub="true", hub_model_id="ann/tiny", hub_strategy="end")
     assert code == 0, said

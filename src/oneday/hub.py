@@ -2,7 +2,8 @@
 
 Main holds the finished model, card, recipe, curve and metrics; the branch `checkpoints` holds what another machine
 needs to go on. What is sent is a copy in which every absolute path has been cut down to its last name; a run directory
-never holds a token. huggingface_hub tries again by itself when the Hub is busy or away (429, 5xx, a lost connection).
+never holds a token. When the Hub is busy or away (429, 5xx, a lost connection) a push is tried again, after as long as
+the Hub asks for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.checkpoints import PREFIX, SEAL, list_checkpoints, seal_checkpoint
+from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 # A pickle of every setting, paths included, which nothing reads when a run goes on.
 UNSENT = {"training_args.bin", rundir.LOCK}
+# Seconds before a push is tried again, and the longest that is waited because the Hub asks for it.
+WAITS_SECONDS, MOST_SECONDS = (2.0, 8.0, 30.0), 120.0
+# A push at the end that takes longer is given up.
+STILL_SECONDS = 1800.0
 RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS)
 # `/a/b`, `~/a` and `C:\a`, and the same after `file://`; never a word of a sentence with one slash.
 LOCAL_PATH = re.compile(r"(?:file://)?(?:~|[A-Za-z]:)?(?:[/\\][^/\\\s,'\"]+){2,}[/\\]?|~[/\\][^\s,'\"]+")
@@ -146,6 +152,29 @@ def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, priv
     return commit.commit_url
 
 
+def send_patiently(push: Callable[[], str]) -> str:
+    """`push()`, tried again while waiting may help; huggingface_hub itself does not repeat a commit."""
+    for seconds in WAITS_SECONDS:
+        try:
+            return push()
+        except Exception as error:  # noqa: BLE001
+            if not is_passing(error):
+                raise
+            response = getattr(error, "response", None)
+            asked = "" if response is None else response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked), MOST_SECONDS) if asked.isdigit() else seconds)
+    return push()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error may go away by itself: too many requests, the Hub's own, a connection that broke."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code == 429 or response.status_code >= 500
+    # The client's transport has been httpx and its successors, whose errors share no class with each other.
+    return type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError)
+
+
 def describe_failure(error: BaseException) -> str:
     """Why the Hub did not take it, in words."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
@@ -192,7 +221,7 @@ def push_checkpoint(api: HfApi, checkpoint: Path, repo_id: str, strategy: str, p
 
 
 class HubPusher:
-    """Sends checkpoints from a thread of its own, one at a time; what comes meanwhile is passed over.
+    """Sends checkpoints from a thread of its own, one at a time; of those that come meanwhile the newest follows.
 
     A push that fails ends nothing and delays nothing: it is said, and the next checkpoint is tried again.
 
@@ -212,40 +241,55 @@ class HubPusher:
         self.run_dir, self.repo_id, self.strategy, self.private = Path(run_dir), repo_id, strategy, private
         self.api = HfApi(library_name="oneday")
         self.thread: threading.Thread | None = None
+        self.waiting: Path | None = None
 
     def push_newest(self) -> None:
-        """Start sending the newest checkpoint, unless one is on its way."""
-        if self.strategy == "end" or (self.thread is not None and self.thread.is_alive()):
+        """Start sending the newest checkpoint; where one is on its way, this one follows it."""
+        if self.strategy == "end":
             return
-        checkpoint = list_checkpoints(self.run_dir)[-1]
-        send_it = functools.partial(push_checkpoint, self.api, checkpoint, self.repo_id, self.strategy, self.private)
-        self.thread = threading.Thread(target=self.attempt, args=(send_it, checkpoint.name), daemon=True)
-        self.thread.start()
+        self.waiting = list_checkpoints(self.run_dir)[-1]
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self.send_waiting, daemon=True)
+            self.thread.start()
+
+    def send_waiting(self) -> None:
+        """Send checkpoints as long as there is a new one."""
+        while self.waiting is not None:
+            checkpoint, self.waiting = self.waiting, None
+            push = functools.partial(push_checkpoint, self.api, checkpoint, self.repo_id, self.strategy, self.private)
+            self.attempt(push, checkpoint.name)
 
     def wait(self, seconds: float | None = None) -> None:
         """Let a checkpoint on its way arrive, for so long."""
         if self.thread is not None:
             self.thread.join(seconds)
 
-    def push_final(self) -> bool:
-        """Send the finished run; whether that worked."""
-        self.wait()
-        send_it = functools.partial(push_model, self.api, self.run_dir, self.repo_id, self.private)
-        return self.attempt(send_it, "The model")
+    def push_final(self) -> None:
+        """Send the finished run after the checkpoint on its way; a Hub that stands still is given up."""
+        self.wait(STILL_SECONDS)
+        push = functools.partial(push_model, self.api, self.run_dir, self.repo_id, self.private)
+        self.thread = threading.Thread(target=self.attempt, args=(push, "The model"), daemon=True)
+        self.thread.start()
+        self.wait(STILL_SECONDS)
+        if self.thread.is_alive():
+            self.say_failure("The model", f"the Hub has not taken it in {STILL_SECONDS:g} s")
 
-    def attempt(self, call: Callable[[], str], what: str) -> bool:
-        """Make a call that may fail, and say how it went."""
+    def attempt(self, push: Callable[[], str], what: str) -> None:
+        """Push, and say how it went."""
         try:
-            address = call()
+            address = send_patiently(push)
         # The client has errors of its own, httpx others, and a file may go away while it is read.
         except Exception as error:  # noqa: BLE001
-            logger.warning(
-                "%s was not pushed to %s (%s); the run is not touched. To push it when it is finished: %s",
-                what, self.repo_id, describe_failure(error), describe_command(self.run_dir, self.repo_id),
-            )  # fmt: skip
-            return False
-        logger.info("%s is on the Hub: %s", what, address)
-        return True
+            self.say_failure(what, describe_failure(error))
+        else:
+            logger.info("%s is on the Hub: %s", what, address)
+
+    def say_failure(self, what: str, reason: str) -> None:
+        """One line with the command that repeats the push."""
+        logger.warning(
+            "%s was not pushed to %s (%s); the run is not touched. To push it when it is finished: %s",
+            what, self.repo_id, reason, describe_command(self.run_dir, self.repo_id),
+        )  # fmt: skip
 
 
 def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) -> None:
@@ -272,6 +316,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
         newest = next(iter([*found.glob(LAST_CHECKPOINT), *reversed(list_checkpoints(found))]), None)
         if newest is None or not (found / rundir.RECIPE).is_file():
             raise SettingError(f"The setting resume_from_hub is {repo_id!r}, which holds no checkpoint of a run.")
+        fault = find_fault(newest)
+        if fault is not None:
+            raise SettingError(f"The checkpoint in resume_from_hub {repo_id} is damaged ({fault}); fetch it again.")
         before = yaml.safe_load((found / rundir.RECIPE).read_text(encoding="utf-8"))
         differing = rundir.differing_settings(before, hide_paths(settings))
         if differing:
