@@ -121,7 +121,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     ("errors", "reason"),
     [
         ([401] * 9, "the Hub does not know the token"),
-        ([403] * 9, "the token may not write there"),
+        pytest.param([403] * 9, "the token may not write there", marks=pytest.mark.slow),
         ([429, 500], None),
     ],
 )

@@ -152,9 +152,9 @@ class BudgetCallback(TrainerCallback):
             wanted = clock.steps % int(args.save_steps) == 0
         else:
             wanted = time.monotonic() - self.last_save > args.save_minutes * 60
+        wanted = wanted or trainer.save_as_kept
         if isinstance(clock, ReplayClock):
             wanted = clock.previous().is_saved
-        wanted = wanted or trainer.save_as_kept
         should_save = wanted and clock.fits_seconds(seconds)
         self.evaluations = due
         if should_save:
