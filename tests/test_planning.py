@@ -15,19 +15,11 @@ from torch import nn
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES
 from oneday.budget import Budget
-from oneday.cards import CARDS, find_card
+from oneday.machines import CARDS, Machine, find_card
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
+from oneday.plan_rows import choose_row, count_tokens, largest_micro_batch, make_row, memory_bytes
 from oneday.plan_table import format_plan
-from oneday.planning import (
-    Machine,
-    PlanArguments,
-    choose_row,
-    count_tokens,
-    largest_micro_batch,
-    make_row,
-    memory_bytes,
-    plan_budget,
-)
+from oneday.planning import PlanArguments, plan_budget
 from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element
 from oneday.recipe import parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
@@ -97,18 +89,24 @@ def test_what_a_row_says_by_hand():
 
 
 def test_the_choice():
-    def row(size, tokens, loss=None, micro=128):
-        said = None if loss is None else Prediction(loss, loss, loss)
+    def row(size, tokens, loss=None, micro=128, low=None, name="m.json"):
+        said = None if loss is None else Prediction(loss, low or loss, loss)
         probe = dataclasses.replace(PROBE, num_parameters=size, flops_per_token=6.0 * size)
-        return dataclasses.replace(base, probe=probe, tokens=tokens, prediction=said, micro_batch_tokens=micro)
+        facts = {"probe": probe, "tokens": tokens, "prediction": said, "micro_batch_tokens": micro}
+        return dataclasses.replace(base, **facts, model_config=name)
+
+    def choose(*rows):
+        return choose_row(rows, "own.json")
 
     base = make_row("m.json", PROBE, Pace(1e-4, 0.0), Budget(seconds=1.0), MACHINE, SETTINGS, None, None)
-    assert choose_row([row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5), row(4e6, 1e7, 3.8)]) == 1
-    assert choose_row([row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5, micro=0), row(4e6, 1e7, 3.8)]) == 2
-    assert choose_row([row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)]) == 1, "the largest with 20 tokens a parameter"
-    assert choose_row([row(1e6, 1e7), row(2e6, 1e7)]) == 0
+    assert choose(row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5), row(4e6, 1e7, 3.8)) == 1
+    assert choose(row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5, micro=0), row(4e6, 1e7, 3.8)) == 2
+    assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.4, name="own.json")) == 1, "not told apart"
+    assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.55, name="own.json")) == 0
+    assert choose(row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)) == 1, "the largest with 20 tokens a parameter"
+    assert choose(row(1e6, 1e7), row(2e6, 1e7)) == 0
     with pytest.raises(SettingError, match="No model fits"):
-        choose_row([row(1e6, 1e7, micro=0)])
+        choose(row(1e6, 1e7, micro=0))
 
 
 def test_cards_are_found_by_words():

@@ -65,7 +65,8 @@ def test_two_sizes_do_not_make_a_law_of_sizes():
     law = fit_law([*few, Point(9e6, 1e6, 3.0)])
     assert (law.num_sizes, len(law.points)) == (1, 5)
     assert law.predict(2e6, 6.4e7).loss == pytest.approx(2.0 + 3.0 * 64**-0.5, rel=0.01)
-    assert law.predict(9e6, 4e6).outside == "parameters 4.5 x above"
+    assert law.covers(2e6)
+    assert not law.covers(9e6)
     assert fit_law(few[:3]) is None
     assert fit_law([]) is None
     assert np.isfinite(log_losses(law.values, few)).all()

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 from oneday.ladder import describe_range
-from oneday.planning import MAX_EPOCHS, TOKENS_PER_PARAMETER, USABLE_MEMORY, BudgetPlan, Row, memory_bytes
+from oneday.plan_rows import MAX_EPOCHS, TOKENS_PER_PARAMETER, USABLE_MEMORY, Row, memory_bytes
+from oneday.planning import BudgetPlan
 from oneday.probing import optimizer_pair
 from oneday.scaling_law import Prediction
 
@@ -81,15 +82,18 @@ def make_notes(plan: BudgetPlan) -> list[str]:
     notes = []
     if plan.fitted is None:
         notes.append(f"loss: no scaling law is fitted for {plan.family}; the ladder mode makes one.")
-        notes.append(
-            f">: the largest that fits and sees {TOKENS_PER_PARAMETER:g} tokens a parameter, else the smallest."
-        )
     else:
         whose = "this text" if plan.is_own_text else f"{plan.fitted.corpus}, not of this text: compare models only"
         notes.append(f"loss: {plan.fitted.measure} of {whose}; law of {len(plan.fitted.records)} runs.")
         notes.append(describe_range(plan.fitted.law) + ".")
-        if best.prediction.outside:
+        if best.prediction is not None and best.prediction.outside:
             notes.append(f"warning: outside that range for the model to take: {best.prediction.outside}.")
+    if any(row.prediction is None for row in plan.rows):
+        notes.append(
+            f">: the largest that fits and sees {TOKENS_PER_PARAMETER:g} tokens a parameter, else the smallest."
+        )
+    else:
+        notes.append(">: the lowest loss, or the recipe's own model where its interval holds that.")
     if best.epochs is not None and best.epochs > MAX_EPOCHS:
         notes.append(f"warning: {best.epochs:.1f} passes over the text; past {MAX_EPOCHS:g} more text is worth more.")
     if best.epochs is None:

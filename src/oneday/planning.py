@@ -5,47 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-import torch
 import yaml
 
-from oneday.arguments import BudgetTrainingArguments, SettingError, setting
+from oneday.arguments import SettingError, setting
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import check_positive
-from oneday.budget import JOULES_PER_KWH, SECONDS_PER_HOUR, Budget
-from oneday.cards import Card, find_card
+from oneday.budget import Budget
 from oneday.durable_files import write_whole
 from oneday.ladder import BENCHMARK_DIR, LADDER_DIR, Family, FamilyLaw, fit_family, read_records
+from oneday.machines import Machine, find_machine
 from oneday.modeling import check_config_file
 from oneday.objectives import find_objective
+from oneday.plan_rows import Row, choose_row, is_within_reach, make_row
 from oneday.probing import (
     Material,
     Pace,
     Probe,
     choose_probe_tokens,
+    count_flops,
     make_stand_in,
     measure_model,
     measure_pace,
-    optimizer_pair,
 )
 from oneday.recipe import Settings, build_arguments, complete_settings, read_layers
-from oneday.scaling_law import Prediction
-from oneday.throughput import has_fast_bf16, measure_peak_flops
 
 logger = logging.getLogger(__name__)
-
-# What is left of the memory for the largest layer's own work, the optimizer's and the allocator's gaps.
-USABLE_MEMORY = 0.8
-# Up to four passes over a text are nearly as good as new text (Muennighoff et al. 2023, arXiv 2305.16264).
-MAX_EPOCHS = 4.0
-# Where no law says better: Hoffmann et al. 2022 (arXiv 2203.15556) found the best size at about this many.
-TOKENS_PER_PARAMETER = 20.0
-# A model that even at the machine's peak would see fewer tokens than parameters is not probed.
-LEAST_TOKENS_PER_PARAMETER = 1.0
 
 
 @dataclass
@@ -73,54 +60,6 @@ class PlanArguments:
                 check_positive(name, getattr(self, name))
         if self.mfu > 1:
             raise SettingError(f"The setting mfu is {self.mfu:g}; it is a fraction of the peak, at most 1.")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the budget is spent on.
-
-    Attributes:
-        name: In words.
-        memory_bytes: Of the GPU, or of the machine where there is none.
-        peak_flops: Measured here, or from a data sheet.
-        watts: Power, as far as it is known before probing.
-        card: The card planned for; None: this machine.
-    """
-
-    name: str
-    memory_bytes: float
-    peak_flops: float
-    watts: float | None
-    card: Card | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model in the budget.
-
-    Attributes:
-        model_config: Its file.
-        probe: Its sizes.
-        tokens: That the budget holds.
-        hours: That it takes.
-        epochs: Passes over the text; None: a stream.
-        micro_batch_tokens: The largest that fits; 0: none does.
-        optim: The recipe's optimizer, or its 8-bit form where only that fits.
-        prediction: Of the held-out loss; None: no law.
-        usd: Cost; None: no price was given.
-        kwh: Energy; None: no power is known.
-    """
-
-    model_config: str
-    probe: Probe
-    tokens: float
-    hours: float
-    epochs: float | None
-    micro_batch_tokens: int
-    optim: str
-    prediction: Prediction | None
-    usd: float | None
-    kwh: float | None
 
 
 @dataclass(frozen=True)
@@ -165,7 +104,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
     """
     settings = complete_settings(CLASSES, given)
     model_args, _, args = build_arguments(CLASSES, settings)
-    budget, machine = check_settings(model_args, args), find_machine(args, plan_args)
+    budget, machine = check_settings(model_args, args), find_machine(args, plan_args.for_, plan_args.gpu_memory_gb)
     check_writable(plan_args.plan_recipe)
     models = plan_args.models or find_relatives(settings["model_config"])
     family = Family.of_settings(settings, read_model_type(settings["model_config"]))
@@ -173,41 +112,26 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
         material = find_material(settings, Path(folder))
         held_out = material.validation.index.key
         fitted = fit_family(read_records(plan_args.ladder_dirs), family, held_out)
-        sizes = {model: measure_model(material, {**settings, "model_config": model}) for model in models}
-        kept = [model for model in sizes if is_within_reach(sizes[model], budget, machine)]
-        kept = sorted(kept, key=lambda model: sizes[model].flops_per_token)
+        counts = {model: count_flops(material, {**settings, "model_config": model}) for model in models}
+        kept = [model for model in models if is_within_reach(*counts[model], budget, machine)]
+        kept = sorted(kept, key=lambda model: counts[model][1])
         if not kept:
             raise SettingError(
                 f"The budget ({budget.describe()}) shows no model a token for each parameter; raise it, or name "
                 "smaller ones in models."
             )
-        paces = find_paces(material, settings, {model: sizes[model] for model in kept}, machine, plan_args)
+        sizes = {model: measure_model(material, {**settings, "model_config": model}) for model in kept}
+        paces = find_paces(material, settings, sizes, machine, plan_args)
     rows = [
         make_row(model, sizes[model], paces[model], budget, machine, settings, material.num_tokens, fitted)
         for model in kept
     ]
-    best = choose_row(rows)
+    best = choose_row(rows, settings["model_config"])
     recipe = write_recipe(recipe_path, given, rows[best], plan_args.plan_recipe)
     left_out = [Path(model).stem for model in models if model not in kept]
     is_own_text = fitted is not None and fitted.held_out == held_out
     mfu = plan_args.mfu if machine.card else None
     return BudgetPlan(budget, machine, rows, best, left_out, fitted, family, is_own_text, mfu, recipe)
-
-
-def find_machine(args: BudgetTrainingArguments, plan_args: PlanArguments) -> Machine:
-    """The card asked for, this machine's GPU, or this machine."""
-    given = plan_args.gpu_memory_gb * 1e9 if plan_args.gpu_memory_gb else None
-    if plan_args.for_ is not None:
-        card = find_card(plan_args.for_)
-        watts = args.stated_watts or card.watts
-        return Machine(card.name, given or card.memory_gb * 1e9, card.peak_flops, watts, card)
-    bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
-    peak = measure_peak_flops(args.device, bf16)
-    if args.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(args.device)
-        return Machine(properties.name, given or properties.total_memory, peak, args.stated_watts, None)
-    name = f"this machine, {torch.get_num_threads()} threads"
-    return Machine(name, given or psutil.virtual_memory().total, peak, args.stated_watts, None)
 
 
 def read_model_type(model_config: str) -> str:
@@ -229,13 +153,6 @@ def find_material(settings: Settings, folder: Path) -> Material:
         return make_stand_in(find_objective(args.objective), settings, folder)
     objective, data = prepare_objective(data_args, args)
     return Material(objective, data.tokenizer, data.train, data.validation, data.train.num_tokens)
-
-
-def is_within_reach(probe: Probe, budget: Budget, machine: Machine) -> bool:
-    """Whether the budget could show a model as many tokens as it has parameters, at the peak."""
-    fastest = Pace(probe.flops_per_token / machine.peak_flops, 0.0)
-    tokens = count_tokens(probe, fastest, budget, machine.watts, 1.0)
-    return tokens >= LEAST_TOKENS_PER_PARAMETER * probe.num_parameters
 
 
 def find_paces(
@@ -271,87 +188,6 @@ def probing_settings(settings: Settings, model: str, probe: Probe, machine: Mach
     row = settings["max_seq_length"]
     tokens = choose_probe_tokens(probe.flops_per_token, machine.peak_flops, settings["micro_batch_tokens"], row)
     return {**settings, "model_config": model, "batch_size_tokens": tokens, "micro_batch_tokens": tokens}
-
-
-def count_tokens(probe: Probe, pace: Pace, budget: Budget, watts: float | None, batch_tokens: float) -> float:
-    """Tokens that the nearest limit of a budget leaves."""
-    counts = [budget.tokens, budget.flops and budget.flops / probe.flops_per_token]
-    counts.append(budget.steps and budget.steps * batch_tokens)
-    seconds = budget.clock_limit_seconds
-    if budget.needs_meter and watts:
-        seconds = min(seconds or float("inf"), budget.kwh * JOULES_PER_KWH / watts)
-    if seconds is not None:
-        counts.append(max(0.0, seconds - pace.fixed_seconds) * pace.tokens_per_second(batch_tokens))
-    known = [count for count in counts if count is not None]
-    if not known:
-        raise SettingError("budget_kwh is the only limit and no power is known here; set stated_watts.")
-    return min(known)
-
-
-def make_row(
-    model: str,
-    probe: Probe,
-    pace: Pace,
-    budget: Budget,
-    machine: Machine,
-    settings: Settings,
-    num_tokens: int | None,
-    fitted: FamilyLaw | None,
-) -> Row:
-    """What one model makes of the budget."""
-    batch, watts = settings["batch_size_tokens"], machine.watts or pace.watts
-    tokens = count_tokens(probe, pace, budget, watts, batch)
-    hours = (tokens / pace.tokens_per_second(batch) + pace.fixed_seconds) / SECONDS_PER_HOUR
-    names = [settings["optim"], *[name for name in optimizer_pair(settings["optim"]) if name]]
-    fits = {name: largest_micro_batch(probe, name, machine, settings) for name in names}
-    optim = next((name for name in names if fits[name]), settings["optim"])
-    return Row(
-        model_config=model,
-        probe=probe,
-        tokens=tokens,
-        hours=hours,
-        epochs=None if num_tokens is None else tokens / num_tokens,
-        micro_batch_tokens=fits[optim],
-        optim=optim,
-        prediction=fitted.law.predict(probe.num_parameters_without_embeddings, tokens) if fitted else None,
-        usd=hours * budget.usd_per_hour if budget.usd_per_hour else None,
-        kwh=hours * watts / 1000 if watts else None,
-    )
-
-
-def memory_bytes(probe: Probe, optim: str, micro_batch_tokens: float) -> float:
-    """Weights, gradients, optimizer state and activations."""
-    return probe.model_bytes + probe.state_bytes[optim] + probe.activation_bytes * micro_batch_tokens
-
-
-def largest_micro_batch(probe: Probe, optim: str, machine: Machine, settings: Settings) -> int:
-    """Tokens of the largest micro-batch that divides the batch and fits; on a CPU not above the recipe's; 0: none.
-
-    A GPU is busier with a larger one, a CPU is not.
-    """
-    row = settings["max_seq_length"]
-    is_gpu = machine.card is not None or torch.cuda.is_available()
-    rows = max(1, settings["batch_size_tokens"] // row)
-    for count in sorted((n for n in range(1, rows + 1) if rows % n == 0), reverse=True):
-        allowed = is_gpu or count * row <= settings["micro_batch_tokens"]
-        if allowed and memory_bytes(probe, optim, count * row) <= USABLE_MEMORY * machine.memory_bytes:
-            return count * row
-    return 0
-
-
-def choose_row(rows: Sequence[Row]) -> int:
-    """Place of the model to take: the lowest predicted loss; without a law the largest that sees its share of tokens.
-
-    Raises:
-        SettingError: When none fits.
-    """
-    fitting = [place for place, row in enumerate(rows) if row.micro_batch_tokens]
-    if not fitting:
-        raise SettingError("No model fits into the memory; name smaller ones in models, or lower max_seq_length.")
-    if rows[0].prediction is not None:
-        return min(fitting, key=lambda place: rows[place].prediction.loss)
-    fed = [p for p in fitting if rows[p].tokens >= TOKENS_PER_PARAMETER * rows[p].probe.num_parameters]
-    return max(fed or fitting[:1], key=lambda place: rows[place].probe.flops_per_token)
 
 
 def write_recipe(recipe_path: str, given: Settings, row: Row, target: str) -> Path:

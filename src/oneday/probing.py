@@ -20,7 +20,7 @@ from oneday.assembly import CLASSES
 from oneday.benchmarks.planning import QUIET
 from oneday.benchmarks.throughput import ENDLESS, StepTimer
 from oneday.energy import open_energy_meter
-from oneday.modeling import build_model, count_parameters, load_config
+from oneday.modeling import FlopCounter, build_model, count_parameters, load_config
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import HIDDEN_OPTIMIZERS, count_state_bytes, split_parameters
 from oneday.packed_dataset import PackedDataset, pack_corpus
@@ -171,6 +171,17 @@ def probing(material: Material, settings: Settings) -> Iterator[BudgetTrainer]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def count_flops(material: Material, settings: Settings) -> tuple[int, float]:
+    """(parameters, FLOPs a token in full rows) of a model, without storage for its weights; companions not counted."""
+    model_args, data_args, args = build_arguments(CLASSES, settings)
+    row, objective = data_args.max_seq_length, material.objective
+    config = load_config(model_args.model_config, material.tokenizer, row, model_args.position_encoding)
+    with torch.device("meta" if objective.is_packed else "cpu"):  # XLNet allocates past the device that is set
+        model = build_model(config, objective.find_class(config), objective.is_packed)
+    predicted = row if objective.kind == "decoder" else round(args.mlm_probability * row)
+    return count_parameters(model)[0], FlopCounter(model).step_flops(row, row**2, predicted, [row]) / row
 
 
 def measure_model(material: Material, settings: Settings) -> Probe:

@@ -90,6 +90,10 @@ class ScalingLaw:
         outside = self.describe_outside(parameters, tokens)
         return Prediction(loss, min(float(low), loss), max(float(high), loss), outside)
 
+    def covers(self, parameters: float) -> bool:
+        """Whether the law says anything of models of this size; one of a single size does not of others."""
+        return self.num_sizes >= LEAST_SIZES or parameters == self.points[0].parameters
+
     def describe_outside(self, parameters: float, tokens: float) -> str:
         """`parameters 4.1 x above, tokens 3.0 x above`; empty inside the range."""
         parts = []
