@@ -16,6 +16,8 @@ from oneday.curves import HELD_OUT_COLOR, QUIET_COLOR, TRAIN_COLOR  # noqa: E402
 
 PICTURE_FILE = "glue_results.png"
 PANELS_A_ROW, MAX_SHOWN_CLASSES = 4, 12
+# Up to so many the shares are written into the matrix; of more its colours say enough.
+MAX_WRITTEN_CLASSES = 5
 
 
 def count_confusions(paths: list[Path], num_labels: int) -> np.ndarray:
@@ -75,10 +77,11 @@ def draw_confusion(axis: plt.Axes, name: str, counts: np.ndarray, labels: list[s
     """Shares of each label's rows by answer, all seeds together."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(labels) <= MAX_SHOWN_CLASSES:
+    places, is_small = range(len(labels)), len(labels) <= MAX_WRITTEN_CLASSES
+    if is_small:
         for (row, column), share in np.ndenumerate(shares):
             axis.text(column, row, f"{share:.0%}", ha="center", va="center", color="w" if share > 0.5 else "k")
-        places = range(len(labels))
-        axis.set_xticks(places, labels, rotation=30, ha="right")
+    if len(labels) <= MAX_SHOWN_CLASSES:
+        axis.set_xticks(places, labels, rotation=30 if is_small else 90, ha="right" if is_small else "center")
         axis.set_yticks(places, labels)
     axis.set(title=name, xlabel="answer", ylabel="label")
