@@ -75,7 +75,17 @@ def test_paths_are_cut_down_to_their_names():
         "b": "y,w.txt",
     }
     assert hide_paths("see /home/ann/run/model.bin, or ~/keys") == "see model.bin, or keys"
-    for kept in ("and/or", "https://huggingface.co/a/b", "model_configs/bert-mini.json", "3/4", "ann/model", 7, None):
+    for kept in (
+        "/",
+        "/think",
+        "and/or",
+        "https://huggingface.co/a/b",
+        "model_configs/bert-mini.json",
+        "3/4",
+        "ann/model",
+        7,
+        None,
+    ):
         assert hide_paths(kept) == kept
 
 

@@ -56,7 +56,8 @@ def hide_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     # A path that holds spaces is one all the same when it is the whole string.
-    if value.startswith(("/", "~/", "file:///")) and "\n" not in value and "," not in value:
+    is_path = value.startswith(("/", "~/", "file:///")) and value.count("/") >= 2
+    if is_path and "\n" not in value and "," not in value:
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return re.sub(r"(?<![\w:/.])" + LOCAL_PATH.pattern, lambda match: last_name(match.group()), value)
 
