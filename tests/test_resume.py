@@ -329,3 +329,25 @@ def test_files_left_by_a_killed_process_go(tmp_path):
     lock_run(tmp_path / "new" / "run").close()
     lock_run(tmp_path).close()
     assert not list(tmp_path.glob(".budget*"))
+
+
+def test_a_checkpoint_killed_while_it_was_removed_is_gone_and_not_half(make_trainer, monkeypatch):
+    """The soak found it: removing files first left a directory of a checkpoint's name without its weights."""
+
+    remove = shutil.rmtree
+
+    def killed(path, **kwargs):
+        if "checkpoint-" in path.name and path.exists():
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt("killed")
+        remove(path, **kwargs)
+
+    trainer = make_trainer(budget_steps=9, save_steps=2, save_total_limit=1)
+    monkeypatch.setattr("oneday.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt, match="killed"):
+        trainer.run()
+    monkeypatch.undo()
+    left = list_checkpoints(trainer.args.output_dir)
+    assert left and not any(find_fault(checkpoint) for checkpoint in left)
+    make_trainer(budget_steps=9, save_steps=2, save_total_limit=1).run(resume=True)
+    assert not list(Path(trainer.args.output_dir).glob(".removed-*"))

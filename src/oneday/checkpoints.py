@@ -20,7 +20,7 @@ from oneday.durable_files import synchronize_path, write_whole
 logger = logging.getLogger(__name__)
 
 STATE, SEAL = "oneday_state.json", "checksums.json"
-PREFIX, DAMAGED = "checkpoint-", "damaged-"
+PREFIX, DAMAGED, REMOVED = "checkpoint-", "damaged-", ".removed-"
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -102,16 +102,26 @@ def publish_checkpoint(source: Path, target: Path) -> None:
     for path in [*source.rglob("*"), source]:
         synchronize_path(path)
     if target.exists():
-        shutil.rmtree(target)
+        remove_checkpoint(target)
     os.replace(source, target)
     synchronize_path(target.parent)
 
 
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Take its name away before its files: of a process killed meanwhile no half of a checkpoint is left."""
+    aside = checkpoint.with_name(REMOVED + checkpoint.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_old_checkpoints(output_dir: str | Path, limit: int | None) -> None:
     """Keep the newest `limit`, at least one, and the one that `--extend` starts from; None keeps all."""
+    for leftover in Path(output_dir).glob(f"{REMOVED}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     if not limit:
         return
     kept = list_kept(output_dir)[-1:]
     ordinary = [path for path in list_checkpoints(output_dir) if path not in kept]
     for checkpoint in ordinary[: -max(1, limit)]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_checkpoint(checkpoint)
