@@ -105,6 +105,7 @@ def test_the_choice():
     assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.55, name="own.json")) == 0
     assert choose(row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)) == 1, "the largest with 20 tokens a parameter"
     assert choose(row(1e6, 1e7), row(2e6, 1e7)) == 0
+    assert choose(row(1e6, 1e7), row(2e6, 1e7, name="own.json")) == 1, "none sees its share"
     with pytest.raises(SettingError, match="No model fits"):
         choose(row(1e6, 1e7, micro=0))
 

@@ -133,7 +133,8 @@ def choose_row(rows: Sequence[Row], own_config: str) -> int:
     """Place of the model to take.
 
     By a law the one with the lowest loss, but the recipe's own where the law cannot tell them apart: its interval
-    holds the lowest loss. Without a law the largest that sees its share of tokens, or the smallest.
+    holds the lowest loss. Without a law the largest that sees its share of tokens; where none does, the recipe's own,
+    or the smallest.
 
     Args:
         rows: At least one, smallest first.
@@ -145,9 +146,9 @@ def choose_row(rows: Sequence[Row], own_config: str) -> int:
     fitting = [place for place, row in enumerate(rows) if row.micro_batch_tokens]
     if not fitting:
         raise SettingError("No model fits into the memory; name smaller ones in models, or lower max_seq_length.")
+    own = [place for place in fitting if rows[place].model_config == own_config]
     if all(rows[place].prediction is not None for place in fitting):
         best = min(fitting, key=lambda place: rows[place].prediction.loss)
-        own = [place for place in fitting if rows[place].model_config == own_config]
         return next((p for p in own if rows[p].prediction.low <= rows[best].prediction.loss), best)
     fed = [p for p in fitting if rows[p].tokens >= TOKENS_PER_PARAMETER * rows[p].probe.num_parameters]
-    return max(fed or fitting[:1], key=lambda place: rows[place].probe.flops_per_token)
+    return max(fed or own or fitting[:1], key=lambda place: rows[place].probe.flops_per_token)
