@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from huggingface_hub import HfApi
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError, setting
-from oneday.hub import describe_failure, push_model, send_patiently
+from oneday.checkpoints import find_good_checkpoint
+from oneday.hub import describe_failure, push_checkpoint, push_model, send_patiently
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 
@@ -22,6 +24,9 @@ class PushArguments:
     run_dir: str = setting("runs/quickstart-bert", "A finished run directory; its checkpoints stay here.")
     hub_model_id: str = setting("", "Repository on the Hub, user/name; made when it is not there.")
     hub_private_repo: bool = setting(False, "Make a new repository private.")
+    last_checkpoint: bool = setting(
+        False, "Push the last checkpoint, for resume_from_hub elsewhere, not the model; the run need not be finished."
+    )
 
 
 def main() -> None:
@@ -33,18 +38,33 @@ def main() -> None:
     )
     if not args.hub_model_id:
         raise SettingError("hub_model_id is empty; name a repository, say you/my-first-bert.")
-    if not (Path(args.run_dir) / rundir.RESULTS).is_file():
-        raise SettingError(f"run_dir {args.run_dir} holds no finished run; finish it, or name another.")
-    refresh_card(args.run_dir)
-    api = HfApi(library_name="oneday")
-    push = functools.partial(push_model, api, args.run_dir, args.hub_model_id, args.hub_private_repo)
+    push = prepare_push(args)
     try:
-        print(send_patiently(push))
+        print(send_patiently(functools.partial(push, HfApi(library_name="oneday"))))
     # The client has errors of its own, httpx others.
     except Exception as error:  # noqa: BLE001
         raise SettingError(
-            f"{args.run_dir} was not pushed to {args.hub_model_id}: {describe_failure(error)}."
+            f"{args.run_dir} was not pushed to {args.hub_model_id}: {describe_failure(error)}; then give the same "
+            "command again."
         ) from None
+
+
+def prepare_push(args: PushArguments) -> Callable[[HfApi], str]:
+    """What sends the model or the last checkpoint, given a client.
+
+    Raises:
+        SettingError: When there is none.
+    """
+    name, private = args.hub_model_id, args.hub_private_repo
+    if args.last_checkpoint:
+        checkpoint = find_good_checkpoint(args.run_dir)
+        if checkpoint is None:
+            raise SettingError(f"run_dir {args.run_dir} holds no whole checkpoint; set save_steps, or name another.")
+        return lambda api: push_checkpoint(api, checkpoint, name, "checkpoint", private)
+    if not (Path(args.run_dir) / rundir.RESULTS).is_file():
+        raise SettingError(f"run_dir {args.run_dir} holds no finished run; finish it, or name another.")
+    refresh_card(args.run_dir)
+    return lambda api: push_model(api, args.run_dir, name, private)
 
 
 if __name__ == "__main__":

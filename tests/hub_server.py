@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,6 +21,8 @@ import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 LFS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".parquet", ".png")
+# More than the client waits of its own accord.
+RETRY_AFTER_SECONDS = 4
 Files = dict[str, bytes]
 
 
@@ -29,7 +32,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         branches: repository -> branch -> path -> content.
         errors: (method, pattern of the path) -> codes to answer with, one each time, before going on as usual.
-        received: Every request's path and body.
+        received: Every request's path, body and time; and every file that came encoded in one, decoded.
         users: Token -> name; other tokens are refused where something is written.
     """
 
@@ -39,7 +42,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.branches: dict[str, dict[str, Files]] = defaultdict(dict)
         self.errors: dict[tuple[str, str], list[int]] = {}
-        self.received: list[tuple[str, bytes]] = []
+        self.received: list[tuple[str, bytes, float]] = []
         self.stored: dict[str, bytes] = {}
         self.users = {"hf_good": "ann"}
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -87,10 +90,12 @@ class Handler(BaseHTTPRequestHandler):
         """Read the body, fail where that was asked for, else find the answer."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
-        self.server.received.append((path, body))
+        self.server.received.append((path, body, time.monotonic()))
         code = self.server.next_error(self.command, path)
         if code is not None:
-            return self.answer({"error": f"injected {code}"}, code, {"Retry-After": "1"} if code == 429 else {})
+            return self.answer(
+                {"error": f"injected {code}"}, code, {"Retry-After": str(RETRY_AFTER_SECONDS)} if code == 429 else {}
+            )
         for pattern, method in ROUTES:
             found = re.fullmatch(pattern, path)
             if found:
@@ -183,6 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             value = operation["value"]
             if operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+                self.server.received.append((value["path"], files[value["path"]], time.monotonic()))
             elif operation["key"] == "lfsFile":
                 files[value["path"]] = self.server.stored[value["oid"]]
             elif operation["key"] == "deletedFile":

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pandas as pd
 import pytest
-from hub_server import HubServer
+from hub_server import RETRY_AFTER_SECONDS, HubServer
 from test_programs import ROOT, SMALL
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.hub import hide_paths
+from oneday.hub import COPIES, HubPusher, describe_failure, hide_paths
 from oneday.run_directory import read_json, read_metrics
 
 SECRET = "hf_good"
@@ -69,24 +72,37 @@ def load_elsewhere(hub, tmp_path, repo, texts):
     return json.loads(done.stdout)
 
 
-def test_paths_are_cut_down_to_their_names():
-    assert hide_paths({"a": ["/home/ann/my texts/*.parquet"], "b": "/x/y,/z/w.txt"}) == {
-        "a": ["*.parquet"],
-        "b": "y,w.txt",
-    }
-    assert hide_paths("see /home/ann/run/model.bin, or ~/keys") == "see model.bin, or keys"
-    for kept in (
-        "/",
-        "/think",
-        "and/or",
-        "https://huggingface.co/a/b",
-        "model_configs/bert-mini.json",
-        "3/4",
-        "ann/model",
-        7,
-        None,
-    ):
-        assert hide_paths(kept) == kept
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("/home/ann/my texts/*.parquet", "*.parquet"),
+        ("/x/y,/z/w.txt", "y,w.txt"),
+        ("/home/ann/my texts/a.txt,/data/b c.txt", "a.txt,b c.txt"),
+        ("../ann private/x.txt", "x.txt"),
+        ("../../ann/private/x.txt", "x.txt"),
+        ("~/my keys/x.txt", "x.txt"),
+        ("corpus:/home/ann/x.txt", "corpus:x.txt"),
+        ("file:///home/ann/x.txt", "x.txt"),
+        (r"C:\Users\ann\x.txt", "x.txt"),
+        ("see /home/ann/run/model.bin, or ~/keys", "see model.bin, or keys"),
+        ("of `/home/ann/my texts/x.txt`\nand '/home/ann b/y.txt'", "of `x.txt`\nand 'y.txt'"),
+        ("the path ../ann/x.txt is cut", "the path x.txt is cut"),
+    ],
+)
+def test_paths_are_cut_down_to_their_names(text, sent):
+    assert hide_paths(text) == sent
+    assert hide_paths({"a": [text, 7, None]}) == {"a": [sent, 7, None]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/", "/think", "and/or", "https://huggingface.co/a/b", "model_configs/bert-mini.json", "3/4", "ann/model",
+        "hf://datasets/ann/x/*.parquet", "a sentence, and/or two: 'a/b/c' or 1/2/3", "", "lines\nof `a/b` text",
+    ],
+)  # fmt: skip
+def test_what_is_no_local_path_stays(text):
+    assert hide_paths(text) == text
 
 
 def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp_path):
@@ -101,8 +117,10 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
         branches["main"]
     )
     assert not any(name.startswith("checkpoint") for name in branches["main"])
-    # Another machine finds what was pushed first, as if this one had been taken away then.
-    first = min(name.split("/")[0] for name in branches["checkpoints"] if name.startswith("checkpoint-"))
+    # Another machine finds what was pushed first, as if this one had been taken away then; which checkpoint that is
+    # depends on how long the others took to send, and it may be the last.
+    sent = {name.split("/")[0] for name in branches["checkpoints"] if name.startswith("checkpoint-")}
+    first = min(sent, key=lambda name: int(name.rpartition("-")[2]))
     later = {name for name in branches["checkpoints"] if "/" in name and not name.startswith(first)}
     branches["checkpoints"] = {name: data for name, data in branches["checkpoints"].items() if name not in later}
     code, said = program(
@@ -122,7 +140,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     logits = ours(**inputs).logits
     assert logits.equal(elsewhere(**inputs).logits), "the run that moved ended with other weights"
     assert load_elsewhere(hub, tmp_path, "ann/tiny", texts[:1]) == logits.tolist()
-    for path, body in hub.received:
+    for path, body, _ in hub.received:
         for secret in (str(tmp_path), "secret place", SECRET, str(ROOT), os.path.expanduser("~") + "/"):
             assert secret.encode() not in body, f"{secret} was sent to {path}"
 
@@ -144,6 +162,9 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reaso
     assert read_json(run / "results.json")
     if reason is None:
         assert "The model is on the Hub" in said
+        tried = [when for path, _, when in hub.received if "/commit/" in path]
+        assert len(tried) == 3
+        assert tried[1] - tried[0] >= RETRY_AFTER_SECONDS, "tried again before the Hub allowed it"
         return
     assert f"The model was not pushed to ann/tiny ({reason}" in said
     assert f"python scripts/push_to_hub.py --run_dir {run} --hub_model_id ann/tiny" in said
@@ -153,9 +174,67 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reaso
     assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
 
 
+def test_the_last_checkpoint_is_pushed_afterwards(hub, program, tmp_path):
+    """Of a run that has ended: elsewhere nothing is left to train, and the model is the same."""
+    here, there = tmp_path / "run", tmp_path / "there"
+    settings = {"budget_steps": 4, "save_steps": 4}
+    for output_dir, extra in ((here, {}), (there, {"resume_from_hub": "ann/tiny"})):
+        code, said = program("pretrain", output_dir=output_dir, **settings, **extra)
+        assert code == 0, said
+        if output_dir == here:
+            code, said = program("push_to_hub", run_dir=here, hub_model_id="ann/tiny", last_checkpoint="true")
+            assert (code, "/commit/" in said) == (0, True), said
+            assert "last-checkpoint/model.safetensors" in hub.branches["ann/tiny"]["checkpoints"]
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "full"), "a file could not be read or copied here: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "gone", "x"), "a file could not be read or copied here: No such file"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "no"), "the Hub cannot be reached (ConnectionRefusedError)"),
+        (TimeoutError(errno.ETIMEDOUT, "late"), "the Hub cannot be reached (TimeoutError)"),
+        (ValueError("Repo id must be\nsuch"), "Repo id must be"),
+    ],
+)
+def test_why_a_push_failed(error, words):
+    assert describe_failure(error).startswith(words)
+
+
+def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch):
+    """While one is sent others come: only the newest of them is sent after it, and none is forgotten."""
+    (tmp_path / f"{COPIES}left-by-a-killed-process").mkdir()
+    sent, may_go_on = [], threading.Semaphore(0)
+    pusher = HubPusher(tmp_path, "ann/tiny", "checkpoint")
+    assert not list(tmp_path.glob(f"{COPIES}*"))
+
+    def send(api, checkpoint, *args):
+        may_go_on.acquire()
+        sent.append(checkpoint.name)
+        return "there"
+
+    monkeypatch.setattr("oneday.hub.push_checkpoint", send)
+    for step in range(1, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        pusher.push_newest()
+        while step == 1 and pusher.waiting is not None:
+            time.sleep(0.001)
+    may_go_on.release(2)
+    pusher.wait(60)
+    assert sent == ["checkpoint-1", "checkpoint-4"]
+    (tmp_path / "checkpoint-5").mkdir()
+    may_go_on.release()
+    pusher.push_newest()
+    pusher.wait(60)
+    assert sent[2:] == ["checkpoint-5"]
+
+
 def test_what_cannot_be_pushed_or_brought_back(hub, program, tmp_path):
     code, said = program("push_to_hub", run_dir=tmp_path, hub_model_id="ann/tiny")
     assert (code, said.count("holds no finished run")) == (1, 1)
+    code, said = program("push_to_hub", run_dir=tmp_path, hub_model_id="ann/tiny", last_checkpoint="true")
+    assert (code, said.count("holds no whole checkpoint")) == (1, 1)
     code, said = program("pretrain", output_dir=tmp_path / "new", resume_from_hub="ann/nothing")
     assert code == 1
     assert "error: The setting resume_from_hub is 'ann/nothing', whose branch checkpoints cannot be had" in said

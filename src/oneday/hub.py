@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+# What a directory with the copies that are sent begins with.
+COPIES = ".hub-"
 # A pickle of every setting, paths included, which nothing reads when a run goes on.
 UNSENT = {"training_args.bin", rundir.LOCK}
 # Seconds before a push is tried again, and the longest that is waited because the Hub asks for it.
@@ -40,12 +42,18 @@ WAITS_SECONDS, MOST_SECONDS = (2.0, 8.0, 30.0), 120.0
 # A push at the end that takes longer is given up.
 STILL_SECONDS = 1800.0
 RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS)
-# `/a/b`, `~/a` and `C:\a`, and the same after `file://`; never a word of a sentence with one slash.
-LOCAL_PATH = re.compile(r"(?:file://)?(?:~|[A-Za-z]:)?(?:[/\\][^/\\\s,'\"]+){2,}[/\\]?|~[/\\][^\s,'\"]+")
+# `/a/b`, `~/a`, `../a/b` and `C:\a\b`, and the same after `file://`; never a word of a sentence with one slash.
+ROOT = r"(?:file://)?(?:~|\.\.|[A-Za-z]:)?"
+LOCAL_PATH = re.compile(rf"(?<![\w/.\\]){ROOT}(?:[/\\][^/\\\s,'\"`]+){{2,}}[/\\]?|(?<![\w/.])~[/\\][^\s,'\"`]+")
+# The same with spaces in it: as a whole setting, or between quotes.
+WHOLE_PATH = re.compile(rf"{ROOT}(?:[/\\][^/\\]+){{2,}}[/\\]?|(?:~|\.\.)[/\\].+", re.DOTALL)
+QUOTED = re.compile(r"([`'\"])([^`'\"\n]+)\1")
 
 
 def hide_paths(value: Any) -> Any:
-    """The same value with every absolute path in its strings cut down to its last name.
+    """The same value with every local path in its strings cut down to its last name.
+
+    Absolute paths, those of the home directory and those that go upward; one inside the project stays.
 
     Example: {"dataset_name": "/home/ann/texts/*.parquet"} -> {"dataset_name": "*.parquet"}.
     """
@@ -55,11 +63,16 @@ def hide_paths(value: Any) -> Any:
         return [hide_paths(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    # A path that holds spaces is one all the same when it is the whole string.
-    is_path = value.startswith(("/", "~/", "file:///")) and value.count("/") >= 2
-    if is_path and "\n" not in value and "," not in value:
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return re.sub(r"(?<![\w:/.])" + LOCAL_PATH.pattern, lambda match: last_name(match.group()), value)
+    if "\n" not in value:
+        value = ",".join(hide_whole_path(part) for part in value.split(","))
+    value = QUOTED.sub(lambda match: match[1] + hide_whole_path(match[2]) + match[1], value)
+    return LOCAL_PATH.sub(lambda match: last_name(match.group()), value)
+
+
+def hide_whole_path(text: str) -> str:
+    """The last name of a text that is one path, spaces and all; any other text as it is."""
+    path = text.strip()
+    return last_name(path) if WHOLE_PATH.fullmatch(path) else text
 
 
 def last_name(path: str) -> str:
@@ -127,6 +140,10 @@ def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
     for file in RESUMED_FILES:
         if (checkpoint.parent / file).is_file():
             copy_publicly(checkpoint.parent / file, folder / file)
+    # The run may have ended meanwhile; where a checkpoint comes back without the final model, it has not.
+    if (folder / rundir.BUDGET).is_file():
+        report = {**rundir.read_json(folder / rundir.BUDGET), "status": "interrupted"}
+        (folder / rundir.BUDGET).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, private: bool | None = None) -> str:
@@ -192,6 +209,9 @@ def describe_failure(error: BaseException) -> str:
         return f"the Hub had an error of its own ({status})"
     if type(error).__name__ == "LocalTokenNotFoundError":
         return reasons[401]
+    is_network = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and error.errno is not None and not is_network:
+        return f"a file could not be read or copied here: {os.strerror(error.errno)}"
     if status is None and not isinstance(error, (ValueError, TypeError)):
         return f"the Hub cannot be reached ({type(error).__name__})"
     return str(error).splitlines()[0][:200]
@@ -204,7 +224,7 @@ def describe_command(run_dir: str | Path, repo_id: str) -> str:
 
 def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | None = None) -> str:
     """Send a finished run to main; returns the commit's address."""
-    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".hub-") as folder:
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=COPIES) as folder:
         stage_model(Path(run_dir), Path(folder))
         return send(api, repo_id, Path(folder), "main", f"Push {Path(run_dir).name}", private)
 
@@ -212,7 +232,7 @@ def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | No
 def push_checkpoint(api: HfApi, checkpoint: Path, repo_id: str, strategy: str, private: bool | None = None) -> str:
     """Send what a strategy sends of a checkpoint: its model to main, or all of it to the branch `checkpoints`."""
     message = f"Push {checkpoint.name}"
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".hub-") as folder:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=COPIES) as folder:
         if strategy == "every_save":
             stage_saved_model(checkpoint, Path(folder))
             return send(api, repo_id, Path(folder), "main", message, private)
@@ -242,21 +262,32 @@ class HubPusher:
         self.run_dir, self.repo_id, self.strategy, self.private = Path(run_dir), repo_id, strategy, private
         self.api = HfApi(library_name="oneday")
         self.thread: threading.Thread | None = None
+        self.lock = threading.Lock()
         self.waiting: Path | None = None
+        self.is_sending = False
+        for left in self.run_dir.glob(f"{COPIES}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def push_newest(self) -> None:
         """Start sending the newest checkpoint; where one is on its way, this one follows it."""
         if self.strategy == "end":
             return
-        self.waiting = list_checkpoints(self.run_dir)[-1]
-        if self.thread is None or not self.thread.is_alive():
-            self.thread = threading.Thread(target=self.send_waiting, daemon=True)
-            self.thread.start()
+        with self.lock:
+            self.waiting = list_checkpoints(self.run_dir)[-1]
+            if self.is_sending:
+                return
+            self.is_sending = True
+        self.thread = threading.Thread(target=self.send_waiting, daemon=True)
+        self.thread.start()
 
     def send_waiting(self) -> None:
         """Send checkpoints as long as there is a new one."""
-        while self.waiting is not None:
-            checkpoint, self.waiting = self.waiting, None
+        while True:
+            with self.lock:
+                checkpoint, self.waiting = self.waiting, None
+                self.is_sending = checkpoint is not None
+            if checkpoint is None:
+                return
             push = functools.partial(push_checkpoint, self.api, checkpoint, self.repo_id, self.strategy, self.private)
             self.attempt(push, checkpoint.name)
 
@@ -267,6 +298,8 @@ class HubPusher:
 
     def push_final(self) -> None:
         """Send the finished run after the checkpoint on its way; a Hub that stands still is given up."""
+        if self.is_sending:
+            logger.info("A checkpoint is still on its way to %s; the model follows it.", self.repo_id)
         self.wait(STILL_SECONDS)
         push = functools.partial(push_model, self.api, self.run_dir, self.repo_id, self.private)
         self.thread = threading.Thread(target=self.attempt, args=(push, "The model"), daemon=True)
