@@ -28,11 +28,14 @@ from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.run_directory import STAGING, read_json, read_metrics
 
 ROOT = Path(__file__).parent.parent
-STEPS_A_KILL, CLOCK_MINUTES = 40, 2.0
-# Seconds a process lives after its first step, at most; a heartbeat is due every two.
-LIFE_SECONDS, HEARTBEAT_SECONDS = 3.0, 2.0
+MODEL = "model.json"
+STEPS_A_KILL, CLOCK_MINUTES = 40, 4.0
+# Lines of metrics that a process writes before it is killed, at most: in steps, so that a slow machine comes on too.
+LIFE_LINES, MOMENT_SECONDS = 60, 0.05
+# How long a checkpoint is waited for; when a heartbeat is due.
+SAVING_SECONDS, HEARTBEAT_SECONDS = 10.0, 2.0
 SETTINGS = {
-    "model_config": "model_configs/modernbert-mini.json", "vocab_size": 300, "max_seq_length": 64,
+    "vocab_size": 300, "max_seq_length": 64,
     "batch_size_tokens_start": 256, "batch_size_tokens": 1024, "micro_batch_tokens": 256, "optim": "muon_8bit",
     "mlm_probability_end": 0.15, "max_seq_length_start": 16, "save_steps": 5, "num_evaluations": 4,
     "budget_minutes": "null",
@@ -50,9 +53,17 @@ def write_text(folder: Path, generator: random.Random) -> Path:
     return path
 
 
+def write_model(folder: Path) -> None:
+    """The config of an encoder whose steps are short on any machine."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = json.loads((ROOT / "model_configs/modernbert-mini.json").read_text()) | sizes
+    config["layer_types"] = ["sliding_attention", "full_attention"]
+    (folder / MODEL).write_text(json.dumps(config))
+
+
 def start(text: Path, output: Path, **settings: object) -> subprocess.Popen:
     """A pretraining process, its output in a file beside the run."""
-    given = {**SETTINGS, "dataset_name": text, "output_dir": output, **settings}
+    given = {**SETTINGS, "dataset_name": text, "model_config": text.parent / MODEL, "output_dir": output, **settings}
     command = [sys.executable, "scripts/pretrain.py"]
     command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "ONEDAY_CACHE": str(text.parent / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -67,19 +78,19 @@ def count_lines(output: Path) -> int:
 
 
 def kill_at_random(process: subprocess.Popen, output: Path, generator: random.Random) -> str:
-    """Wait for its first line of metrics and then a random time, every third time for a checkpoint being written."""
-    before = count_lines(output)
-    while count_lines(output) == before and process.poll() is None:
-        time.sleep(0.01)
-    ends_at, what = time.monotonic() + generator.uniform(0.0, LIFE_SECONDS), "between"
+    """Wait for a random number of steps and a moment more, every third time for a checkpoint being written."""
+    lives_to, what = count_lines(output) + 1 + generator.randrange(LIFE_LINES), "between"
+    while count_lines(output) < lives_to and process.poll() is None:
+        time.sleep(0.005)
     if generator.random() < 1 / 3:
-        while process.poll() is None and time.monotonic() < ends_at + LIFE_SECONDS:
+        ends_at = time.monotonic() + SAVING_SECONDS
+        while process.poll() is None and time.monotonic() < ends_at:
             if (output / STAGING / "checkpoint").exists():
                 time.sleep(generator.uniform(0.0, 0.03))
                 what = "while saving"
                 break
     else:
-        time.sleep(max(0.0, ends_at - time.monotonic()))
+        time.sleep(generator.uniform(0.0, MOMENT_SECONDS))
     process.send_signal(signal.SIGKILL)
     process.wait()
     return what
@@ -157,6 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     generator, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="oneday-soak-"))
     text = write_text(folder, generator)
+    write_model(folder)
     soak_steps(folder, text, args.kills, generator)
     soak_clock(folder, text, args.clock_kills, generator)
     shutil.rmtree(folder)

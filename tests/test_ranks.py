@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -15,7 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 from test_programs import ROOT
 
+from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.ranks import check_strategy
 from oneday.run_directory import read_json, read_metrics
 
 STEPS, LEARNING_RATE, MUON_RATE = 20, 1e-3, 5e-3
@@ -37,16 +40,21 @@ def launch(texts, tmp_path_factory):
     text = folder / "texts.jsonl"
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def start(processes, name, **settings):
+    def start(processes, name, fault=None, **settings):
+        program, read = ROOT / "scripts/pretrain.py", folder / f"{name}-read"
+        if fault:
+            program = ROOT / "tests/pretrain_with_faults.py"
+            read.mkdir()
         given = {**SETTINGS, "dataset_name": text, "output_dir": folder / name, **settings}
         command = [sys.executable]
         if processes > 1:
             config = ROOT / "recipes/accelerate_configs/cpu_processes.yaml"
             command += ["-m", "accelerate.commands.launch", "--config_file", config]
             command += ["--num_processes", processes, "--main_process_port", 0]
-        command += [ROOT / "scripts/pretrain.py", ROOT / "recipes/quickstart/bert.yaml"]
+        command += [program, ROOT / "recipes/quickstart/bert.yaml"]
         command += [word for key, value in given.items() for word in (f"--{key}", value)]
         environment = {**os.environ, "ONEDAY_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        environment |= {"FAULT": fault or "", "READ": str(read)}
         with open(folder / f"{name}-{processes}.log", "w") as log:
             process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
         return process, folder / name
@@ -58,8 +66,8 @@ def launch(texts, tmp_path_factory):
 def run(launch):
     """The same to the end; returns the run directory."""
 
-    def run_to_end(processes, name, **settings):
-        process, folder = launch(processes, name, **settings)
+    def run_to_end(processes, name, fault=None, **settings):
+        process, folder = launch(processes, name, fault, **settings)
         code = process.wait(timeout=240)
         assert code == 0, (folder.parent / f"{name}-{processes}.log").read_text()[-2000:]
         return folder
@@ -112,6 +120,52 @@ def test_as_many_processes_as_one_likes(run, alone, processes):
     held_out = [read_json(folder / "results.json")["eval_loss"] for folder in (together, alone)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
     assert sorted(path.name for path in together.iterdir()) == sorted(path.name for path in alone.iterdir())
+
+
+def test_memory_that_runs_out_on_one_process(run, alone):
+    """Every process goes on in smaller micro-batches with the same losses, and each sample is read by one of them."""
+    together = run(2, "oom", fault="oom:1:5", budget_steps=STEPS)
+    folder = together.with_name("oom-read")
+    np.testing.assert_allclose(column(together, "loss"), column(alone, "loss"), rtol=1e-6)
+    events = [event for event in read_metrics(together) if event["event"] == "oom"]
+    assert [(event["taken"], event["micro_batch_tokens"]) for event in events] == [(5, 64)]
+    lines = [(folder / f"rank-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
+    read = [{line["first"]: line["read"] for line in map(json.loads, own)} for own in lines]
+    rows_a_step = SETTINGS["batch_size_tokens"] // SETTINGS["max_seq_length"]
+    for first in range(0, STEPS * rows_a_step, rows_a_step):
+        parts = [part for lines in read for part in lines[first]]
+        assert {len(part) for part in parts} == {4 if first < 5 * rows_a_step else 2}
+        assert sorted(sample for part in parts for sample in part) == list(range(first, first + rows_a_step))
+
+
+@pytest.mark.slow
+def test_a_number_that_is_not_finite_on_one_process(run):
+    """No process takes the step, and both end with the weights that one process has after the same."""
+    folders = [run(n, f"nan-{n}", fault=f"nan:{n - 1}:5", budget_steps=STEPS) for n in (1, 2)]
+    for folder in folders:
+        assert [event["taken"] for event in read_metrics(folder) if event["event"] == "skip"] == [6]
+        assert len(steps_of(folder)) == STEPS
+    np.testing.assert_allclose(column(folders[0], "loss"), column(folders[1], "loss"), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_replay_on_another_number_of_processes(run, alone):
+    """The same progress at every step, the same losses."""
+    again = run(2, "again", replay=alone)
+    for name in ("progress", "batch_tokens", "lr"):
+        assert np.array_equal(column(again, name), column(alone, name)), name
+    np.testing.assert_allclose(column(again, "loss"), column(alone, "loss"), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"fsdp": True}, "FSDP"), ({"deepspeed": "zero2.json"}, "DEEPSPEED"), ({"kind": "FSDP"}, "FSDP")],
+)
+def test_sharded_strategies_are_refused(changes, named):
+    kind = SimpleNamespace(distributed_type=SimpleNamespace(value=changes.pop("kind", "MULTI_GPU")))
+    args = {"n_gpu": 1, "distributed_state": kind, "fsdp": None, "deepspeed": None} | changes
+    with pytest.raises(SettingError, match=f"distributed_type {named} is not for"):
+        check_strategy(SimpleNamespace(**args))
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def make_notes(plan: BudgetPlan) -> list[str]:
         notes.append(f"loss: no scaling law is fitted for {plan.family}; the ladder mode makes one.")
     else:
         whose = "this text" if plan.is_own_text else f"{plan.fitted.corpus}, not of this text: compare models only"
-        notes.append(f"loss: {plan.fitted.measure} of {whose}; law of {len(plan.fitted.records)} runs.")
+        notes.append(f"loss: {plan.fitted.measure} of {whose}; law of {len(plan.fitted.law.points)} runs.")
         notes.append(describe_range(plan.fitted.law) + ".")
         if best.prediction is not None and best.prediction.outside:
             notes.append(f"warning: outside that range for the model to take: {best.prediction.outside}.")
