@@ -11,7 +11,7 @@ from pathlib import Path
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
-from oneday.callbacks import HubCallback
+from oneday.callbacks import HubCallback, leave_on_signals
 from oneday.extension import extend_run
 from oneday.hub import HubPusher, fetch_run
 from oneday.model_card import write_reports
@@ -39,8 +39,9 @@ def main() -> int:
     budget = check_settings(model_args, args)
     if inspect_run(args.output_dir, settings) == "finished":
         return say_finished(args.output_dir)
-    trainer, data = assemble_trainer(model_args, data_args, args)
     with ExitStack() as held:
+        held.enter_context(leave_on_signals(INTERRUPTED))
+        trainer, data = assemble_trainer(model_args, data_args, args)
         state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
             code = say_finished(args.output_dir)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -183,6 +184,29 @@ def test_killed_by_a_signal_and_started_again(text_file, tmp_path):
     second = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert json.loads((out / "results.json").read_text())["steps"] == 80
+    report = rundir.read_json(out / "budget.json")
+    assert report["ledger_seconds"]["lost"] > 1.0, "starting again takes seconds, and they count"
+    assert sum(report["ledger_seconds"].values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)
+
+
+def test_a_signal_before_the_first_step_says_run_me_again(texts, tmp_path):
+    """While the text is prepared there is nothing to save: the program ends at once, with nothing half-written."""
+    many, out, log = tmp_path / "many.txt", tmp_path / "run", tmp_path / "log"
+    many.write_text("\n\n".join(text + f" {number}" for number in range(40) for text in texts))
+    environment = {**os.environ, "ONEDAY_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    argv = flags(**SMALL, dataset_name=many, output_dir=out)
+    with open(log, "w") as handle:
+        process = subprocess.Popen(
+            [sys.executable, "scripts/pretrain.py", *argv], cwd=ROOT, env=environment, stderr=handle
+        )
+    deadline = time.monotonic() + 120
+    while "Training a wordpiece tokenizer" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75, log.read_text()
+    assert "SIGUSR1 came while nothing was being trained; run the same command again." in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not out.exists()
 
 
 BAD = [

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,32 @@ def note_signals() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
+    with handle_signals(STOP_SIGNALS, note):
         yield names
+
+
+@contextmanager
+def leave_on_signals(code: int) -> Iterator[None]:
+    """Where nothing is lost, before the first step and after the last, the same signals but Ctrl-C end at once."""
+
+    def leave(number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        logger.info("%s came while nothing was being trained; run the same command again.", name)
+        raise SystemExit(code)
+
+    with handle_signals([number for number in STOP_SIGNALS if number != signal.SIGINT], leave):
+        yield
+
+
+@contextmanager
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle some signals for a while."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextmanager

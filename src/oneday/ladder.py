@@ -158,8 +158,7 @@ def format_law(fitted: FamilyLaw, family: Family) -> str:
         said = f"{law.predict(point.parameters, point.tokens).loss:.3f}" if law.covers(point.parameters) else "-"
         name = record["name"].removeprefix(f"{record['kind']}-{record['recipe']}-")
         lines.append(
-            f"{name[:43]:44}{point.parameters / 1e6:>6.2f} M{point.tokens / 1e6:>7.2f} M{point.loss:>8.3f}"
-            f"{said:>8}"
+            f"{name[:43]:44}{point.parameters / 1e6:>6.2f} M{point.tokens / 1e6:>7.2f} M{point.loss:>8.3f}{said:>8}"
         )
     return "\n".join([*lines, "-" * 78, f"loss: {fitted.measure}; text: {fitted.corpus[:56]}", describe_range(law)])
 

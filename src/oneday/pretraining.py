@@ -158,6 +158,7 @@ def prepare_resume(trainer: BudgetTrainer) -> Path | None:
         load_state(trainer, read_state(checkpoint))
     else:
         clock.ledger["lost"] = clock.carried_seconds
+    clock.ledger["lost"] += clock.elapsed_seconds - clock.carried_seconds  # this process starting up
     if clock.restart_at == clock.steps_taken:
         clock.start_progress()
     trainer.note_event("resume", from_step=clock.steps, from_taken=clock.steps_taken)

@@ -334,7 +334,7 @@ def start_logging() -> None:
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1."""
+    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1, Ctrl-C one word and 130."""
     start_logging()
     try:
         code = main()
@@ -342,6 +342,9 @@ def run_program(main: Callable[[], int | None]) -> None:
         say_error(str(error))
     except torch.OutOfMemoryError:
         say_error("The memory does not hold the model; take a smaller model_config or max_seq_length.")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        code = 130
     raise SystemExit(code or 0)
 
 
