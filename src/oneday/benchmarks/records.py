@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.benchmarks.processes import RunError, run_in_fresh_process
 from oneday.durable_files import write_whole
+from oneday.processes import RunError, run_in_fresh_process
 
 logger = logging.getLogger(__name__)
 
