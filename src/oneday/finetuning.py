@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 
 import numpy as np
-import pandas as pd
 from datasets import Dataset, DatasetDict
 
 from oneday.arguments import SettingError
@@ -14,6 +12,7 @@ from oneday.classification import (
     Checkpoint,
     PreparedTask,
     encode_batch,
+    hash_rows,
     limit_length,
     load_checkpoint,
     silence_libraries,
@@ -29,7 +28,7 @@ from oneday.finetuning_run import (
     score_splits,
     train_classifier,
 )
-from oneday.glue import Task, complete_task, find_task, load_task
+from oneday.glue import Task, complete_task, find_task, load_task, take_examples
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import TUNED, FinetuneArguments, check_arguments, complete_arguments, find_output_dir
 from oneday.glue_results import RESULTS_FILE, read_earlier, summarize_runs, write_json
@@ -136,13 +135,13 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
         task, data = read_task(name, args)
         limits = {split: args.max_train_examples if split == "train" else args.max_eval_examples for split in data}
         data = {split: take_examples(number_rows(rows), limits[split]) for split, rows in data.items()}
-        hashes = [pd.util.hash_pandas_object(rows.to_pandas()).to_numpy().tobytes() for rows in data.values()]
+        data_hash = hash_rows(data)
         max_length = limit_length(args.max_seq_length, checkpoint)
         encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
         splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
         tests = {file: tokenize_split(number_rows(rows), encode) for file, rows in tests.items()}
-    return PreparedTask(task, splits, hashlib.sha256(b"".join(hashes)).hexdigest()[:16], tests)
+    return PreparedTask(task, splits, data_hash, tests)
 
 
 def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
@@ -156,11 +155,6 @@ def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
 def number_rows(rows: Dataset) -> Dataset:
     """With each row's place in the split's data, which drawing and sorting rows would lose."""
     return rows.add_column("row", np.arange(len(rows)))
-
-
-def take_examples(rows: Dataset, limit: int | None) -> Dataset:
-    """`limit` rows drawn without regard to the run's seed, so that all runs share them."""
-    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=0).select(range(limit))
 
 
 def finetune_task(
