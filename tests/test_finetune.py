@@ -325,6 +325,24 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     assert sum(answer == label for answer, label in zip(answers, truth)) / 60 > 0.9
 
 
+def test_a_task_without_test_rows_is_left_out_of_the_submission(bert, data_dir, tmp_path, caplog):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(data_dir, tasks)
+    shutil.copy(tasks / "sst2" / "validation.jsonl", tasks / "sst2" / "test.jsonl")
+    shared = {"num_train_epochs": 1, "max_train_examples": 16, "write_submission": True, "num_seeds": 2, "seed": 3}
+    results = run_protocol(make_args(bert, tasks, tmp_path, task_names=["stsb", "sst2"], **shared))
+    assert caplog.text.count("write_submission: stsb has no split test") == 1
+    assert [path.name for path in (tmp_path / "out" / "submission").iterdir()] == ["SST-2.tsv"]
+    assert "submission" not in results["tasks"]["stsb"]
+    entry = results["tasks"]["sst2"]
+    lower = entry["seeds"][entry["scores"].index(min(entry["scores"]))]
+    assert entry["submission"] == {"seed": lower, "files": ["SST-2.tsv"]}
+    args = make_args(bert, tasks, tmp_path, task_names=["stsb"], output_dir=str(tmp_path / "none"), **shared)
+    with pytest.raises(SettingError, match="no task of task_names has a test split"):
+        run_protocol(args)
+    assert not (tmp_path / "none").exists()
+
+
 def test_held_out_rows_are_not_trained_on(bert, data_dir, tmp_path):
     task = prepare_task("sst2", make_args(bert, data_dir, tmp_path), load_checkpoint(bert))
     trial = hold_out(task)

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Larger models fill the cores in one run.
 MAX_PARAMETERS = 50_000_000
-# A process takes seconds to start; FLOPs a core that are worth it.
-MIN_FLOPS = 1e12
+# A process takes 13 seconds of a slow core to start; FLOPs a core that are worth it, about a minute.
+MIN_FLOPS = 3e12
 # Libraries, rows and activations of one process; weights, gradients and two moments come on top.
 PROCESS_BYTES = 2**30
 
@@ -56,7 +56,7 @@ def perform_runs(checkpoint: Checkpoint, args: FinetuneArguments, runs: list[Pla
         for run in runs:
             yield measure_run(checkpoint, run)
         return
-    logger.info("%d runs at a time, %d threads each", num_processes, num_threads)
+    logger.info("%d runs at a time, %d thread%s each", num_processes, num_threads, "s" * (num_threads > 1))
     runs = sorted(runs, key=count_flops, reverse=True)  # a long one that begins last would go on alone
     names = [run.name for run in runs]
     yield from map_in_processes(measure_shared, (checkpoint, runs, num_threads), names, num_processes)
