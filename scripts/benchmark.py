@@ -13,9 +13,11 @@ from oneday.benchmarks.arguments import (
     ThroughputArguments,
     VersusStockArguments,
 )
+from oneday.benchmarks.finetuning import make_finetuning_plan, run_finetuning
 from oneday.benchmarks.planning import make_plan
 from oneday.benchmarks.throughput import run_throughput
 from oneday.benchmarks.versus_stock import run_versus_stock
+from oneday.glue_protocol import FinetuneArguments
 from oneday.recipe import (
     build_arguments,
     fields_of,
@@ -27,25 +29,30 @@ from oneday.recipe import (
 )
 
 DESCRIPTION = (
-    "Measure a recipe in one of three modes, named first: throughput, versus-stock, ablate. Every run is a process of "
-    "its own, one after the other; finished runs are kept as records and used again. Other settings are the recipe's."
+    "Measure a recipe in one of four modes, named first: throughput, versus-stock, ablate, finetuning (against the "
+    "Hub's run_glue.py). Every run is a process of its own, one after the other; finished ones are kept and "
+    "used again. Other settings are the recipe's."
 )
-DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
+PRETRAINING = (CLASSES, make_plan, "recipes/quickstart/bert.yaml")
+FINETUNING = ((FinetuneArguments,), make_finetuning_plan, "recipes/glue/finetune.yaml")
+# What runs, its own settings; those of the recipe, what makes a plan of it, and the recipe where none is named.
 MODES = {
-    "throughput": (run_throughput, (ThroughputArguments,)),
-    "versus-stock": (run_versus_stock, (VersusStockArguments, SeedArguments)),
-    "ablate": (run_ablation, (AblationArguments, SeedArguments)),
+    "throughput": (run_throughput, (ThroughputArguments,), *PRETRAINING),
+    "versus-stock": (run_versus_stock, (VersusStockArguments, SeedArguments), *PRETRAINING),
+    "ablate": (run_ablation, (AblationArguments, SeedArguments), *PRETRAINING),
+    "finetuning": (run_finetuning, (), *FINETUNING),
 }
 EXAMPLES = {
     "throughput": "--grid optim=muon,adamw --grid micro_batch_tokens=2048,4096",
     "versus-stock": "--budget_minutes 10 --seeds 1,2,3",
     "ablate": "--change muon_learning_rate=1e-2 --change lr_shape=linear,warmup_fraction=0.1",
+    "finetuning": "--model_name_or_path runs/quickstart-bert --task_names rte,mrpc,cola --num_seeds 3",
 }
 
 
 def format_example(mode: str) -> str:
     """A command that works."""
-    return f"python scripts/benchmark.py {mode} {DEFAULT_RECIPE} {EXAMPLES[mode]}"
+    return f"python scripts/benchmark.py {mode} {MODES[mode][-1]} {EXAMPLES[mode]}"
 
 
 def main() -> None:
@@ -55,13 +62,13 @@ def main() -> None:
         own = (ThroughputArguments, VersusStockArguments, AblationArguments, SeedArguments, RecordArguments)
         sys.stdout.write(format_help(own, DESCRIPTION, format_example("versus-stock")))
         return
-    run, mode_classes = MODES[mode]
+    run, mode_classes, recipe_classes, plan_recipe, default_recipe = MODES[mode]
     own = (*mode_classes, RecordArguments)
-    settings = resolve_settings((*own, *CLASSES), argv, DESCRIPTION, format_example(mode), DEFAULT_RECIPE)
+    settings = resolve_settings((*own, *recipe_classes), argv, DESCRIPTION, format_example(mode), default_recipe)
     recipe, _ = split_command_line(argv)
     *mode_args, record_args = build_arguments(own, settings)
     of_recipe = {key: value for key, value in settings.items() if key not in fields_of(own)}
-    plan = make_plan(recipe or DEFAULT_RECIPE, of_recipe, record_args)
+    plan = plan_recipe(recipe or default_recipe, of_recipe, record_args)
     print(run(plan, *mode_args))
 
 

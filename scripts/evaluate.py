@@ -17,7 +17,7 @@ from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
 from oneday.text_files import load_files
-from oneday.throughput import describe_environment, set_threads
+from oneday.throughput import describe_environment, keep_freed_memory, set_threads
 from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, run_tasks
 
 DESCRIPTION = (
@@ -36,6 +36,7 @@ def main() -> None:
     """Read the settings, score, print the table and write the file."""
     (args,) = parse_recipe((EvaluateArguments,), description=DESCRIPTION, example=EXAMPLE)
     set_threads(args.num_threads)
+    keep_freed_memory()
     folder = find_output_dir(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from oneday.finetuning import run_protocol
@@ -19,14 +20,22 @@ EXAMPLE = (
     "python scripts/finetune.py recipes/glue/finetune.yaml --model_name_or_path runs/quickstart-bert "
     "--task_names sst2,rte --task_data_dir DIR"
 )
+INTERRUPTED = 75
+
+logger = logging.getLogger("oneday.finetune")
 
 
-def main() -> None:
-    """Read the settings, run the protocol, print the table."""
+def main() -> int:
+    """Read the settings, run the protocol, print the table; 0 when done, 75 when interrupted."""
     (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
-    results = run_protocol(args)
+    try:
+        results = run_protocol(args)
+    except KeyboardInterrupt:
+        logger.info("Interrupted; finished runs are kept, and the same command goes on from there.")
+        return INTERRUPTED
     refresh_card(args.model_name_or_path)
     sys.stdout.write(f"\n{format_results(results)}\n\nwritten to {find_output_dir(args) / RESULTS_FILE}\n")
+    return 0
 
 
 if __name__ == "__main__":

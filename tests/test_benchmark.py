@@ -533,7 +533,7 @@ def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
 
 
 BAD = [
-    ((), "first word of the command is missing; it must be one of throughput, versus-stock, ablate"),
+    ((), "first word of the command is missing; it must be one of throughput, versus-stock, ablate, finetuning"),
     (("speed",), "first word of the command is 'speed'"),
     (("throughput", "--grid", "optim"), "grid is 'optim'; write NAME=VALUE"),
     (("throughput", "--grid", "optimizer=muon"), "unknown setting 'optimizer'; the nearest is"),

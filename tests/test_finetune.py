@@ -25,10 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oneday import finetuning
+from oneday import finetuning_processes
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
-from oneday.finetuning import finetune_task, measure_run, prepare_task, run_protocol
+from oneday.finetuning import finetune_task, prepare_task, run_protocol
+from oneday.finetuning_run import measure_run
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
@@ -156,13 +157,15 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
         started.append(arguments)
         return measure_run(*arguments)
 
-    monkeypatch.setattr(finetuning, "measure_run", count_runs)
+    monkeypatch.setattr(finetuning_processes, "measure_run", count_runs)
     # A crash in the middle of a line must not lose the lines before it.
     with (tmp_path / "out" / "glue_runs.jsonl").open("a") as file:
         file.write('{"task": "sst2", "se')
     assert run_protocol(args) == first and not started
     run_protocol(dataclasses.replace(args, num_seeds=2))
     assert len(started) == 1
+    run_protocol(dataclasses.replace(args, num_seeds=2))
+    assert len(started) == 1, "the line after the cut one is whole"
     run_protocol(dataclasses.replace(args, learning_rate=1e-3))
     assert len(started) == 2
 
@@ -314,11 +317,30 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     assert counts.sum() == 50 and np.trace(counts) == sum(right)
     assert (tmp_path / "out" / "glue_results.png").stat().st_size > 10_000
     # The finished run has no answers to the test split yet: asked for these, it is run again.
-    run_protocol(dataclasses.replace(args, write_submission=True))
+    entry = run_protocol(dataclasses.replace(args, write_submission=True))["tasks"]["sst2"]
+    assert entry["submission"] == {"seed": 0, "files": ["SST-2.tsv"]}
     lines = (tmp_path / "out" / "submission" / "SST-2.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(60))]
     answers = [int(line.split("\t")[1]) for line in lines[1:]]
     assert sum(answer == label for answer, label in zip(answers, truth)) / 60 > 0.9
+
+
+def test_a_task_without_test_rows_is_left_out_of_the_submission(bert, data_dir, tmp_path, caplog):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(data_dir, tasks)
+    shutil.copy(tasks / "sst2" / "validation.jsonl", tasks / "sst2" / "test.jsonl")
+    shared = {"num_train_epochs": 1, "max_train_examples": 16, "write_submission": True, "num_seeds": 2, "seed": 3}
+    results = run_protocol(make_args(bert, tasks, tmp_path, task_names=["stsb", "sst2"], **shared))
+    assert caplog.text.count("write_submission: stsb has no split test") == 1
+    assert [path.name for path in (tmp_path / "out" / "submission").iterdir()] == ["SST-2.tsv"]
+    assert "submission" not in results["tasks"]["stsb"]
+    entry = results["tasks"]["sst2"]
+    lower = entry["seeds"][entry["scores"].index(min(entry["scores"]))]
+    assert entry["submission"] == {"seed": lower, "files": ["SST-2.tsv"]}
+    args = make_args(bert, tasks, tmp_path, task_names=["stsb"], output_dir=str(tmp_path / "none"), **shared)
+    with pytest.raises(SettingError, match="no task of task_names has a test split"):
+        run_protocol(args)
+    assert not (tmp_path / "none").exists()
 
 
 def test_held_out_rows_are_not_trained_on(bert, data_dir, tmp_path):

@@ -283,7 +283,11 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     tasks["mnli_mismatched"] = make_entry(1.0, subset=True) | {"metric": "matthews_correlation", "scores": [1.0, 1.0]}
     tasks["rte"] = make_entry(0.6) | {"random_weights": {"median": 0.7, "scores": [0.7]}}
     header = {"tasks": tasks, "protocol": "custom", "device": "cpu", "settings": {"peft": "lora"}}
+    chosen = {"learning_rate": 4e-5, "num_train_epochs": 1.0}
+    tasks["cola"] |= {"tuning": {"pretrained": {"chosen": chosen, "num_held_out": 32}}}
+    tasks["sst2"] |= {"tuning": {"pretrained": {"chosen": chosen | {"num_train_epochs": 2.5}, "num_held_out": 32}}}
     table = format_results(header | summarize_average(tasks))
+    assert "cola: learning rate 4e-05, 1 epoch, chosen" in table and "4e-05, 2.5 epochs, chosen" in table
     assert max(map(len, table.splitlines())) <= 80
     assert "rte: pretraining does not help here" in table and "-10.0" in table
     assert "qqp: pretraining" not in table

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from oneday.arguments import SettingError
 from oneday.classification import PreparedTask
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
@@ -48,8 +47,8 @@ def test_submission_is_the_median_runs_in_the_servers_words(tmp_path):
         folder = tmp_path / f"run{answer}"
         outputs = np.eye(3)[[answer, 0, 1]]
         write_predictions(folder, prepared, {"MNLI-m": outputs, "AX": outputs})
-        runs.append(({"scores": {"mnli_matched": {"accuracy": score}}}, folder))
-    write_submission(tmp_path, prepared, runs)
+        runs.append(({"seed": 4 + answer, "scores": {"mnli_matched": {"accuracy": score}}}, folder))
+    assert write_submission(tmp_path, prepared, runs) == {"seed": 6, "files": ["MNLI-m.tsv", "AX.tsv"]}
     assert sorted(path.name for path in (tmp_path / "submission").iterdir()) == ["AX.tsv", "MNLI-m.tsv"]
     expected = "index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n"
     assert (tmp_path / "submission" / "MNLI-m.tsv").read_text() == expected
@@ -74,9 +73,14 @@ def test_hidden_labels_are_no_error_and_diagnostics_go_with_mnli(tmp_path):
     assert found["AX"]["hypothesis"][:] == ["0", "1", "2"]
 
 
-def test_missing_test_rows_and_foreign_tasks_get_one_sentence(tmp_path):
-    (tmp_path / "rte").mkdir()
-    with pytest.raises(SettingError, match="the task rte has no split test"):
-        read_test_splits("rte", str(tmp_path), None)
-    with pytest.raises(SettingError, match="takes no file for boolq"):
-        read_test_splits("boolq", str(tmp_path), None)
+def test_what_has_no_test_rows_is_said_and_left_out(tmp_path, caplog):
+    for task, split in (("mnli", "test_matched"), ("rte", "train")):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    assert list(read_test_splits("mnli", str(tmp_path), None)) == ["MNLI-m"]
+    assert read_test_splits("rte", str(tmp_path), None) == {}
+    assert read_test_splits("boolq", str(tmp_path), None) == {}
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert "mnli has no split test_mismatched in" in said[0] and "rte has no split test in" in said[1]
+    assert "takes no file for boolq" in said[2]

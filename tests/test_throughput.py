@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from oneday.glue_protocol import FinetuneArguments, choose_bf16
+from oneday.throughput import has_fast_bf16
 
 # Resident memory in MiB that is left after 8 blocks of 24 MiB came and went.
 PROGRAM = """
@@ -29,3 +33,11 @@ def test_freed_memory_is_kept():
         for mode in ("keep", "give")
     }
     assert left["keep"] > 150 and left["give"] < 50, left
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "avx2"])
+def test_pretraining_and_fine_tuning_decide_alike_on_bfloat16(monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    fast = has_fast_bf16(torch.device("cpu"))
+    assert fast == (name != "avx2") == choose_bf16(FinetuneArguments(use_cpu=True))
+    assert choose_bf16(FinetuneArguments(use_cpu=True, bf16=not fast)) != fast

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import datasets
+import pandas as pd
 import torch
 import transformers
 from datasets import Dataset
@@ -233,6 +234,12 @@ def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
 def hash_text(text: str) -> str:
     """Sixteen hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_rows(splits: dict[str, Dataset]) -> str:
+    """Sixteen hexadecimal digits of all rows."""
+    hashes = [pd.util.hash_pandas_object(rows.to_pandas()).to_numpy().tobytes() for rows in splits.values()]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
 
 def hash_weights(weights: dict[str, torch.Tensor]) -> str:

@@ -315,6 +315,11 @@ def normalize_labels(task: Task, split: str, labels: list[object]) -> list[float
     return normalized
 
 
+def take_examples(rows: Dataset, limit: int | None) -> Dataset:
+    """`limit` rows drawn without regard to the run's seed, so that all runs share them."""
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=0).select(range(limit))
+
+
 @functools.cache
 def load_metric(name: str) -> evaluate.Metric:
     """A configuration of the metric module on disk; needs no network."""

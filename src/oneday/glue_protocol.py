@@ -17,6 +17,7 @@ from transformers import SchedulerType
 
 from oneday.arguments import SettingError, setting
 from oneday.glue import expand_task_names
+from oneday.throughput import has_fast_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,13 @@ class FinetuneArguments:
     max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
     bf16: bool | None = setting(None, "bfloat16 autocast; empty: where the hardware has it.")
     use_cpu: bool = setting(False, "Use the CPU even where there is a GPU.")
-    num_threads: int | None = setting(None, "CPU threads; empty: the usable cores.")
+    num_threads: int | None = setting(None, "CPU threads of all runs at a time; empty: the usable cores.")
+    num_processes: int | None = setting(
+        None,
+        "Runs at a time, each in a process of its own with its share of num_threads; empty: one a core for a small "
+        "model on a CPU where the runs are worth it, else 1, in this process. A run's scores may follow from its "
+        "threads, not from what runs beside it.",
+    )
 
 
 # What one run's scores follow from; seeds count for the protocol's name.
@@ -127,6 +134,8 @@ POSITIVE_SETTINGS = (
     "lora_alpha",
     "max_train_examples",
     "max_eval_examples",
+    "num_threads",
+    "num_processes",
 )
 
 
@@ -220,13 +229,8 @@ def choose_device(args: FinetuneArguments) -> torch.device:
 
 
 def choose_bf16(args: FinetuneArguments) -> bool:
-    """Whether to use bfloat16 autocast: as told, else where the hardware multiplies in it."""
-    if args.bf16 is not None:
-        return args.bf16
-    if choose_device(args).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    """Whether to use bfloat16 autocast: as told, else where the hardware is fast in it."""
+    return has_fast_bf16(choose_device(args)) if args.bf16 is None else args.bf16
 
 
 def choose_attention(args: FinetuneArguments) -> str | None:

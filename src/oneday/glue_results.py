@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def summarize_runs(
     runs: list[dict],
     earlier: dict,
     choices: dict[tuple[str, str], dict],
+    submissions: dict[str, dict],
 ) -> dict:
     """The contents of `glue_results.json`.
 
@@ -56,6 +58,7 @@ def summarize_runs(
         runs: Their lines of `glue_runs.jsonl`.
         earlier: What the file held before; its tasks are kept when all but the tasks is the same.
         choices: Of the tuned protocol, by task and kind of weights.
+        submissions: By task, the seed and the files of what was written for GLUE's server.
     """
     settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
     if args.protocol == TUNED:
@@ -66,7 +69,7 @@ def summarize_runs(
         "weights_hash": checkpoint.weights_hash,
         "settings": settings | {"bf16": choose_bf16(args)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
-        "threads": torch.get_num_threads(),
+        "threads": max(run.get("threads", torch.get_num_threads()) for run in runs),
     }
     is_same = all(earlier.get(name) == value for name, value in header.items() if name not in ("model", "threads"))
     if earlier and not is_same:
@@ -78,6 +81,8 @@ def summarize_runs(
             tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
             tuning = {kind: choice for (name, kind), choice in choices.items() if name == task.task.name}
             tasks[task.task.name_number(split)] |= {"tuning": tuning} if tuning else {}
+            if task.task.name in submissions:
+                tasks[task.task.name_number(split)]["submission"] = submissions[task.task.name]
     return header | {"tasks": tasks} | summarize_average(tasks)
 
 
@@ -148,7 +153,8 @@ def format_results(results: dict) -> str:
             notes.append(f"{name}: pretraining does not help here")
         if "tuning" in row:
             tuning = row["tuning"]["pretrained"]
-            chosen = "learning rate {learning_rate:g}, {num_train_epochs:g} epochs".format(**tuning["chosen"])
+            epochs = tuning["chosen"]["num_train_epochs"]
+            chosen = f"learning rate {tuning['chosen']['learning_rate']:g}, {epochs:g} epoch{'s' * (epochs != 1)}"
             notes.append(f"{name}: {chosen}, chosen on {tuning['num_held_out']:,} training rows")
         if row["subset"]:
             notes.append(f"* {name}: {row['num_train']:,} of {row['official_num_train']:,} training rows,")
@@ -210,9 +216,13 @@ def read_earlier(path: Path) -> dict:
 
 
 def append_run(path: Path, run: dict) -> None:
-    """Add one line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+    """Add one line, after the end of one that a crash cut off."""
+    with path.open("a+b") as file:
+        is_cut = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            is_cut = file.read(1) != b"\n"
+        file.write(b"\n" * is_cut + json.dumps(run).encode() + b"\n")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from oneday.arguments import SettingError
 from oneday.classification import PreparedTask
 from oneday.glue import Task, find_task, name_labels, normalize_split, read_splits
+
+logger = logging.getLogger(__name__)
 
 # The server's file of each task and split (gluebenchmark.com): index, tab, prediction. The diagnostics are answered by
 # the MNLI model.
@@ -34,21 +36,18 @@ SUBMISSION_DIR = "submission"
 def read_test_splits(name: str, task_data_dir: str | None, cache_dir: str | None) -> dict[str, Dataset]:
     """A task's test rows under the names of the server's files, with a label that means nothing.
 
-    Raises:
-        SettingError: When the task is none of GLUE's, or its data has no test split.
+    What GLUE's server takes no file for, or has no test rows here, is said and left out.
     """
-    task, files = find_task(name), SUBMISSION_FILES.get(name)
-    if files is None:
-        known = ", ".join(SUBMISSION_FILES)
-        raise SettingError(f"write_submission is on, and GLUE's server takes no file for {name}; it takes {known}.")
+    task, files = find_task(name), SUBMISSION_FILES.get(name, {})
+    if not files:
+        logger.warning("write_submission: GLUE's server takes no file for %s; it is left out.", name)
+        return {}
     raw = read_splits(task, task_data_dir, cache_dir, tuple(files))
     missing = [split for split in files if split not in raw]
     if missing:
-        raise SettingError(
-            f"write_submission is on, and the task {name} has no split {missing[0]} in "
-            f"{task_data_dir or 'its data'}; add the file."
-        )
-    found = {file: hide_labels(task, file, raw[split]) for split, file in files.items()}
+        splits, where = " and ".join(missing), task_data_dir or "its data"
+        logger.warning("write_submission: %s has no split %s in %s; its file is left out.", name, splits, where)
+    found = {file: hide_labels(task, file, raw[split]) for split, file in files.items() if split in raw}
     if name == "mnli" and (task_data_dir is None or (Path(task_data_dir) / "ax").is_dir()):
         diagnostics = find_task("ax")
         rows = read_splits(diagnostics, task_data_dir, cache_dir, ("test",))
@@ -82,24 +81,27 @@ def write_predictions(folder: Path, prepared: PreparedTask, logits: dict[str, np
         pq.write_table(pa.table(columns), folder / f"{split}.parquet")
 
 
-def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[dict, Path]]) -> list[Path]:
+def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[dict, Path]]) -> dict[str, object]:
     """The server's files of one task, from the run with the median score (of an even number, the lower middle).
 
     Args:
         output_dir: Gets the folder `submission`.
         prepared: The task.
         runs: Its pretrained runs' lines and the folders of what is kept of them.
+
+    Returns:
+        `{"seed": of that run, "files": their names}`.
     """
     task, number = prepared.task, prepared.task.name_number(prepared.scored_splits[0])
     scores = [run["scores"][number][task.main_metric] for run, _ in runs]
-    _, folder = runs[scores.index(statistics.median_low(scores))]
+    run, folder = runs[scores.index(statistics.median_low(scores))]
     target = output_dir / SUBMISSION_DIR
     target.mkdir(exist_ok=True)
     for file in prepared.test_splits:
         answers = pq.read_table(folder / f"{file}.parquet")["prediction"].to_pylist()
         lines = [f"{index}\t{spell_answer(task, answer)}\n" for index, answer in enumerate(answers)]
         (target / f"{file}.tsv").write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
-    return [target / f"{file}.tsv" for file in prepared.test_splits]
+    return {"seed": run["seed"], "files": [f"{file}.tsv" for file in prepared.test_splits]}
 
 
 def spell_answer(task: Task, answer: float | int) -> str:

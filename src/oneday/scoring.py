@@ -35,6 +35,8 @@ from oneday.tokenization import special_layout
 
 BAR_SECONDS = 3.0
 TEXTS_AT_ONCE = 1000
+# On a CPU a forward pass of so many tokens stays in its caches.
+CPU_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Scorer:
     Args:
         model: A stock model with a word head.
         tokenizer: Its tokenizer.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Most tokens of one forward pass, padding included.
         text_length: Longest piece of a whole text, special tokens included: the length that the model was trained on.
             None: all of its positions.
     """
@@ -131,6 +133,8 @@ class Scorer:
             while order:
                 length = len(rows[order[0]][1])
                 tokens = self.batch_tokens
+                if self.model.device.type == "cpu":
+                    tokens = min(tokens, CPU_TOKENS)
                 if self.selected.projection is None:  # the head gives all logits at once
                     tokens = min(tokens, chunk_rows(self.model.device.type, self.selected.num_words))
                 count = max(1, tokens // length)

@@ -19,6 +19,8 @@ import torch
 
 # Names of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+# Names of torch.cpu.get_capabilities: x86, and ARM.
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 PACKAGES = (
     "oneday", "torch", "transformers", "datasets", "accelerate", "tokenizers", "evaluate", "bitsandbytes", "peft",
 )  # fmt: skip
@@ -61,10 +63,13 @@ def keep_freed_memory() -> bool:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32."""
+    """Whether the hardware multiplies bfloat16 faster than float32; on a CPU that takes instructions of its own."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if device.type == "cpu" else False
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in CPU_BF16)
 
 
 @functools.cache

@@ -6,36 +6,43 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
 from oneday.classification import PreparedTask
-from oneday.glue_protocol import FinetuneArguments
+from oneday.glue_protocol import CHOSEN_SETTINGS, FinetuneArguments
 
 HELD_OUT = "held_out"
 HELD_OUT_FRACTION, MAX_HELD_OUT = 0.2, 2000
 
 
+def spread_grid(args: FinetuneArguments) -> list[FinetuneArguments]:
+    """The settings of each trial: `tuned_learning_rates` times `tuned_epochs`."""
+    return [
+        dataclasses.replace(args, learning_rate=rate, num_train_epochs=epochs, save_models=False)
+        for rate, epochs in itertools.product(args.tuned_learning_rates, args.tuned_epochs)
+    ]
+
+
 def choose_setting(
-    task: PreparedTask, args: FinetuneArguments, obtain_run: Callable[[PreparedTask, FinetuneArguments], dict]
+    args: FinetuneArguments, trial: PreparedTask, points: list[FinetuneArguments], lines: list[dict]
 ) -> tuple[FinetuneArguments, dict]:
-    """Run the grid once, with the first seed, and take the best; of equal ones the first.
+    """The best of the trials; of equal ones the first.
 
     Args:
-        task: With its whole training split.
-        args: The protocol; `tuned_learning_rates` and `tuned_epochs` span the grid.
-        obtain_run: Gives one run's line for a task and settings.
+        args: The protocol.
+        trial: The task with its held-out rows, from `hold_out`.
+        points: From `spread_grid`.
+        lines: Of the trials' runs, in their order.
 
     Returns:
         The settings with the chosen two in their places, and the record of the choice.
     """
-    trial, metric = hold_out(task), task.task.main_metric
-    grid = []
-    for rate, epochs in itertools.product(args.tuned_learning_rates, args.tuned_epochs):
-        point = {"learning_rate": rate, "num_train_epochs": epochs}
-        run = obtain_run(trial, dataclasses.replace(args, **point, save_models=False))
-        grid.append(point | {"score": run["scores"][task.task.name][metric]})
+    metric, (number,) = trial.task.main_metric, map(trial.task.name_number, trial.scored_splits)
+    grid = [
+        {name: getattr(point, name) for name in CHOSEN_SETTINGS} | {"score": line["scores"][number][metric]}
+        for point, line in zip(points, lines, strict=True)
+    ]
     best = max(grid, key=lambda point: point["score"])
-    chosen = {name: best[name] for name in ("learning_rate", "num_train_epochs")}
+    chosen = {name: best[name] for name in CHOSEN_SETTINGS}
     record = {"chosen": chosen, "grid": grid, "metric": metric, "num_held_out": len(trial.splits[HELD_OUT])}
     return dataclasses.replace(args, **chosen), record | {"seed": args.seed}
 

@@ -32,7 +32,7 @@ class EvaluateArguments:
     )
     text_column: str = setting("text", "Column that holds the text.")
     max_examples: int | None = setting(None, "Only so many questions of each task, evenly spread.")
-    batch_tokens: int = setting(8192, "Tokens of one forward pass.")
+    batch_tokens: int = setting(8192, "Most tokens of one forward pass; a CPU takes 2,048.")
     output_dir: str | None = setting(
         None, "Where the results are written; empty: the checkpoint's directory, where it is one."
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.benchmarks.processes import RunError, run_in_fresh_process
 from oneday.durable_files import write_whole
+from oneday.processes import RunError, run_in_fresh_process
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ class RecordStore:
         if len(missing) < len(jobs):
             logger.info("%d of %d runs have records that stand.", len(jobs) - len(missing), len(jobs))
         for place, job in enumerate(missing):
-            left = sum(seconds[place:]) / 60
-            logger.info("Run %d of %d: %s; %.1f minutes of budgets left.", place + 1, len(missing), job.name, left)
+            left = f"; {sum(seconds[place:]) / 60:.1f} minutes of budgets left" if any(seconds) else ""
+            logger.info("Run %d of %d: %s%s.", place + 1, len(missing), job.name, left)
             try:
                 records[job.name] = self.run(job)
             except RunError as error:

@@ -1,0 +1,173 @@
+"""One fine-tuning run: a task, a seed, a setting -> trained, answered and scored."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from oneday.adapters import count_trained, restrict_training, save_classifier
+from oneday.classification import Checkpoint, PreparedTask, build_classifier, silence_libraries
+from oneday.glue import Task, score_predictions
+from oneday.glue_protocol import FinetuneArguments, choose_attention, choose_bf16, choose_device, find_output_dir
+from oneday.glue_results import hash_run
+from oneday.predictions import decide, write_predictions
+from oneday.throughput import peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = {False: "pretrained", True: "random"}
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run as it is asked for.
+
+    Attributes:
+        task: Tokenised for the checkpoint.
+        args: The settings, complete.
+        seed: Of the new head, the order of the examples and dropout.
+        from_random: Start from random weights of the same architecture.
+        key: Of everything that its scores follow from.
+    """
+
+    task: PreparedTask
+    args: FinetuneArguments
+    seed: int
+    from_random: bool
+    key: str
+
+    @property
+    def name(self) -> str:
+        """`rte-pretrained-seed0-0123abcd`."""
+        return f"{self.task.task.name}-{WEIGHTS[self.from_random]}-seed{self.seed}-{self.key[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its answers and its model are kept."""
+        return find_output_dir(self.args) / "runs" / self.name
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether its answers, and its model where that is asked for, are there."""
+        is_whole = self.args.peft is None or self.args.merge_adapters
+        wanted = [f"{split}.parquet" for split in (*self.task.scored_splits, *self.task.test_splits)]
+        wanted += [f"model/{'config.json' if is_whole else 'adapter_config.json'}"] * self.args.save_models
+        return all((self.folder / file).exists() for file in wanted)
+
+
+def plan_run(
+    checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
+) -> PlannedRun:
+    """A run with its key."""
+    return PlannedRun(task, args, seed, from_random, hash_run(checkpoint, task, args, seed, from_random))
+
+
+def describe_run(run: dict) -> str:
+    """`rte seed 0 pretrained, accuracy 0.561, 12.3 s`."""
+    scores = next(iter(run["scores"].values()))
+    name, value = next(iter(scores.items()))
+    return f"{run['task']} seed {run['seed']} {run['weights']}, {name} {value:.3f}, {run['seconds']:.1f} s"
+
+
+def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
+    """Do a run; returns its line of `glue_runs.jsonl`, with what is kept of it in a folder of its own."""
+    started, task, args, device = time.perf_counter(), run.task, run.args, choose_device(run.args)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    line = {"key": run.key, "task": task.task.name, "seed": run.seed, "weights": WEIGHTS[run.from_random]}
+    with silence_libraries():
+        trainer = train_classifier(checkpoint, task, args, run.seed, run.from_random)
+        logits = predict_splits(trainer, task)
+        cost = count_trained(trainer.model) | {"peak_memory_bytes": peak_memory_bytes(device)}
+        write_predictions(run.folder, task, logits)
+        if args.save_models:
+            save_classifier(trainer.model, checkpoint.tokenizer, run.folder / "model", args.merge_adapters)
+    seconds = round(time.perf_counter() - started, 3)
+    facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}
+    return line | facts | cost
+
+
+def train_classifier(
+    checkpoint: Checkpoint, prepared: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
+) -> Trainer:
+    """The trainer after its last step; it holds the model."""
+    model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
+    trainer = build_trainer(restrict_training(model, args), checkpoint, prepared, args, seed)
+    trainer.train()
+    return trainer
+
+
+def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.ndarray]:
+    """The model's outputs on each split but the training one, (rows, num_labels), in the order of its rows."""
+    # Grouping by length would shuffle the rows here too, in an order of the sampler's own.
+    trainer.args.train_sampling_strategy = "sequential"
+    outputs = {}
+    asked = {split: prepared.splits[split] for split in prepared.scored_splits} | prepared.test_splits
+    for split, rows in asked.items():
+        order = np.argsort(rows["length"], kind="stable")
+        logits = trainer.predict(rows.select(order)).predictions
+        outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
+    return outputs
+
+
+def score_splits(prepared: PreparedTask, logits: dict[str, np.ndarray]) -> Scores:
+    """Metrics of each split under its number's name."""
+    task, splits = prepared.task, prepared.splits
+    return {
+        task.name_number(split): score_logits(task, outputs, np.asarray(splits[split]["label"]))
+        for split, outputs in logits.items()
+        if split in splits
+    }
+
+
+def build_trainer(
+    model: PreTrainedModel, checkpoint: Checkpoint, prepared: PreparedTask, args: FinetuneArguments, seed: int
+) -> Trainer:
+    """A stock Trainer that logs, saves and evaluates nothing by itself."""
+    same_name = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm")
+    training_args = TrainingArguments(
+        output_dir=str(find_output_dir(args)),
+        **{name: getattr(args, name) for name in same_name},
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        num_train_epochs=args.num_train_epochs,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_fraction,
+        bf16=choose_bf16(args),
+        # transformers takes bf16 without a CUDA device only when it is told so.
+        use_cpu=args.use_cpu or (choose_bf16(args) and not torch.cuda.is_available()),
+        seed=seed,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
+    )
+    # Several visible GPUs would multiply the batch, and with it change the protocol.
+    training_args._n_gpu = min(training_args.n_gpu, 1)
+    pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=8)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        return pad([{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows])
+
+    trainer = Trainer(model, training_args, data_collator=collate, train_dataset=prepared.splits["train"])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def score_logits(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Metrics from a model's outputs, (rows, num_labels)."""
+    if not np.isfinite(logits).all():
+        logger.warning("%s: the model's outputs are not finite; the training diverged", task.name)
+    return score_predictions(task, decide(task, logits), labels)

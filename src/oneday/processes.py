@@ -1,0 +1,196 @@
+"""Work in processes of their own: one fresh process a run, or several that take one run after the other.
+
+Each starts without this one's thread pools, memory and compiled code, and none outlives it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oneday.arguments import SettingError
+from oneday.recipe import start_logging
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+# Where torch.compile looks for what it has compiled before.
+COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+class RunError(SettingError):
+    """A run in a process of its own failed; `reason` says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"The run {name} failed: {reason}")
+        self.reason = reason
+
+
+def run_in_fresh_process(function: Callable[[Any], dict[str, Any]], argument: Any, name: str) -> dict[str, Any]:
+    """`function(argument)`, computed in a process started for it.
+
+    Args:
+        function: One that can be imported by name.
+        argument: What can be pickled.
+        name: Of the run, for messages.
+
+    Raises:
+        RunError: When it raised an error, or the process died.
+        SystemExit: When the user interrupted it.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(function, argument, sender), name=name)
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv()
+    except EOFError:
+        process.join()
+        outcome = {"error": describe_death(process)}
+    except KeyboardInterrupt:
+        process.join()
+        logger.info("Interrupted; what is finished is kept, and the same command goes on from there.")
+        raise SystemExit(INTERRUPTED) from None
+    process.join()
+    if "error" in outcome:
+        raise RunError(name, outcome["error"])
+    return outcome["result"]
+
+
+def map_in_processes(
+    function: Callable[[Any, int], dict[str, Any]], shared: Any, names: Sequence[str], num_processes: int
+) -> Iterator[dict[str, Any]]:
+    """`function(shared, i)` for each i in `range(len(names))`, in the order in which they are finished.
+
+    Args:
+        function: One that can be imported by name.
+        shared: What all of them need; each process gets it once, pickled.
+        names: Of the runs, for messages.
+        num_processes: How many work at a time. None is left when the iteration ends, however it ends.
+
+    Raises:
+        RunError: When one raised an error, or its process died; the others are stopped.
+    """
+    workers: dict[Connection, BaseProcess] = {}
+    waiting, working = list(range(len(names)))[::-1], {}
+    try:
+        with ignored_interrupts():  # of the terminal's Ctrl-C they hear nothing: this process stops them
+            for _ in range(min(num_processes, len(names))):
+                ours, process = start_worker(function)
+                workers[ours] = process
+        content = pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL)
+        for worker in workers:
+            working[worker] = waiting.pop()
+            with refused_to_the_dead(names[working[worker]], workers[worker]):
+                worker.send_bytes(content)
+                worker.send(working[worker])
+        while working:
+            for worker in wait(list(working)):
+                name = names[working.pop(worker)]
+                with refused_to_the_dead(name, workers[worker]):
+                    outcome = worker.recv()
+                    if waiting and "error" not in outcome:
+                        working[worker] = waiting.pop()
+                        worker.send(working[worker])
+                if "error" in outcome:
+                    raise RunError(name, outcome["error"])
+                yield outcome["result"]
+    finally:
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def start_worker(function: Callable[[Any, int], dict[str, Any]]) -> tuple[Connection, BaseProcess]:
+    """A process that waits for what is shared, then for the numbers of runs; with our end of its pipe."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def serve(function: Callable[[Any, int], dict[str, Any]], connection: Connection) -> None:
+    """The process: answers each number with `{"result": ...}` or `{"error": ...}`."""
+    start_logging()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    measure = functools.partial(function, pickle.loads(connection.recv_bytes()))
+    while True:
+        connection.send(attempt(measure, connection.recv()))
+
+
+@contextmanager
+def ignored_interrupts() -> Iterator[None]:
+    """Processes started here ignore SIGINT; so does this one meanwhile, where its main thread asks for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def refused_to_the_dead(name: str, process: BaseProcess) -> Iterator[None]:
+    """A broken pipe becomes a RunError that says how the process ended."""
+    try:
+        yield
+    except (EOFError, OSError):
+        process.join()
+        raise RunError(name, describe_death(process)) from None
+
+
+def describe_death(process: BaseProcess) -> str:
+    """How a process ended that should not have."""
+    return f"its process ended with code {process.exitcode}, which is often a lack of memory"
+
+
+def work(function: Callable[[Any], dict[str, Any]], argument: Any, sender: Connection) -> None:
+    """The process: sends `{"result": ...}` or `{"error": ...}`; does not outlive its parent."""
+    start_logging()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="oneday-compiled-") as folder:
+        for name in COMPILER_CACHES:
+            os.environ[name] = str(Path(folder) / name.lower())
+        outcome = attempt(function, argument)
+    sender.send(outcome)
+
+
+def attempt(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
+    """`{"result": ...}` or `{"error": ...}`."""
+    try:
+        return {"result": function(argument)}
+    except SettingError as error:
+        return {"error": str(error)}
+    except torch.OutOfMemoryError:
+        return {"error": "the GPU's memory does not hold it; take a smaller batch."}
+    except KeyboardInterrupt:
+        return {"error": "a signal ended it; run the same command again to go on with the others."}
+    except Exception as error:
+        logger.exception("A run failed.")
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def leave_with_parent() -> None:
+    """End this process as soon as the one that started it is gone."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,113 @@
+"""Runs in processes of their own: the scores of one process, and nothing left running whatever happens."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from test_finetune import bert, data_dir, make_args  # noqa: F401
+
+from oneday import finetuning_processes
+from oneday.arguments import SettingError
+from oneday.classification import load_checkpoint
+from oneday.finetuning import prepare_task, run_protocol
+from oneday.finetuning_processes import choose_num_processes
+from oneday.finetuning_run import plan_run
+from oneday.glue_protocol import complete_arguments
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_lines(folder):
+    return [json.loads(line) for line in (folder / "glue_runs.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_those_of_one_process(bert, data_dir, tmp_path):  # noqa: F811
+    """With dropout, tuned and not, and with answers kept; resumed in either way without a further run."""
+    shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1,
+              "protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epochs": [1.0]}  # fmt: skip
+    ways = {"one": {"num_threads": 1, "num_processes": 1}, "two": {"num_threads": 2, "num_processes": 2}}
+    results = {}
+    for name, way in ways.items():
+        args = make_args(bert, data_dir, tmp_path, output_dir=str(tmp_path / name), **shared, **way)
+        results[name] = run_protocol(args)
+        assert not multiprocessing.active_children()
+        assert run_protocol(args) == results[name]
+    one, two = ({line["key"]: line for line in read_lines(tmp_path / name)} for name in ways)
+    assert one.keys() == two.keys() and len(one) == 8 == len(read_lines(tmp_path / "two"))
+    assert all(two[key]["scores"] == line["scores"] and two[key]["threads"] == 1 for key, line in one.items())
+    ignored = ("seconds", "peak_memory_bytes")
+    for number, entry in results["one"]["tasks"].items():
+        assert {k: v for k, v in entry.items() if k not in ignored} == {
+            k: v for k, v in results["two"]["tasks"][number].items() if k not in ignored
+        }
+    files = [{path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.parquet")} for name in ways]
+    assert files[0] == files[1] and len(files[0]) == 8
+
+
+def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):  # noqa: F811
+    args = make_args(bert, data_dir, tmp_path, num_seeds=3, num_processes=2, num_train_epochs=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").write_text("in the way of the answers")
+    with pytest.raises(SettingError) as caught:
+        run_protocol(args)
+    assert "The run sst2-pretrained-seed" in str(caught.value) and "Error: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("victim", ["program", "worker"])
+def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim):  # noqa: F811
+    """Ctrl-C, heard by the whole group as at a terminal; or one worker killed as for its memory."""
+    argv = {"model_name_or_path": bert, "task_names": "sst2", "task_data_dir": data_dir, "output_dir": tmp_path,
+            "num_seeds": 50, "num_train_epochs": 3, "num_processes": 2, "use_cpu": "true"}  # fmt: skip
+    command = [sys.executable, str(ROOT / "scripts" / "finetune.py")]
+    command += [word for name, value in argv.items() for word in (f"--{name}", str(value))]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        runs, deadline = tmp_path / "glue_runs.jsonl", time.monotonic() + 240
+        while not (runs.exists() and runs.read_text().count("\n") >= 2):
+            assert program.poll() is None and time.monotonic() < deadline, program.stderr.read()
+            time.sleep(0.1)
+        children = psutil.Process(program.pid).children(recursive=True)
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert len(workers) == 2
+        if victim == "program":
+            os.killpg(program.pid, signal.SIGINT)
+        else:
+            workers[0].kill()
+        _, stderr = program.communicate(timeout=60)
+        assert not psutil.wait_procs(children, timeout=20)[1]
+    finally:
+        program.kill()
+    assert program.returncode == (75 if victim == "program" else 1) and "Traceback" not in stderr, stderr
+    said = "the same command goes on from there" if victim == "program" else "ended with code -9, which is often"
+    assert said in stderr.splitlines()[-1]
+    lines = read_lines(tmp_path)
+    assert 2 <= len(lines) < 50 and len({line["key"] for line in lines}) == len(lines)
+
+
+def test_how_many_at_a_time(bert, data_dir, tmp_path, monkeypatch):  # noqa: F811
+    args = complete_arguments(make_args(bert, data_dir, tmp_path, num_threads=4))
+    checkpoint = load_checkpoint(bert)
+    task = prepare_task("sst2", args, checkpoint)
+    runs = [plan_run(checkpoint, task, args, seed, False) for seed in range(3)]
+    assert choose_num_processes(args, checkpoint, runs) == 1, "not worth a start"
+    monkeypatch.setattr(finetuning_processes, "MIN_FLOPS", 1.0)
+    assert choose_num_processes(args, checkpoint, runs) == 3, "never more than runs"
+    args.num_threads = 2
+    assert choose_num_processes(args, checkpoint, runs) == 2, "nor than cores"
+    assert choose_num_processes(args, checkpoint, []) == 1
+    args.num_processes = 8
+    assert choose_num_processes(args, checkpoint, runs) == 3
+    args.num_processes = None
+    monkeypatch.setattr(finetuning_processes, "MAX_PARAMETERS", 10)
+    assert choose_num_processes(args, checkpoint, runs) == 1, "a large model fills the cores"
