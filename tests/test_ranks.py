@@ -11,8 +11,11 @@ import time
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
+from shared_rows import BLOCK
 from test_programs import ROOT
 
 from oneday.checkpoints import find_fault, list_checkpoints
@@ -162,3 +165,43 @@ def test_more_processes_than_rows_are_refused(launch):
     said = (folder.parent / "few-2.log").read_text()
     assert said.count("error: A step of 1 rows cannot be shared by 2 processes") == 1
     assert not folder.exists()
+
+
+@pytest.fixture
+def take_shared(texts, tokenizers, tmp_path):
+    """Takes the same samples of a stream with so many processes; what each found."""
+    for number in range(7):
+        pq.write_table(pa.table({"text": texts[number::7]}), tmp_path / f"{number}.parquet", 9)
+    tokenizers["encoder"].save_pretrained(tmp_path / "tokenizer")
+
+    def take(processes):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+        command = [sys.executable, str(ROOT / "tests/shared_rows.py"), str(tmp_path)]
+        started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(processes)]
+        assert [process.wait(timeout=120) for process in started] == [0] * processes
+        return [read_json(tmp_path / f"{rank}-of-{processes}.json") for rank in range(processes)]
+
+    return take
+
+
+def test_processes_share_out_the_tokenising_of_a_stream(take_shared):
+    """Equal rows and states as with one; block b is tokenised by process b modulo their number, and by no other."""
+    (alone,), shared = take_shared(1), take_shared(2)
+    for process in shared:
+        assert process["rows"] == alone["rows"]
+        assert process["states"] == alone["states"]
+        assert process["blocks"] == alone["blocks"] > 15
+    whole = alone["tokenised"]  # the first pass, and on
+    blocks = [whole[first : first + BLOCK] for first in range(0, 300 - BLOCK, BLOCK)]
+    for rank, process in enumerate(shared):
+        own = [text for block in blocks[rank::2] for text in block]
+        assert process["tokenised"][: len(own)] == own
+
+
+def test_a_stream_that_one_process_cannot_read_ends_all_with_the_same_sentence(take_shared, tmp_path):
+    damaged = tmp_path / "3.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    first, second = take_shared(2)
+    assert first["error"] == second["error"]
+    assert "cannot be read on (ArrowInvalid" in first["error"]
+    assert first["rows"] == second["rows"]

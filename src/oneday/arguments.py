@@ -49,6 +49,7 @@ class DataArguments:
     dataset_split: str = setting("train", "Split of a Hub data set to train on.")
     text_column: str = setting("text", "Column that holds the text.")
     streaming: bool = setting(False, "Read a Hub data set as a stream instead of downloading it first.")
+    stream_files: int = setting(8, "Files of a stream that are read at once, a document of each in turn.")
     max_train_documents: int | None = setting(None, "Use only this many documents.")
     validation_name: str | None = setting(
         None, "Held-out text, in the same forms as dataset_name; empty: a part of dataset_name is held out."

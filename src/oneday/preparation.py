@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import time
@@ -16,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from oneday.arguments import DataArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
-from oneday.row_sources import StreamedRows
+from oneday.streamed_rows import StreamedRows
+from oneday.text_streams import TextStream
 from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     Args:
         args: Which text, tokenizer and packing.
         kind: `encoder` or `decoder`; decides the special tokens around each document.
-        seed: Seed of a stream's shuffle.
+        seed: Seed of a stream's order and shuffle.
 
     Raises:
         SettingError: When the text or a setting cannot be used.
@@ -67,12 +67,9 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     begun = time.monotonic()
     corpus = load_corpus(args)
     cache = resolve_cache_dir(args.cache_dir)
-    is_stream = isinstance(corpus.train, datasets.IterableDataset)
-    start_state = copy.deepcopy(corpus.train.state_dict()) if is_stream else None
     tokenizer = prepare_tokenizer(args, corpus, kind, cache)
-    if is_stream:
-        packing = (kind, args.max_seq_length, args.packing_strategy)
-        train = StreamedRows(corpus.train, tokenizer, *packing, seed, start_state)
+    if isinstance(corpus.train, TextStream):
+        train = StreamedRows(corpus.train, tokenizer, kind, args.max_seq_length, args.packing_strategy, seed)
     else:
         train = prepare_rows(args, corpus.train, f"{corpus.corpus_hash}/train", tokenizer, kind, cache)
     validation = prepare_rows(args, corpus.validation, f"{corpus.corpus_hash}/validation", tokenizer, kind, cache)
