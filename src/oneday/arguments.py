@@ -74,6 +74,16 @@ class DataArguments:
     max_validation_bytes: int = setting(2_000_000, "Hold out at most this many bytes of text, in whole documents.")
 
 
+@dataclass
+class ShardArguments:
+    """What one machine of several prepares."""
+
+    shard: int | None = setting(
+        None, "Only tokenise this part of the text, counted from 0; once all parts are there, run without it."
+    )
+    num_shards: int = setting(1, "Parts of the text, one for each machine that tokenises.")
+
+
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"
 # Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
