@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, ShardArguments
 from oneday.objectives import find_objective
 from oneday.packed_dataset import PackedDataset
-from oneday.preparation import prepare_data
+from oneday.preparation import prepare_data, tokenize_shard
 from oneday.recipe import parse_recipe, run_program
 from oneday.throughput import set_threads
 
@@ -16,13 +16,16 @@ logger = logging.getLogger("oneday.prepare_data")
 
 def main() -> None:
     """Fill the cache and say what is in it."""
-    _, data_args, args = parse_recipe(
-        (ModelArguments, DataArguments, BudgetTrainingArguments),
+    _, data_args, args, part = parse_recipe(
+        (ModelArguments, DataArguments, BudgetTrainingArguments, ShardArguments),
         description="Prepare the data of a recipe, which no budget counts, without training.",
         example="python scripts/prepare_data.py recipes/quickstart/bert.yaml --dataset_name 'texts/*.parquet'",
         default_recipe="recipes/quickstart/bert.yaml",
     )
     set_threads(args.num_threads)
+    if part.shard is not None:
+        print(f"part        {tokenize_shard(data_args, find_objective(args.objective).kind, part)}")
+        return
     data = prepare_data(data_args, find_objective(args.objective).kind, args.seed)
     print(f"corpus      {data.corpus.name} {data.corpus.corpus_hash}")
     print(f"tokenizer   {len(data.tokenizer):,} tokens, {100 * data.unknown_rate:.3f} % [UNK] in the held-out text")

@@ -107,6 +107,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content: Any, code: int = 200, headers: dict[str, str] | None = None) -> None:
         """Send JSON or bytes."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked and code == 200:
+            first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+            headers = {**(headers or {}), "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+            code, data = 206, data[first : last + 1]
         self.send_response(code)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from oneday.collators import CausalCollator, MaskedCollator, hash_uniform, mark_documents
+from oneday.collators import CausalCollator, MaskedCollator, choose_lowest, hash_uniform, mark_documents
 from oneday.tokenization import train_tokenizer
 
 WORDS = [f"word{number}" for number in range(200)]
@@ -113,3 +113,14 @@ def test_position_offset(tokenizer, rows):
     tokens, lengths = rows
     batch = CausalCollator(tokenizer, 0, 2)(tokens, lengths, np.arange(64))
     assert batch.inputs["position_ids"].min() == 2
+
+
+@pytest.mark.parametrize("num_values", [3, 10**6])
+def test_lowest_draws_are_those_of_a_stable_sort(num_values):
+    """Also where many draws are equal, or none is to be chosen."""
+    generator = np.random.default_rng(num_values)
+    draw = generator.integers(0, num_values, (40, 24)) / num_values
+    counts = generator.integers(0, 25, 40)
+    chosen = choose_lowest(draw, counts)
+    for row, count, places in zip(draw, counts, chosen):
+        assert np.flatnonzero(places).tolist() == sorted(np.argsort(row, kind="stable")[:count].tolist())

@@ -26,6 +26,8 @@ from oneday.corpus import (
     resolve_cache_dir,
     split_stream,
 )
+from oneday.stream_files import ParquetPart, StreamShard, TablePart
+from oneday.text_streams import FileStream
 
 TEXTS = [f"Document {i} tells of the number {i}, 'quoted', with a comma and an é." for i in range(40)]
 
@@ -176,14 +178,20 @@ def test_mixture_follows_its_weights_and_repeats_nothing():
     assert abs(share - 0.75) < 0.03
 
 
-def test_stream_holds_its_first_documents_out():
-    stream = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(300)]}).to_iterable_dataset()
-    train, validation = split_stream(stream, 0.1, 1000)
-    assert validation["text"][:] == [f"{i}" for i in range(100)]
-    assert next(iter(train)) == {"text": "100"}
-    assert len(split_stream(stream, 0.1, 200)[1]) == 64
+def stream_of(texts: list[str], num_parts: int = 1) -> FileStream:
+    stored = datasets.Dataset.from_dict({"text": texts})
+    return FileStream([TablePart(stored, part, num_parts) for part in range(num_parts)], num_parts)
+
+
+def test_stream_holds_first_documents_out_with_every_copy_of_them():
+    texts = [f"{i}" for i in range(300)]
+    train, validation = split_stream(stream_of([*texts, *texts[:50]]), 0.1, 1000)
+    assert validation["text"][:] == texts[:100]
+    assert sorted(row["text"] for row in train) == sorted(texts[100:])
+    assert split_stream(stream_of(texts, 3), 0.1, 200)[1]["text"][:4] == ["0", "100", "200", "1"]
+    assert len(split_stream(stream_of(texts), 0.1, 200)[1]) == 64
     with pytest.raises(SettingError, match="streams only 300 documents, too few to hold 500 out"):
-        split_stream(stream, 0.5, 1000)
+        split_stream(stream_of(texts), 0.5, 1000)
 
 
 def test_name_shows_no_folder_of_the_machine(tmp_path):
@@ -313,26 +321,50 @@ for streaming in (False, True):
         assert "check the name" in line and "local files" in line
 
 
+@pytest.mark.parametrize("form", [".parquet", ".jsonl", ".csv"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_data_set_whole_and_as_a_stream(streaming, monkeypatch):
+def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
     """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
     monkeypatch.setattr("oneday.corpus.find_revision", lambda name: None)
     os.mkdir("hub")
-    write_texts("hub/train.parquet", [*TEXTS, " ", None], column="body")
+    for number in range(3):
+        write_texts(f"hub/train-{number}{form}", [*TEXTS[number::3], " "], column="body")
     args = DataArguments(text_column="body", streaming=streaming, cache_dir="cache")
     texts = load_hub("hub", "train", args)
-    assert isinstance(texts, datasets.IterableDataset) == streaming
-    assert [row["text"] for row in texts][:40] == TEXTS
-    assert len(list(texts)) == (40 if streaming else 42)
-    with pytest.raises(SettingError, match=r"text_column 'bodi' is not in 'hub'.*\(body, id\)"):
+    assert isinstance(texts, FileStream) == streaming
+    assert sorted(row["text"] for row in texts if row["text"].strip()) == sorted(TEXTS)
+    assert len(list(texts)) == (40 if streaming else 43)
+    if streaming:
+        assert {type(file) for file in texts.files} == {ParquetPart if form == ".parquet" else StreamShard}
+    with pytest.raises(SettingError, match=r"text_column 'bodi' is not in 'hub'.*\(.*body.*\)"):
         load_hub("hub", "train", DataArguments(text_column="bodi", streaming=streaming))
-    with pytest.raises(SettingError, match="text_column 'id' .*holds .*int"):
-        list(load_hub("hub", "train", DataArguments(text_column="id", streaming=streaming)).take(1))
+    with pytest.raises(SettingError, match="text_column .*holds .*int"):
+        next(iter(load_hub("hub", "train", DataArguments(text_column="id", streaming=streaming))))
+    with pytest.raises(SettingError, match="'hub' is no file here and could not be loaded .*other.* dataset_split"):
+        load_hub("hub", "other", args)
+
+
+def test_stream_files_decides_the_order_and_the_hash(monkeypatch):
+    monkeypatch.setattr("oneday.corpus.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
+    os.mkdir("hub")
+    for number in range(4):
+        write_texts(f"hub/train-{number}.parquet", [f"{number} {i}" for i in range(100)])
+    corpora = [load("hub", streaming=True, stream_files=count, validation_fraction=1e-9) for count in (1, 4, 4)]
+    assert corpora[1].corpus_hash == corpora[2].corpus_hash != corpora[0].corpus_hash
+    held_out = [{text[0] for text in corpus.validation["text"]} for corpus in corpora]
+    assert held_out == [{"0"}, set("0123"), set("0123")]
+    for corpus in corpora:
+        texts = [row["text"] for row in corpus.train]
+        assert len(set(texts)) == len(texts) == 400 - 64
+        assert not set(texts) & set(corpus.validation["text"])
+    with pytest.raises(SettingError, match="stream_files 0 must be at least 1"):
+        load("hub", streaming=True, stream_files=0)
 
 
 def test_mixture_with_a_stream_needs_weights():
     parts = [datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(500)]}) for name in "ab"]
-    parts[0] = parts[0].to_iterable_dataset()
+    parts[0] = stream_of(parts[0]["text"][:], 4)
     with pytest.raises(SettingError, match="dataset_weights must be given for a mixture with a stream"):
         mix(parts, DataArguments())
     texts = [row["text"] for row in mix(parts, DataArguments(dataset_weights=[0.8, 0.2]))]

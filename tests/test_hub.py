@@ -246,8 +246,11 @@ def test_what_cannot_be_pushed_or_brought_back(hub, program, tmp_path):
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
     """Read whole and as a stream, by its id."""
-    frame, held_out = pd.DataFrame({"text": texts[:250]}), tmp_path / "held_out.txt"
-    hub.branches["ann/texts"]["main"] = {"data/train-00000-of-00001.parquet": frame.to_parquet()}
+    held_out = tmp_path / "held_out.txt"
+    hub.branches["ann/texts"]["main"] = {
+        f"data/train-0000{part}-of-00002.parquet": pd.DataFrame({"text": texts[part:250:2]}).to_parquet()
+        for part in range(2)
+    }
     held_out.write_text("\n\n".join(texts[250:]))
     run = tmp_path / "run"
     given = {"dataset_name": "ann/texts", "streaming": streaming, "validation_name": held_out, "output_dir": run}

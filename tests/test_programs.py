@@ -305,6 +305,9 @@ def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
     assert code == 0
     assert re.search(r"train +2\d\d documents", shown)
     assert list((tmp_path / "cache" / "packed").rglob("index.json"))
+    code, shown, _ = run_script("prepare_data", *flags(**settings, dataset_name=text_file, shard=1, num_shards=2))
+    assert code == 0
+    assert re.fullmatch(r"part +\S+/part-00001-of-00002.arrow\n", shown)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

@@ -11,13 +11,18 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from safetensors.numpy import load_file
+from shared_rows import BLOCK
 from test_programs import ROOT
 
 from oneday.arguments import SettingError
-from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.ranks import check_strategy
 from oneday.run_directory import read_json, read_metrics
 
@@ -216,3 +221,78 @@ def test_more_processes_than_rows_are_refused(launch):
     said = (folder.parent / "few-2.log").read_text()
     assert said.count("error: A step of 1 rows cannot be shared by 2 processes") == 1
     assert not folder.exists()
+
+
+@pytest.fixture
+def take_shared(texts, tokenizers, tmp_path):
+    """Takes the same samples of a stream with so many processes; what each found."""
+    for number in range(7):
+        pq.write_table(pa.table({"text": texts[number::7]}), tmp_path / f"{number}.parquet", 9)
+    tokenizers["encoder"].save_pretrained(tmp_path / "tokenizer")
+
+    def take(processes):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
+        command = [sys.executable, str(ROOT / "tests/shared_rows.py"), str(tmp_path)]
+        started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(processes)]
+        assert [process.wait(timeout=120) for process in started] == [0] * processes
+        return [read_json(tmp_path / f"{rank}-of-{processes}.json") for rank in range(processes)]
+
+    return take
+
+
+def test_processes_share_out_the_tokenising_of_a_stream(take_shared):
+    """Equal rows and states as with one; block b is tokenised by process b modulo their number, and by no other."""
+    (alone,), shared = take_shared(1), take_shared(2)
+    for process in shared:
+        assert process["rows"] == alone["rows"]
+        assert process["states"] == alone["states"]
+        assert process["blocks"] == alone["blocks"] > 15
+    whole = alone["tokenised"]  # the first pass, and on
+    blocks = [whole[first : first + BLOCK] for first in range(0, 300 - BLOCK, BLOCK)]
+    for rank, process in enumerate(shared):
+        own = [text for block in blocks[rank::2] for text in block]
+        assert process["tokenised"][: len(own)] == own
+
+
+def test_a_stream_that_one_process_cannot_read_ends_all_with_the_same_sentence(take_shared, tmp_path):
+    damaged = tmp_path / "3.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    first, second = take_shared(2)
+    assert first["error"] == second["error"]
+    assert "cannot be read on (ArrowInvalid" in first["error"]
+    assert first["rows"] == second["rows"]
+
+
+@pytest.fixture
+def streamed(texts, tmp_path, monkeypatch):
+    """Settings of a run that streams five files of a Hub's data set, with several blocks to a pass."""
+    server = HubServer()
+    short = [f"{number} {' '.join(text.split()[:12])}" for number in range(24) for text in texts]
+    server.branches["ann/texts"]["main"] = {
+        f"train-{part}.parquet": pd.DataFrame({"text": short[part::5]}).to_parquet() for part in range(5)
+    }
+    for name, value in {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": tmp_path / "hf"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    (tmp_path / "held_out.txt").write_text("\n\n".join(texts[:30]))
+    yield {
+        "dataset_name": "ann/texts", "streaming": "true", "validation_name": tmp_path / "held_out.txt",
+        "budget_steps": STEPS, "batch_size_tokens": 4096, "micro_batch_tokens": 1024,
+    }  # fmt: skip
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_streamed_run_is_that_of_one_process_and_goes_on_with_another_number(launch, run, streamed):
+    """Over a block's end; killed with two processes, it ends with one as if nothing had been."""
+    alone, together = (run(processes, f"stream-{processes}", **streamed) for processes in (1, 2))
+    np.testing.assert_allclose(column(together, "loss"), column(alone, "loss"), rtol=1e-6)
+    kept = {"save_steps": 5, "save_total_limit": 9}
+    launcher, folder = launch(2, "stream-killed", **streamed, **kept)
+    wait_for_checkpoint(launcher, folder, 3)
+    assert read_state(list_checkpoints(folder)[-1])["loader"]["source"]["block"] > 0
+    rank_process(launcher, 1).send_signal(signal.SIGKILL)
+    assert launcher.wait(timeout=60) != 0
+    run(1, "stream-killed", **streamed, **kept)
+    assert len(steps_of(folder)) == STEPS
+    np.testing.assert_allclose(column(folder, "loss"), column(alone, "loss"), rtol=1e-6)

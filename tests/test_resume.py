@@ -18,11 +18,13 @@ import torch
 from conftest import ROW_LENGTH, StopAt, steps_of, weights
 from transformers import AutoModelForMaskedLM
 
-from oneday import row_sources, saving
+from oneday import saving, streamed_rows
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.row_sources import StreamedRows
 from oneday.run_directory import append_metrics, lock_run, read_metrics
+from oneday.stream_files import StreamShard
+from oneday.streamed_rows import StreamedRows
+from oneday.text_streams import FileStream
 from oneday.trainer import BudgetTrainer
 
 
@@ -163,12 +165,13 @@ def test_every_schedule_goes_on_where_it_stood(make_trainer):
 
 
 def test_a_streamed_corpus_goes_on_where_it_stood(make_trainer, texts, tokenizers, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(row_sources, "STREAM_BLOCK_DOCUMENTS", 40)
+    monkeypatch.setattr(streamed_rows, "STREAM_BLOCK_DOCUMENTS", 40)
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def make(output, **settings):
-        stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+        shards = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+        stream = FileStream([StreamShard(shards, "text", 0)], 8)
         rows = StreamedRows(stream, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", 0)
         base = make_trainer("bert", output, **settings)
         model, args, objective = base.model, base.args, base.objective

@@ -49,6 +49,7 @@ class DataArguments:
     dataset_split: str = setting("train", "Split of a Hub data set to train on.")
     text_column: str = setting("text", "Column that holds the text.")
     streaming: bool = setting(False, "Read a Hub data set as a stream instead of downloading it first.")
+    stream_files: int = setting(8, "Files of a stream that are read at once, a document of each in turn.")
     max_train_documents: int | None = setting(None, "Use only this many documents.")
     validation_name: str | None = setting(
         None, "Held-out text, in the same forms as dataset_name; empty: a part of dataset_name is held out."
@@ -71,6 +72,16 @@ class DataArguments:
         None, "Where prepared corpora and packed rows are kept; empty: $ONEDAY_CACHE or ~/.cache/oneday."
     )
     max_validation_bytes: int = setting(2_000_000, "Hold out at most this many bytes of text, in whole documents.")
+
+
+@dataclass
+class ShardArguments:
+    """What one machine of several prepares."""
+
+    shard: int | None = setting(
+        None, "Only tokenise this part of the text, counted from 0; once all parts are there, run without it."
+    )
+    num_shards: int = setting(1, "Parts of the text, one for each machine that tokenises.")
 
 
 DECIDED = "the budget decides; set {} instead"

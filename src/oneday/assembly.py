@@ -45,7 +45,9 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
         if not objective_class.is_packed and value:
             raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
     with args.main_process_first(local=False, desc="preparing the data"):
-        data = prepare_data(data_args, objective_class.kind, args.seed)
+        data = prepare_data(
+            data_args, objective_class.kind, args.data_seed if args.data_seed is not None else args.seed
+        )
     return objective_class(data.tokenizer, args), data
 
 

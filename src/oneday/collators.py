@@ -102,6 +102,21 @@ def mark_documents(doc_lengths: list[np.ndarray], row_length: int) -> np.ndarray
     return np.arange(row_length) < used[:, None]
 
 
+def choose_lowest(draw: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(rows, row_length) bool: the `counts[i]` lowest draws of row i, of equal ones the earlier.
+
+    >>> choose_lowest(np.array([[0.3, 0.1, 0.2, 0.1]]), np.array([3]))
+    array([[False,  True,  True,  True]])
+    """
+    # A bound from a sort costs a seventh of a sort of places, and does unless draws are equal.
+    bounds = np.take_along_axis(np.sort(draw, axis=1), np.maximum(counts, 1)[:, None] - 1, axis=1)
+    chosen = (draw <= bounds) & (counts > 0)[:, None]
+    if (chosen.sum(1) != counts).any():
+        order = np.argsort(draw, axis=1, kind="stable")
+        np.put_along_axis(chosen, order, np.arange(draw.shape[1]) < counts[:, None], axis=1)
+    return chosen
+
+
 @dataclass
 class PackedCollator:
     """What every objective's collator shares: documents, positions and the attention's layout."""
@@ -178,10 +193,7 @@ class MaskedCollator(PackedCollator):
         if self.whole_words:
             words = number_words(eligible, self.continues_word[tokens])
             return np.stack([choose_words(*row) for row in zip(words, draw, counts)])
-        order = np.argsort(draw, axis=1, kind="stable")
-        chosen = np.zeros_like(eligible)
-        np.put_along_axis(chosen, order, np.arange(eligible.shape[1]) < counts[:, None], axis=1)
-        return chosen
+        return choose_lowest(draw, counts)
 
     def replace(self, labels: np.ndarray, predicted: np.ndarray, samples: np.ndarray, row_length: int) -> np.ndarray:
         """What stands at the predicted places in the input."""

@@ -16,7 +16,9 @@ from huggingface_hub import HfApi
 
 from oneday.arguments import DataArguments, SettingError
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
+from oneday.stream_files import TablePart, list_stream_files
 from oneday.text_files import describe_missing_column, is_local, list_files, load_files
+from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ STREAM_DOCUMENTS = 100_000
 # Mixtures are drawn with a seed of their own: the training seed does not change the corpus, nor what is cached of it.
 MIXTURE_SEED = 0
 
-Texts = datasets.Dataset | datasets.IterableDataset
+Texts = datasets.Dataset | TextStream
 
 
 @dataclass
@@ -36,10 +38,10 @@ class Corpus:
 
     Attributes:
         name: what it is called on the model card; no local folders in it.
-        train: documents to train on; an `IterableDataset` if any part of it is a stream.
+        train: documents to train on; a `TextStream` if any part of it is one.
         validation: documents held out.
         corpus_hash: 16 hex digits of the content (train, then validation), or for a stream of its name, configuration,
-            split and revision.
+            split, revision and how it is read.
     """
 
     name: str
@@ -74,8 +76,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     """Loads what `args.dataset_name` names and holds a part of it out.
 
     Held out is what `validation_name` names; without it, of map-style text the documents whose content hash falls
-    below `validation_fraction` (so equal texts are on one side, whatever the order), of a stream its first documents,
-    and of python-docs its own validation modules.
+    below `validation_fraction` (so equal texts are on one side, whatever the order), of a stream the first documents
+    of a few files (see `split_stream`), and of python-docs its own validation modules.
 
     A mixture takes every document once; with `dataset_weights` it is drawn in that proportion of documents until one
     part runs out, so that nothing is repeated, and what is left of the others is not used.
@@ -119,6 +121,8 @@ def check_data(args: DataArguments, names: list[str]) -> None:
         )
     if weights is not None and not all(weight > 0 for weight in weights):
         raise SettingError(f"dataset_weights {weights} must all be above zero: leave out a data set you do not want.")
+    if args.stream_files < 1:
+        raise SettingError(f"stream_files {args.stream_files} must be at least 1.")
     if args.max_train_documents is not None and args.max_train_documents < 1:
         raise SettingError(f"max_train_documents {args.max_train_documents} must be at least 1.")
     if not args.validation_name and not 0 < args.validation_fraction < 1:
@@ -136,7 +140,7 @@ def load_part(name: str, args: DataArguments, split: str | None = None) -> Texts
         texts = load_files(name, args.text_column, resolve_cache_dir(args.cache_dir) / "text")
     else:
         texts = load_hub(name, split or args.dataset_split, args)
-    if isinstance(texts, datasets.IterableDataset):
+    if isinstance(texts, TextStream):
         return texts
     texts = drop_blank(texts)
     if not len(texts):
@@ -154,13 +158,11 @@ def load_python_docs(args: DataArguments, split: str) -> datasets.Dataset:
 def load_hub(name: str, split: str, args: DataArguments) -> Texts:
     """Loads a data set of the Hub, whole or as a stream; a stream stays at the revision that it has now."""
     try:
-        texts = datasets.load_dataset(
-            name,
-            args.dataset_config_name,
-            split=split,
-            streaming=args.streaming,
-            revision=find_revision(name) if args.streaming else None,
-        )
+        if args.streaming:
+            builder = datasets.load_dataset_builder(name, args.dataset_config_name, revision=find_revision(name))
+            texts = builder.as_streaming_dataset(split)
+        else:
+            texts = datasets.load_dataset(name, args.dataset_config_name, split=split)
         columns = texts.column_names or list(next(iter(texts)))
     except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
         reason = " ".join(str(error).split())[:200]
@@ -170,29 +172,23 @@ def load_hub(name: str, split: str, args: DataArguments) -> Texts:
         ) from error
     if args.text_column not in columns:
         raise SettingError(describe_missing_column(args.text_column, columns, name))
-    texts = texts.select_columns(args.text_column)
-    if args.text_column != "text":
-        texts = texts.rename_column(args.text_column, "text")
-    kind = texts.features["text"] if texts.features else None
+    kind = texts.features[args.text_column] if texts.features else None
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
         raise SettingError(
             f"text_column {args.text_column!r} of {name!r} holds {kind}, not text: name another column."
         )
-    return texts.filter(is_text) if args.streaming else texts
+    if args.streaming:
+        return FileStream(
+            list_stream_files(builder, texts, split, args.text_column, args.stream_files), args.stream_files
+        )
+    texts = texts.select_columns(args.text_column)
+    return texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
 
 
 @functools.cache
 def find_revision(name: str) -> str:
     """The commit that a data set of the Hub has now: what a stream reads, so that its hash says what was read."""
     return HfApi().dataset_info(name).sha
-
-
-def is_text(row: dict[str, object]) -> bool:
-    """Whether the row of a stream has text in it."""
-    text = row["text"]
-    if text is not None and not isinstance(text, str):
-        raise SettingError(f"text_column holds {type(text).__name__}, not text: name another column.")
-    return bool(text and text.strip())
 
 
 def drop_blank(texts: datasets.Dataset) -> datasets.Dataset:
@@ -216,7 +212,7 @@ def hold_out(name: str, texts: Texts, args: DataArguments) -> tuple[Texts, datas
     """Returns (train, validation) of one part."""
     if name == PYTHON_DOCS:
         return texts, load_python_docs(args, "validation")
-    if isinstance(texts, datasets.IterableDataset):
+    if isinstance(texts, TextStream):
         return split_stream(texts, args.validation_fraction, args.max_train_documents or STREAM_DOCUMENTS)
     return split_documents(texts, args.validation_fraction)
 
@@ -239,21 +235,21 @@ def split_documents(texts: datasets.Dataset, fraction: float) -> tuple[datasets.
     return texts.select(np.flatnonzero(~held_out)), texts.select(np.flatnonzero(held_out))
 
 
-def split_stream(
-    stream: datasets.IterableDataset, fraction: float, num_documents: int
-) -> tuple[datasets.IterableDataset, datasets.Dataset]:
-    """Holds the first documents of a stream out, `fraction` of `num_documents`, at least 64; training starts after.
+def split_stream(stream: FileStream, fraction: float, num_documents: int) -> tuple[FileStream, datasets.Dataset]:
+    """Holds `fraction` of `num_documents` out, at least 64; training leaves out these and every copy of one.
 
-    The order of a stream is its publisher's, so the held-out documents may be less mixed than a split by hash.
+    Held out are the first documents of as many files as are read at once, evenly spaced in the publisher's order: the
+    same whatever the seed, and less mixed than a split by hash would be.
     """
     num_held_out = max(MIN_STREAM_VALIDATION_DOCUMENTS, int(fraction * num_documents))
-    rows = list(stream.take(num_held_out))
-    if len(rows) < num_held_out:
+    texts = stream.take_spread(num_held_out)
+    if len(texts) < num_held_out:
         raise SettingError(
-            f"dataset_name streams only {len(rows)} documents, too few to hold {num_held_out} out: "
+            f"dataset_name streams only {len(texts)} documents, too few to hold {num_held_out} out: "
             "set streaming to false."
         )
-    return stream.skip(num_held_out), datasets.Dataset.from_list(rows)
+    validation = datasets.Dataset.from_dict({"text": texts})
+    return stream.without(hash_documents(validation).tolist()), validation
 
 
 def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
@@ -283,9 +279,8 @@ def load_validation(args: DataArguments) -> datasets.Dataset:
 def drop_held_out(train: Texts, validation: datasets.Dataset) -> Texts:
     """Leaves out of `train` the documents that are also in `validation`, word for word."""
     held_out = hash_documents(validation)
-    if isinstance(train, datasets.IterableDataset):
-        known = set(held_out.tolist())
-        return train.filter(lambda row: hash_text(row["text"]) not in known)
+    if isinstance(train, FileStream):
+        return train.without(held_out.tolist())
     repeated = np.isin(hash_documents(train), held_out)
     if repeated.all():
         raise SettingError("validation_name holds every document of dataset_name, so nothing is left to train on.")
@@ -299,25 +294,33 @@ def mix(trains: list[Texts], args: DataArguments) -> Texts:
     """Interleaves the parts, in the proportions of `dataset_weights` if there are any, else every document once."""
     if len(trains) == 1:
         return trains[0]
-    is_stream = any(isinstance(train, datasets.IterableDataset) for train in trains)
-    if is_stream:
-        trains = [t if isinstance(t, datasets.IterableDataset) else t.to_iterable_dataset() for t in trains]
+    is_stream = any(isinstance(train, TextStream) for train in trains)
     weights = args.dataset_weights
     if weights is None and is_stream:
         raise SettingError("dataset_weights must be given for a mixture with a stream in it: its size is not known.")
     shares = np.array(weights if weights is not None else [len(train) for train in trains], dtype=float)
+    shares = (shares / shares.sum()).tolist()
+    if is_stream:
+        return MixedStream([as_stream(train, args.stream_files) for train in trains], shares)
     return datasets.interleave_datasets(
         trains,
-        probabilities=(shares / shares.sum()).tolist(),
+        probabilities=shares,
         seed=MIXTURE_SEED,
         stopping_strategy="first_exhausted" if weights is not None else "all_exhausted_without_replacement",
     )
 
 
+def as_stream(texts: Texts, files_at_once: int) -> TextStream:
+    """Texts on disk as a stream that is read in several places at once; a stream as it is."""
+    if isinstance(texts, TextStream):
+        return texts
+    return FileStream([TablePart(texts, part, files_at_once) for part in range(files_at_once)], files_at_once)
+
+
 def take_first(texts: Texts, num_documents: int) -> Texts:
     """The first documents of `texts`, all of them if there are fewer."""
-    if isinstance(texts, datasets.IterableDataset):
-        return texts.take(num_documents)
+    if isinstance(texts, TextStream):
+        return FirstTexts(texts, num_documents)
     return texts.select(range(min(num_documents, len(texts))))
 
 
@@ -340,6 +343,12 @@ def hash_corpus(train: Texts, validation: datasets.Dataset, names: list[str], ar
     hub_names = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
     files = [(Path(file).name, os.path.getsize(file)) for name in names if is_local(name) for file in list_files(name)]
     revisions = [find_revision(name) for name in hub_names]
-    settings = (args.dataset_config_name, args.dataset_split, args.text_column, args.dataset_weights)
+    settings = (
+        args.dataset_config_name,
+        args.dataset_split,
+        args.text_column,
+        args.dataset_weights,
+        args.stream_files,
+    )
     parts = (len(names), hub_names, revisions, files, settings, args.max_train_documents, corpus_hash(validation))
     return f"{hash_text(repr(parts)):016x}"

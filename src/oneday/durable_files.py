@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from oneday.arguments import SettingError
 
 
 def write_whole(path: str | Path, text: str, is_durable: bool = True) -> None:
@@ -27,3 +31,18 @@ def synchronize_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def explain_failed_write(path: Path) -> Iterator[None]:
+    """Say what to do where prepared data cannot be written.
+
+    Raises:
+        SettingError: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(
+            f"{path} could not be written ({error.strerror or error}): free some space or set cache_dir elsewhere."
+        ) from error

@@ -17,7 +17,6 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +28,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import SettingError
+from oneday.durable_files import explain_failed_write
 from oneday.packing import PackedRows, build_rows, pack_best_fit, pack_padded, split_long
-from oneday.tokenization import ObjectiveKind, encode_documents, hash_tokenizer, special_layout
+from oneday.tokenization import ObjectiveKind, hash_tokenizer, special_layout
+from oneday.tokenized_parts import EncodedBatch, encode_batch
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class PackedWriter:
             raise SettingError(f"{self.path} exists and is not empty: packed rows are not written over it; remove it.")
         self.index = PackedIndex(row_length=row_length, dtype=smallest_dtype(vocab_size).name, **facts)
         self._partial = self.path.with_name(f".{self.path.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        with _explain_failed_write(self.path):
+        with explain_failed_write(self.path):
             _remove_orphans(self.path)
             self._partial.mkdir(parents=True)
 
@@ -91,7 +92,7 @@ class PackedWriter:
         """Appends rows as one shard, on disk when this returns."""
         name = f"shard-{len(self.index.shards):05d}.arrow"
         batch = _to_record_batch(rows, self.index.row_length, self.index.dtype)
-        with _explain_failed_write(self.path), open(self._partial / name, "wb") as sink:
+        with explain_failed_write(self.path), open(self._partial / name, "wb") as sink:
             with pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
             _flush(sink)
@@ -104,7 +105,7 @@ class PackedWriter:
     def close(self) -> None:
         """Writes the index and gives the directory its name."""
         self.index.packing_efficiency = self.index.num_tokens / max(1, self.index.num_rows * self.index.row_length)
-        with _explain_failed_write(self.path):
+        with explain_failed_write(self.path):
             with open(self._partial / INDEX_FILE, "w") as sink:
                 json.dump(asdict(self.index), sink, indent=1)
                 _flush(sink)
@@ -216,7 +217,7 @@ def packing_key(corpus_hash: str, tokenizer: PreTrainedTokenizerBase, settings: 
 
 
 def pack_corpus(
-    texts: Iterable[list[str]],
+    texts: Iterable[list[str] | EncodedBatch],
     tokenizer: PreTrainedTokenizerBase,
     kind: ObjectiveKind,
     row_length: int,
@@ -231,7 +232,7 @@ def pack_corpus(
     its end token, else id 0: nothing reads past the document lengths.
 
     Args:
-        texts: documents in batches; about a thousand keep both cores busy.
+        texts: documents in batches, of which about a thousand keep all cores busy, or tokenised already.
         tokenizer: a fast one.
         kind: whose special tokens go around a piece.
         row_length: tokens of a row.
@@ -265,20 +266,23 @@ def pack_corpus(
 
 
 def _encode_blocks(
-    texts: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, index: PackedIndex, num_documents_hint: int | None
+    texts: Iterable[list[str] | EncodedBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    index: PackedIndex,
+    num_documents_hint: int | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of at least BLOCK_TOKENS (the last one smaller) as `encode_documents` gives them; counts into `index`."""
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     num_tokens = 0
     with tqdm(total=num_documents_hint, desc="Tokenizing and packing", unit=" documents", disable=None) as progress:
         for batch in texts:
-            started = time.perf_counter()
-            parts.append(encode_documents(tokenizer, batch))
-            index.tokenize_seconds += time.perf_counter() - started
-            index.num_documents += len(batch)
-            index.num_bytes_text += sum(len(text.encode("utf-8", "surrogatepass")) for text in batch)
-            num_tokens += len(parts[-1][0])
-            progress.update(len(batch))
+            encoded = batch if isinstance(batch, EncodedBatch) else encode_batch(tokenizer, batch)
+            parts.append((encoded.tokens, encoded.lengths))
+            index.tokenize_seconds += encoded.seconds
+            index.num_documents += len(encoded.lengths)
+            index.num_bytes_text += encoded.num_bytes
+            num_tokens += len(encoded.tokens)
+            progress.update(len(encoded.lengths))
             if num_tokens >= BLOCK_TOKENS:
                 yield _join(parts)
                 parts, num_tokens = [], 0
@@ -356,16 +360,6 @@ def _read_index(directory: Path) -> PackedIndex:
     if facts["format_version"] != FORMAT_VERSION:
         raise SettingError(f"{directory} has packed rows of another version of this program: remove it.")
     return PackedIndex(**facts)
-
-
-@contextmanager
-def _explain_failed_write(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SettingError(
-            f"{path} could not be written ({error.strerror or error}): free some space or set cache_dir elsewhere."
-        ) from error
 
 
 def _flush(sink: IO) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import time
@@ -13,15 +12,15 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from oneday.arguments import DataArguments
+from oneday.arguments import DataArguments, SettingError, ShardArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
-from oneday.row_sources import StreamedRows
+from oneday.streamed_rows import StreamedRows
+from oneday.text_streams import TextStream
 from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
+from oneday.tokenized_parts import TEXTS_AT_ONCE, find_parts, read_parts, write_part
 
 logger = logging.getLogger(__name__)
-
-TEXTS_AT_ONCE = 1000
 
 
 @dataclass
@@ -59,7 +58,7 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     Args:
         args: Which text, tokenizer and packing.
         kind: `encoder` or `decoder`; decides the special tokens around each document.
-        seed: Seed of a stream's shuffle.
+        seed: Seed of a stream's order and shuffle.
 
     Raises:
         SettingError: When the text or a setting cannot be used.
@@ -67,16 +66,39 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     begun = time.monotonic()
     corpus = load_corpus(args)
     cache = resolve_cache_dir(args.cache_dir)
-    is_stream = isinstance(corpus.train, datasets.IterableDataset)
-    start_state = copy.deepcopy(corpus.train.state_dict()) if is_stream else None
     tokenizer = prepare_tokenizer(args, corpus, kind, cache)
-    if is_stream:
-        packing = (kind, args.max_seq_length, args.packing_strategy)
-        train = StreamedRows(corpus.train, tokenizer, *packing, seed, start_state)
+    if isinstance(corpus.train, TextStream):
+        train = StreamedRows(corpus.train, tokenizer, kind, args.max_seq_length, args.packing_strategy, seed)
     else:
         train = prepare_rows(args, corpus.train, f"{corpus.corpus_hash}/train", tokenizer, kind, cache)
     validation = prepare_rows(args, corpus.validation, f"{corpus.corpus_hash}/validation", tokenizer, kind, cache)
     return PreparedData(corpus, tokenizer, train, validation, time.monotonic() - begun)
+
+
+def tokenize_shard(args: DataArguments, kind: str, part: ShardArguments) -> Path:
+    """Tokenise one part of the training text into the cache, where `prepare_data` finds it; returns its file.
+
+    Raises:
+        SettingError: When there is no such part, or nothing to prepare.
+    """
+    if not 0 <= part.shard < part.num_shards:
+        raise SettingError(
+            f"The setting shard is {part.shard}; it must be from 0 to num_shards - 1, {part.num_shards - 1}."
+        )
+    corpus = load_corpus(args)
+    if isinstance(corpus.train, TextStream):
+        raise SettingError(
+            "The setting shard is given for a stream, which is tokenised in training; leave streaming out."
+        )
+    cache = resolve_cache_dir(args.cache_dir)
+    tokenizer = prepare_tokenizer(args, corpus, kind, cache)
+    folder = locate_parts(cache, f"{corpus.corpus_hash}/train", tokenizer)
+    return write_part(corpus.train, tokenizer, folder, part.shard, part.num_shards)
+
+
+def locate_parts(cache: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Where the tokenised parts of a split lie."""
+    return cache / "tokenized" / digest(name, hash_tokenizer(tokenizer))
 
 
 def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Path) -> PreTrainedTokenizerBase:
@@ -96,10 +118,11 @@ def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Pat
 def prepare_rows(
     args: DataArguments, texts: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, kind: str, cache: Path
 ) -> PackedDataset:
-    """Packed rows of one split, from the cache when they are there."""
+    """Packed rows of one split, from the cache when they are there, from tokenised parts when all of them are."""
     settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
     key = packing_key(name, tokenizer, settings)
-    batches = (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
+    parts = find_parts(locate_parts(cache, name, tokenizer))
+    batches = read_parts(parts) if parts else (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
     return pack_corpus(
         batches, tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, len(texts), key
     )

@@ -151,6 +151,7 @@ class BudgetTrainer(RunTrainer):
         """The loader of this rank."""
         seed = args.data_seed if args.data_seed is not None else args.seed
         source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
+        source.share_among(self.ranks)
         check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
         largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
@@ -366,7 +367,10 @@ class BudgetTrainer(RunTrainer):
 
     def run(self, resume: bool = False) -> dict[str, float]:
         """Train until the budget is used up, save, evaluate; see `pretraining.run_pretraining`."""
-        return run_pretraining(self, resume)
+        try:
+            return run_pretraining(self, resume)
+        finally:
+            self.loader.source.close()
 
     @property
     def train_seconds(self) -> float:
