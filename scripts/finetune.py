@@ -29,7 +29,7 @@ def main() -> int:
     """Read the settings, run the protocol, print the table; 0 when done, 75 when interrupted."""
     (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
     try:
-        results = run_protocol(args)
+        results = run_protocol(args, may_start_processes=True)
     except KeyboardInterrupt:
         logger.info("Interrupted; finished runs are kept, and the same command goes on from there.")
         return INTERRUPTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -89,7 +90,11 @@ def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, t
     finally:
         program.kill()
     assert program.returncode == (75 if victim == "program" else 1) and "Traceback" not in stderr, stderr
-    said = "the same command goes on from there" if victim == "program" else "ended with code -9, which is often"
+    said = (
+        "the same command goes on from there"
+        if victim == "program"
+        else "its process was killed, which is often a lack of memory; set num_processes"
+    )
     assert said in stderr.splitlines()[-1]
     lines = read_lines(tmp_path)
     assert 2 <= len(lines) < 50 and len({line["key"] for line in lines}) == len(lines)
@@ -100,14 +105,29 @@ def test_how_many_at_a_time(bert, data_dir, tmp_path, monkeypatch):  # noqa: F81
     checkpoint = load_checkpoint(bert)
     task = prepare_task("sst2", args, checkpoint)
     runs = [plan_run(checkpoint, task, args, seed, False) for seed in range(3)]
-    assert choose_num_processes(args, checkpoint, runs) == 1, "not worth a start"
+    choose = functools.partial(choose_num_processes, args, checkpoint, may_start_processes=True)
+    assert choose(runs) == 1, "not worth a start"
     monkeypatch.setattr(finetuning_processes, "MIN_FLOPS", 1.0)
-    assert choose_num_processes(args, checkpoint, runs) == 3, "never more than runs"
+    assert choose(runs) == 3, "never more than runs"
     args.num_threads = 2
-    assert choose_num_processes(args, checkpoint, runs) == 2, "nor than cores"
-    assert choose_num_processes(args, checkpoint, []) == 1
+    assert choose(runs) == 2, "nor than cores"
+    assert choose([]) == 1
+    assert choose_num_processes(args, checkpoint, runs, may_start_processes=False) == 1, "called from a library"
     args.num_processes = 8
-    assert choose_num_processes(args, checkpoint, runs) == 3
+    assert choose(runs) == 3
     args.num_processes = None
     monkeypatch.setattr(finetuning_processes, "MAX_PARAMETERS", 10)
-    assert choose_num_processes(args, checkpoint, runs) == 1, "a large model fills the cores"
+    assert choose(runs) == 1, "a large model fills the cores"
+
+
+def test_threads_of_a_run_do_not_depend_on_what_is_finished_or_on_memory(bert, data_dir, tmp_path, monkeypatch):  # noqa: F811
+    """Two cores and three runs: one thread each, also where only one is missing and memory holds one process."""
+    monkeypatch.setattr(finetuning_processes, "MIN_FLOPS", 1.0)
+    monkeypatch.setattr(finetuning_processes, "available_memory_bytes", lambda: 1)
+    args = make_args(bert, data_dir, tmp_path, num_seeds=3, num_threads=2, num_train_epochs=1)
+    results = run_protocol(args, may_start_processes=True)
+    assert results["threads"] == [1]
+    path = Path(args.output_dir) / "glue_runs.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert run_protocol(args, may_start_processes=True)["threads"] == [1]
+    assert [line["threads"] for line in read_lines(Path(args.output_dir))] == [1, 1, 1]

@@ -38,11 +38,16 @@ from oneday.throughput import keep_freed_memory, set_threads
 from oneday.tuning import choose_setting, hold_out, spread_grid
 
 
-def run_protocol(args: FinetuneArguments) -> dict:
+def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> dict:
     """Fine-tune on every task with every seed, and write `glue_results.json` into the output directory.
 
     A finished run is written to `glue_runs.jsonl` at once and is not run again by the same command. Scores of other
     tasks stay in the file as long as they are of the same weights and settings.
+
+    Args:
+        args: The settings.
+        may_start_processes: Start processes where they are worth it without `num_processes` asking for them. They
+            import the main module again, which must do nothing then: `if __name__ == "__main__":`.
 
     Returns:
         What the file holds: `{"protocol", "tasks": {number: {"metric", "median", "scores", ...}}, "average",
@@ -65,13 +70,13 @@ def run_protocol(args: FinetuneArguments) -> dict:
     plan = [(task, from_random) for task in prepared for from_random in kinds]
     settings, choices = [args] * len(plan), {}
     if args.protocol == TUNED:
-        settings, choices = choose_settings(checkpoint, plan, args)
+        settings, choices = choose_settings(checkpoint, plan, args, may_start_processes)
     runs = [
         plan_run(checkpoint, task, chosen, seed, from_random)
         for (task, from_random), chosen in zip(plan, settings)
         for seed in range(args.seed, args.seed + args.num_seeds)
     ]
-    lines = obtain_runs(checkpoint, args, runs)
+    lines = obtain_runs(checkpoint, args, runs, may_start_processes)
     submissions = write_submissions(args, prepared, runs, lines)
     earlier = read_earlier(output_dir / RESULTS_FILE)
     results = summarize_runs(args, checkpoint, prepared, lines, earlier, choices, submissions)
@@ -81,7 +86,7 @@ def run_protocol(args: FinetuneArguments) -> dict:
 
 
 def choose_settings(
-    checkpoint: Checkpoint, plan: list[tuple[PreparedTask, bool]], args: FinetuneArguments
+    checkpoint: Checkpoint, plan: list[tuple[PreparedTask, bool]], args: FinetuneArguments, may_start_processes: bool
 ) -> tuple[list[FinetuneArguments], dict[tuple[str, str], dict]]:
     """Of the tuned protocol: the settings of each (task, from_random), and the choice's record by task and weights."""
     points = spread_grid(args)
@@ -91,7 +96,7 @@ def choose_settings(
         for task, from_random in plan
         for point in points
     ]
-    lines = obtain_runs(checkpoint, args, runs, "choosing settings")
+    lines = obtain_runs(checkpoint, args, runs, may_start_processes, "choosing settings")
     parts = [lines[start : start + len(points)] for start in range(0, len(lines), len(points))]
     found = [choose_setting(args, trials[task.task.name], points, part) for (task, _), part in zip(plan, parts)]
     names = [(task.task.name, WEIGHTS[from_random]) for task, from_random in plan]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
 
-import psutil
 from tqdm.auto import tqdm
 
 from oneday.classification import Checkpoint
@@ -13,7 +13,7 @@ from oneday.finetuning_run import PlannedRun, describe_run, measure_run
 from oneday.glue_protocol import FinetuneArguments, choose_device, find_output_dir
 from oneday.glue_results import RUNS_FILE, append_run, read_runs
 from oneday.processes import map_in_processes
-from oneday.throughput import keep_freed_memory, set_threads, usable_cores
+from oneday.throughput import available_memory_bytes, keep_freed_memory, set_threads, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,25 @@ logger = logging.getLogger(__name__)
 MAX_PARAMETERS = 50_000_000
 # A process takes 13 seconds of a slow core to start; FLOPs a core that are worth it, about a minute.
 MIN_FLOPS = 3e12
-# Libraries, rows and activations of one process; weights, gradients and two moments come on top.
+# Libraries and rows of one process; weights (two copies), gradients, two moments and activations come on top.
 PROCESS_BYTES = 2**30
 
 
 def obtain_runs(
-    checkpoint: Checkpoint, args: FinetuneArguments, runs: list[PlannedRun], title: str = "fine-tuning"
+    checkpoint: Checkpoint,
+    args: FinetuneArguments,
+    runs: list[PlannedRun],
+    may_start_processes: bool,
+    title: str = "fine-tuning",
 ) -> list[dict]:
     """The line of each run: the finished one, or a new one, which is written to `glue_runs.jsonl` at once.
+
+    Args:
+        checkpoint: What is fine-tuned.
+        args: The settings of all runs.
+        runs: All that are wanted, finished or not.
+        may_start_processes: See `run_protocol`.
+        title: Of the bar.
 
     Raises:
         SettingError: When a run in a process of its own failed.
@@ -36,8 +47,16 @@ def obtain_runs(
     path = find_output_dir(args) / RUNS_FILE
     lines = read_runs(path)
     missing = list({run.key: run for run in runs if run.key not in lines or not run.is_kept}.values())
+    num_processes = choose_num_processes(args, checkpoint, runs, may_start_processes)
+    # Scores may follow from the threads of a run: these do not depend on what is finished, or on memory.
+    num_threads = max(1, (args.num_threads or usable_cores()) // num_processes)
+    num_processes = min(num_processes, max(1, len(missing)))
+    if num_processes > 1 and args.num_processes is None:
+        num_processes = max(1, min(num_processes, available_memory_bytes() // process_bytes(checkpoint, missing)))
+    if num_processes > 1:
+        logger.info("%d runs at a time, %d thread%s each", num_processes, num_threads, "s" * (num_threads > 1))
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, unit="run", disable=None) as bar:
-        for line in perform_runs(checkpoint, args, missing):
+        for line in perform_runs(checkpoint, missing, num_processes, num_threads):
             lines[line["key"]] = line
             append_run(path, line)
             bar.set_postfix_str(describe_run(line), refresh=False)
@@ -47,16 +66,15 @@ def obtain_runs(
     return [lines[run.key] for run in runs]
 
 
-def perform_runs(checkpoint: Checkpoint, args: FinetuneArguments, runs: list[PlannedRun]) -> Iterator[dict]:
+def perform_runs(
+    checkpoint: Checkpoint, runs: list[PlannedRun], num_processes: int, num_threads: int
+) -> Iterator[dict]:
     """The line of each run as soon as it is finished: one after the other here, or several at a time in processes."""
-    num_processes = choose_num_processes(args, checkpoint, runs)
-    num_threads = max(1, (args.num_threads or usable_cores()) // num_processes)
     if num_processes == 1:
         set_threads(num_threads)
         for run in runs:
             yield measure_run(checkpoint, run)
         return
-    logger.info("%d runs at a time, %d thread%s each", num_processes, num_threads, "s" * (num_threads > 1))
     runs = sorted(runs, key=count_flops, reverse=True)  # a long one that begins last would go on alone
     names = [run.name for run in runs]
     yield from map_in_processes(measure_shared, (checkpoint, runs, num_threads), names, num_processes)
@@ -70,19 +88,34 @@ def measure_shared(shared: tuple[Checkpoint, list[PlannedRun], int], index: int)
     return measure_run(checkpoint, runs[index])
 
 
-def choose_num_processes(args: FinetuneArguments, checkpoint: Checkpoint, runs: list[PlannedRun]) -> int:
-    """`num_processes`, or for a small model on a CPU one a core, as far as there are runs and memory for them."""
+def choose_num_processes(
+    args: FinetuneArguments, checkpoint: Checkpoint, runs: list[PlannedRun], may_start_processes: bool
+) -> int:
+    """`num_processes`, or for a small model on a CPU one a core, as far as there are runs."""
     if args.num_processes is not None:
         return max(1, min(args.num_processes, len(runs)))
+    is_worker = multiprocessing.current_process().daemon  # it may have none of its own
     num_parameters = sum(tensor.numel() for tensor in checkpoint.weights.values())
-    cores = args.num_threads or usable_cores()
-    work = sum(map(count_flops, runs)) * num_parameters
-    if choose_device(args).type != "cpu" or num_parameters > MAX_PARAMETERS or work < MIN_FLOPS * cores:
+    if not may_start_processes or is_worker or choose_device(args).type != "cpu" or num_parameters > MAX_PARAMETERS:
         return 1
-    room = psutil.virtual_memory().available // (PROCESS_BYTES + 16 * num_parameters)
-    return max(1, min(cores, len(runs), room))
+    cores = args.num_threads or usable_cores()
+    if sum(map(count_flops, runs)) * num_parameters < MIN_FLOPS * cores:
+        return 1
+    return max(1, min(cores, len(runs)))
+
+
+def process_bytes(checkpoint: Checkpoint, runs: list[PlannedRun]) -> int:
+    """Memory that one process takes, roughly: float32, and every layer's scores of eager attention kept."""
+    config, longest = checkpoint.config, max(max(run.task.train_lengths) for run in runs)
+    heads, width, layers = (
+        getattr(config, name, None) or 1 for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    )
+    tokens = longest * max(run.args.per_device_train_batch_size for run in runs)
+    activations = 4 * layers * tokens * (3 * heads * longest + 20 * width)
+    weights = sum(tensor.numel() for tensor in checkpoint.weights.values())
+    return PROCESS_BYTES + 20 * weights + activations
 
 
 def count_flops(run: PlannedRun) -> float:
     """FLOPs of a run's training, a parameter: 6 a token."""
-    return 6 * run.args.num_train_epochs * sum(run.task.splits["train"]["length"])
+    return 6 * run.args.num_train_epochs * sum(run.task.train_lengths)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import Checkpoint, PreparedTask, build_classifier, silence_libraries
@@ -87,9 +91,14 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         trainer = train_classifier(checkpoint, task, args, run.seed, run.from_random)
         logits = predict_splits(trainer, task)
         cost = count_trained(trainer.model) | {"peak_memory_bytes": peak_memory_bytes(device)}
-        write_predictions(run.folder, task, logits)
+        # Aside, then renamed: a killed process leaves nothing that looks whole.
+        new = run.folder.with_name(f".{run.name}")
+        shutil.rmtree(new, ignore_errors=True)
+        write_predictions(new, task, logits)
         if args.save_models:
-            save_classifier(trainer.model, checkpoint.tokenizer, run.folder / "model", args.merge_adapters)
+            save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
+        shutil.rmtree(run.folder, ignore_errors=True)
+        new.rename(run.folder)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}
     return line | facts | cost
@@ -112,7 +121,7 @@ def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.nda
     outputs = {}
     asked = {split: prepared.splits[split] for split in prepared.scored_splits} | prepared.test_splits
     for split, rows in asked.items():
-        order = np.argsort(rows["length"], kind="stable")
+        order = np.argsort(rows["length"][:], kind="stable")
         logits = trainer.predict(rows.select(order)).predictions
         outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
     return outputs
@@ -122,10 +131,26 @@ def score_splits(prepared: PreparedTask, logits: dict[str, np.ndarray]) -> Score
     """Metrics of each split under its number's name."""
     task, splits = prepared.task, prepared.splits
     return {
-        task.name_number(split): score_logits(task, outputs, np.asarray(splits[split]["label"]))
+        task.name_number(split): score_logits(task, outputs, np.asarray(splits[split]["label"][:]))
         for split, outputs in logits.items()
         if split in splits
     }
+
+
+class ClassificationTrainer(Trainer):
+    """A Trainer whose batches of rows of like length are drawn from their lengths in a list.
+
+    Attributes:
+        train_lengths: Tokens of each training row; the parent would look them up in the data set, one by one.
+    """
+
+    train_lengths: list[int]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """As the parent, where it groups by length."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(self.args.train_batch_size, lengths=self.train_lengths)
 
 
 def build_trainer(
@@ -161,7 +186,10 @@ def build_trainer(
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         return pad([{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows])
 
-    trainer = Trainer(model, training_args, data_collator=collate, train_dataset=prepared.splits["train"])
+    trainer = ClassificationTrainer(
+        model, training_args, data_collator=collate, train_dataset=prepared.splits["train"]
+    )
+    trainer.train_lengths = prepared.train_lengths
     trainer.remove_callback(PrinterCallback)
     return trainer
 

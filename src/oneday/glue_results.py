@@ -69,7 +69,7 @@ def summarize_runs(
         "weights_hash": checkpoint.weights_hash,
         "settings": settings | {"bf16": choose_bf16(args)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
-        "threads": max(run.get("threads", torch.get_num_threads()) for run in runs),
+        "threads": sorted({run.get("threads", torch.get_num_threads()) for run in runs}),
     }
     is_same = all(earlier.get(name) == value for name, value in header.items() if name not in ("model", "threads"))
     if earlier and not is_same:

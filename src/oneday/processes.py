@@ -27,7 +27,7 @@ from oneday.recipe import start_logging
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130
+INTERRUPTED = 75
 # Where torch.compile looks for what it has compiled before.
 COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -77,6 +77,8 @@ def map_in_processes(
 ) -> Iterator[dict[str, Any]]:
     """`function(shared, i)` for each i in `range(len(names))`, in the order in which they are finished.
 
+    Where one fails no other is begun, and those that are under way come to their end first.
+
     Args:
         function: One that can be imported by name.
         shared: What all of them need; each process gets it once, pickled.
@@ -84,7 +86,7 @@ def map_in_processes(
         num_processes: How many work at a time. None is left when the iteration ends, however it ends.
 
     Raises:
-        RunError: When one raised an error, or its process died; the others are stopped.
+        RunError: When one raised an error, or its process died.
     """
     workers: dict[Connection, BaseProcess] = {}
     waiting, working = list(range(len(names)))[::-1], {}
@@ -94,22 +96,31 @@ def map_in_processes(
                 ours, process = start_worker(function)
                 workers[ours] = process
         content = pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL)
+        failure = None
         for worker in workers:
             working[worker] = waiting.pop()
             with refused_to_the_dead(names[working[worker]], workers[worker]):
                 worker.send_bytes(content)
                 worker.send(working[worker])
+        del content
         while working:
             for worker in wait(list(working)):
                 name = names[working.pop(worker)]
-                with refused_to_the_dead(name, workers[worker]):
-                    outcome = worker.recv()
-                    if waiting and "error" not in outcome:
-                        working[worker] = waiting.pop()
-                        worker.send(working[worker])
-                if "error" in outcome:
-                    raise RunError(name, outcome["error"])
-                yield outcome["result"]
+                try:
+                    with refused_to_the_dead(name, workers[worker]):
+                        outcome = worker.recv()
+                        if waiting and failure is None and "error" not in outcome:
+                            working[worker] = waiting.pop()
+                            worker.send(working[worker])
+                    if "error" in outcome:
+                        raise RunError(name, outcome["error"])
+                except RunError as error:
+                    working.pop(worker, None)
+                    failure = failure or error
+                else:
+                    yield outcome["result"]
+        if failure is not None:
+            raise failure
     finally:
         for process in workers.values():
             process.kill()
@@ -161,7 +172,9 @@ def refused_to_the_dead(name: str, process: BaseProcess) -> Iterator[None]:
 
 def describe_death(process: BaseProcess) -> str:
     """How a process ended that should not have."""
-    return f"its process ended with code {process.exitcode}, which is often a lack of memory"
+    if process.exitcode == -signal.SIGKILL:
+        return "its process was killed, which is often a lack of memory; set num_processes lower"
+    return f"its process ended with code {process.exitcode}"
 
 
 def work(function: Callable[[Any], dict[str, Any]], argument: Any, sender: Connection) -> None:
@@ -182,7 +195,7 @@ def attempt(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[st
     except SettingError as error:
         return {"error": str(error)}
     except torch.OutOfMemoryError:
-        return {"error": "the GPU's memory does not hold it; take a smaller batch."}
+        return {"error": "the GPU's memory does not hold it; take a smaller batch, or fewer processes."}
     except KeyboardInterrupt:
         return {"error": "a signal ended it; run the same command again to go on with the others."}
     except Exception as error:

@@ -341,7 +341,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     except SettingError as error:
         say_error(str(error))
     except torch.OutOfMemoryError:
-        say_error("The memory does not hold the model; take a smaller model_config or max_seq_length.")
+        say_error("The memory does not hold the model; take a smaller one, a smaller batch or a lower max_seq_length.")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         code = 130

@@ -89,7 +89,7 @@ class Scorer:
         self.sets_start = self.kind == "encoder" or tokenizer("a")["input_ids"][:1] == self.prefix
         limit = getattr(model.config, "max_position_embeddings", None) or 0
         self.max_length = limit - position_offset(model) if limit > 0 else batch_tokens
-        self.text_length = min(self.max_length, text_length or self.max_length, batch_tokens)
+        self.text_length = min(self.max_length, text_length or self.max_length)
         self.selected = SelectedPositions(model)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:

@@ -36,6 +36,17 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: the machine's, or what its cgroup has left, whichever is less."""
+    free = psutil.virtual_memory().available
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))
+
+
 def set_threads(num_threads: int | None = None) -> int:
     """Give this process its share of the cores: `accelerate launch` without a config would leave it one.
 

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions, take_examples
+from oneday.throughput import set_threads
 
 # What both sides' TrainingArguments have under one name.
 SAME_NAME = (
@@ -50,8 +51,7 @@ def run_glue(settings: dict[str, Any]) -> dict[str, Any]:
         `scores`: metrics by number, and `phase_seconds` from the first line of this function on.
     """
     times = [time.perf_counter()]
-    if settings["num_threads"]:
-        torch.set_num_threads(settings["num_threads"])
+    set_threads(settings["num_threads"])
     set_seed(settings["seed"])
     task, data = load_rows(settings)
     name, regression = settings["model_name_or_path"], task.num_labels == 1
