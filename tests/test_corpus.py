@@ -21,11 +21,11 @@ from oneday.corpus import (
     count_bytes,
     hash_documents,
     load_corpus,
-    load_hub,
     mix,
     resolve_cache_dir,
     split_stream,
 )
+from oneday.hub_texts import load_hub
 from oneday.stream_files import ParquetPart, StreamShard, TablePart
 from oneday.text_streams import FileStream
 
@@ -325,7 +325,7 @@ for streaming in (False, True):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
     """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
-    monkeypatch.setattr("oneday.corpus.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
     os.mkdir("hub")
     for number in range(3):
         write_texts(f"hub/train-{number}{form}", [*TEXTS[number::3], " "], column="body")
@@ -345,7 +345,7 @@ def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
 
 
 def test_stream_files_decides_the_order_and_the_hash(monkeypatch):
-    monkeypatch.setattr("oneday.corpus.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
     monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
     os.mkdir("hub")
     for number in range(4):
@@ -370,6 +370,20 @@ def test_mixture_with_a_stream_needs_weights():
     texts = [row["text"] for row in mix(parts, DataArguments(dataset_weights=[0.8, 0.2]))]
     assert len(set(texts)) == len(texts)
     assert abs(sum(text.startswith("a") for text in texts) / len(texts) - 0.8) < 0.06
+
+
+def test_what_one_stream_of_a_mixture_holds_out_no_other_is_trained_on(monkeypatch):
+    """Two data sets with the same documents in opposite order."""
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
+    texts = [f"text {number}" for number in range(300)]
+    for name, part in (("one", texts), ("two", texts[::-1])):
+        os.mkdir(name)
+        write_texts(f"{name}/train.parquet", part)
+    corpus = load("one,two", streaming=True, dataset_weights=[0.5, 0.5], validation_fraction=1e-9, stream_files=1)
+    held_out = set(corpus.validation["text"])
+    assert held_out == {*texts[:64], *texts[-64:]}
+    assert {row["text"] for row in corpus.train} <= set(texts) - held_out
 
 
 @pytest.mark.skipif("ONEDAY_DATA" not in os.environ, reason="ONEDAY_DATA names no directory of corpora")

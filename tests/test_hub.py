@@ -253,7 +253,8 @@ def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
     }
     held_out.write_text("\n\n".join(texts[250:]))
     run = tmp_path / "run"
-    given = {"dataset_name": "ann/texts", "streaming": streaming, "validation_name": held_out, "output_dir": run}
+    name = "ann/texts@main" if streaming == "true" else "ann/texts"
+    given = {"dataset_name": name, "streaming": streaming, "validation_name": held_out, "output_dir": run}
     given["embedding_init"] = "random"  # counting needs the text on disk
     code, said = program("pretrain", **given)
     assert code == 0, said

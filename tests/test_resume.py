@@ -18,11 +18,11 @@ import torch
 from conftest import ROW_LENGTH, StopAt, steps_of, weights
 from transformers import AutoModelForMaskedLM
 
-from oneday import saving, streamed_rows
+from oneday import saving, streamed_rows, text_streams
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.run_directory import append_metrics, lock_run, read_metrics
-from oneday.stream_files import StreamShard
+from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import FileStream
 from oneday.trainer import BudgetTrainer
@@ -182,6 +182,46 @@ def test_a_streamed_corpus_goes_on_where_it_stood(make_trainer, texts, tokenizer
     whole.run()
     run_killed(lambda **given: make("killed", **given), 18, **settings)
     resumed = make("killed", **settings)
+    resumed.run(resume=True)
+    assert_same_weights(whole, resumed)
+
+
+class Ending(FileStream):
+    """A stream whose network goes away for good after so many texts."""
+
+    def open_pass(self, key, state=None):
+        reader, read = super().open_pass(key, state), []
+        ordinary = reader.read
+
+        def read_or_fail():
+            if len(read) == 130:
+                raise ConnectionError("reset by peer")
+            read.append(ordinary())
+            return read[-1]
+
+        reader.read = read_or_fail
+        return reader
+
+
+def test_a_network_that_goes_away_costs_no_step(make_trainer, texts, tokenizers, packed, monkeypatch, caplog):
+    """The run ends as after a signal, with a checkpoint of its last step, and goes on to the same weights."""
+    monkeypatch.setattr(streamed_rows, "STREAM_BLOCK_DOCUMENTS", 40)
+    monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.01,))
+
+    def make(output, kind=FileStream):
+        stream = kind([TablePart(datasets.Dataset.from_dict({"text": texts}), 0, 1)], 1)
+        rows = StreamedRows(stream, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", 0)
+        base = make_trainer("bert", output, budget_steps=30, save_steps=1000)
+        return BudgetTrainer(base.model, base.args, base.objective, rows, packed["encoder"][1], tokenizers["encoder"])
+
+    whole = make("whole")
+    whole.run()
+    cut = make("cut", Ending)
+    assert cut.run() == {}
+    assert cut.status == "interrupted" and 0 < cut.clock.steps < 30
+    assert "cannot be read on (ConnectionError: reset by peer); check the network" in caplog.text
+    assert list_checkpoints(cut.args.output_dir)[-1].name == f"checkpoint-{cut.clock.steps}"
+    resumed = make("cut")
     resumed.run(resume=True)
     assert_same_weights(whole, resumed)
 

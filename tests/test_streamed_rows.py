@@ -169,7 +169,7 @@ def test_an_error_of_the_thread_comes_up_at_the_take_that_needs_it(make_rows, st
     rows = make_rows(stream=Failing(stream, error, times))
     before = take(rows, 0, 60)
     assert before == take(make_rows(), 0, 60)
-    with pytest.raises(SettingError, match=f"cannot be read on .{type(error).__name__}: .*same command again"):
+    with pytest.raises(SettingError, match=f"cannot be read on.*{type(error).__name__}: {error}"):
         take(rows, 60, 1000)
     assert rows._reader is None, "its thread has ended"
 
@@ -177,7 +177,7 @@ def test_an_error_of_the_thread_comes_up_at_the_take_that_needs_it(make_rows, st
 def test_a_damaged_file_on_the_way_is_said(make_rows, stream):
     path = Path(stream.files[0].url)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(SettingError, match="cannot be read on .ArrowInvalid"):
+    with pytest.raises(SettingError, match="cannot be read on: a file is damaged.*ArrowInvalid"):
         take(make_rows(), 0, 2000)
 
 

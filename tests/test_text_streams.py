@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -110,7 +111,7 @@ def test_what_was_read_of_a_parquet_file_is_not_read_again(tmp_path, monkeypatch
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    monkeypatch.setattr(pq, "ParquetFile", lambda file: ordinary(Counting(file)))
+    monkeypatch.setattr(pq, "ParquetFile", lambda file, **how: ordinary(Counting(file), **how))
 
     def count(first):
         read.clear()
@@ -120,6 +121,20 @@ def test_what_was_read_of_a_parquet_file_is_not_read_again(tmp_path, monkeypatch
     group_bytes = ordinary(path).metadata.row_group(0).column(0).total_compressed_size
     assert count(950) == pytest.approx(count(50), rel=0.01)
     assert group_bytes < count(950) < group_bytes + 70_000, "one column of one row group, and the file's end"
+
+
+def test_what_was_read_of_a_parquet_file_is_not_kept(tmp_path):
+    """Forty row groups of half a megabyte: no more is held at the end than after the first few."""
+    path, generator = str(tmp_path / "a.parquet"), np.random.default_rng(0)
+    texts = [generator.bytes(2500).hex() for _ in range(4000)]
+    pq.write_table(pa.table({"text": texts}), path, 100, compression="none")
+    rows, held = ParquetPart(path, "text").read(0), []
+    tracemalloc.start()
+    for number, _ in enumerate(rows):
+        if number % 1000 == 999:
+            held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[-1] < held[0] + 1_000_000, held
 
 
 @pytest.mark.parametrize("num_parts", [1, 3, 8])
@@ -156,6 +171,25 @@ def test_mixture_follows_its_shares_and_goes_on_from_any_position(stream):
     assert abs(share - 0.75) < 0.05
     assert texts != read_pass(mixed, PassKey(1, 1))
     check_every_position(mixed, PassKey(1, 1), step=83)
+
+
+def test_a_small_part_of_a_mixture_does_not_begin_the_large_one_again(stream):
+    """Pass after pass of the small part the large one goes on, through all it has, and then from its beginning."""
+    small = FileStream([TablePart(datasets.Dataset.from_dict({"text": [f"b {i}" for i in range(20)]}), 0, 1)], 1)
+    mixed, state, large = MixedStream([stream, small], [0.5, 0.5]), None, []
+    for number in range(60):
+        reader = mixed.open_pass(PassKey(1, number), state)
+        texts = []
+        while (text := reader.read()) is not None:
+            texts.append(text)
+        large += [text for text in texts if text.startswith("file")]
+        assert len(set(texts)) == len(texts) or len(large) > len(ALL_TEXTS)
+        state = json.loads(json.dumps(reader.next_state()))
+        if len(large) > 2 * len(ALL_TEXTS):
+            break
+    assert sorted(large[: len(ALL_TEXTS)]) == sorted(ALL_TEXTS)
+    second = large[len(ALL_TEXTS) : 2 * len(ALL_TEXTS)]
+    assert sorted(second) == sorted(ALL_TEXTS) and second != large[: len(ALL_TEXTS)]
 
 
 def test_first_documents_are_the_same_in_every_pass(stream):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from oneday import packed_dataset, tokenized_parts
@@ -33,9 +34,9 @@ def test_parts_give_the_rows_of_one_machine(texts, tokenizers, tmp_path, num_sha
     packing = (tokenizer, "encoder", 32, "best_fit")
     here = pack_corpus((batch["text"] for batch in corpus.iter(BATCH)), *packing, tmp_path / "here")
     for shard in reversed(range(num_shards)):
-        assert find_parts(tmp_path / "parts") == []
+        assert find_parts(tmp_path / "parts", len(corpus)) == []
         write_part(corpus, tokenizer, tmp_path / "parts", shard, num_shards)
-    merged = pack_corpus(read_parts(find_parts(tmp_path / "parts")), *packing, tmp_path / "merged")
+    merged = pack_corpus(read_parts(find_parts(tmp_path / "parts", len(corpus))), *packing, tmp_path / "merged")
     assert len(shards_of(tmp_path / "here")) > 2
     assert shards_of(tmp_path / "merged") == shards_of(tmp_path / "here")
     for name in ("num_rows", "num_tokens", "num_documents", "num_bytes_text"):
@@ -65,8 +66,26 @@ def test_a_missing_part_is_said(texts, tokenizers, tmp_path, caplog):
     corpus = datasets.Dataset.from_dict({"text": texts})
     write_part(corpus, tokenizers["encoder"], tmp_path, 1, 3)
     write_part(corpus, tokenizers["encoder"], tmp_path, 0, 3)
-    assert find_parts(tmp_path) == []
+    assert find_parts(tmp_path, len(corpus)) == []
     assert "2 of 3 parts of the text lie in" in caplog.text
+
+
+@pytest.mark.parametrize("bytes_left", [0.0, 0.5, "a batch"])
+def test_a_part_cut_off_on_its_way_is_named(texts, tokenizers, tmp_path, bytes_left):
+    """Anywhere, and between two batches, where Arrow reads it without an error."""
+    corpus = datasets.Dataset.from_dict({"text": texts})
+    for shard in range(2):
+        path = write_part(corpus, tokenizers["encoder"], tmp_path, shard, 2)
+    assert len(find_parts(tmp_path, len(corpus))) == 2
+    whole = path.read_bytes()
+    if bytes_left == "a batch":
+        reader = pa.ipc.open_stream(whole)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, reader.schema) as writer:
+            writer.write_batch(reader.read_next_batch())
+    else:
+        path.write_bytes(whole[: int(bytes_left * len(whole))])
+    with pytest.raises(SettingError, match="part-00001-of-00002.arrow is not whole"):
+        find_parts(tmp_path, len(corpus))
 
 
 def test_an_interrupted_part_leaves_nothing(texts, tokenizers, tmp_path, monkeypatch):

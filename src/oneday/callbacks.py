@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from oneday.checkpoints import list_kept, read_state
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
+from oneday.text_streams import StreamInterrupted
 
 if TYPE_CHECKING:
     from oneday.hub import HubPusher
@@ -138,7 +139,11 @@ class BudgetCallback(TrainerCallback):
         if record.bad_number is not None and trainer.guard.note_bad():
             roll_back(trainer)
         with trainer.clock.account("data"):
-            fits = trainer.next_step_fits()
+            try:
+                fits = trainer.next_step_fits()
+            except StreamInterrupted as error:  # on every process; the step that was done is kept
+                logger.warning("%s", error)
+                fits, trainer.is_interrupted = False, True
         if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
             self.is_past_plateau = trainer.save_as_kept = True
         wishes = self.schedule(args) if fits and not trainer.is_interrupted else (False, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Iterable
@@ -12,12 +11,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from huggingface_hub import HfApi
 
+from oneday import hub_texts
 from oneday.arguments import DataArguments, SettingError
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
-from oneday.stream_files import TablePart, list_stream_files
-from oneday.text_files import describe_missing_column, is_local, list_files, load_files
+from oneday.stream_files import TablePart
+from oneday.text_files import is_local, load_files
 from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
 logger = logging.getLogger(__name__)
@@ -96,11 +95,14 @@ def load_corpus(args: DataArguments) -> Corpus:
         pairs = [hold_out(name, part, args) for name, part in zip(names, parts)]
         trains = [train for train, _ in pairs]
         validation = datasets.concatenate_datasets([held_out for _, held_out in pairs])
+        if any(isinstance(train, TextStream) for train in trains):  # a document may be held out of one part alone
+            trains = [drop_held_out(train, validation) for train in trains]
     validation = keep_bytes(validation, args.max_validation_bytes)
+    on_disk = [corpus_hash(train) for train in trains if len(trains) > 1 and isinstance(train, datasets.Dataset)]
     train = mix(trains, args)
     if args.max_train_documents is not None:
         train = take_first(train, args.max_train_documents)
-    return Corpus(name_corpus(names, args), train, validation, hash_corpus(train, validation, names, args))
+    return Corpus(name_corpus(names, args), train, validation, hash_corpus(train, validation, names, on_disk, args))
 
 
 def split_names(names: str | list[str]) -> list[str]:
@@ -139,7 +141,7 @@ def load_part(name: str, args: DataArguments, split: str | None = None) -> Texts
     if is_local(name):
         texts = load_files(name, args.text_column, resolve_cache_dir(args.cache_dir) / "text")
     else:
-        texts = load_hub(name, split or args.dataset_split, args)
+        texts = hub_texts.load_hub(name, split or args.dataset_split, args)
     if isinstance(texts, TextStream):
         return texts
     texts = drop_blank(texts)
@@ -153,42 +155,6 @@ def load_python_docs(args: DataArguments, split: str) -> datasets.Dataset:
     docs = build_python_docs(resolve_cache_dir(args.cache_dir))
     rows = np.flatnonzero(np.array(docs["split"]) == split)
     return docs.select(rows).select_columns("text")
-
-
-def load_hub(name: str, split: str, args: DataArguments) -> Texts:
-    """Loads a data set of the Hub, whole or as a stream; a stream stays at the revision that it has now."""
-    try:
-        if args.streaming:
-            builder = datasets.load_dataset_builder(name, args.dataset_config_name, revision=find_revision(name))
-            texts = builder.as_streaming_dataset(split)
-        else:
-            texts = datasets.load_dataset(name, args.dataset_config_name, split=split)
-        columns = texts.column_names or list(next(iter(texts)))
-    except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
-        reason = " ".join(str(error).split())[:200]
-        raise SettingError(
-            f"dataset_name {name!r} is no file here and could not be loaded from the Hub ({reason}): check the name, "
-            f"dataset_config_name and dataset_split, and the network, or name local files."
-        ) from error
-    if args.text_column not in columns:
-        raise SettingError(describe_missing_column(args.text_column, columns, name))
-    kind = texts.features[args.text_column] if texts.features else None
-    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise SettingError(
-            f"text_column {args.text_column!r} of {name!r} holds {kind}, not text: name another column."
-        )
-    if args.streaming:
-        return FileStream(
-            list_stream_files(builder, texts, split, args.text_column, args.stream_files), args.stream_files
-        )
-    texts = texts.select_columns(args.text_column)
-    return texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
-
-
-@functools.cache
-def find_revision(name: str) -> str:
-    """The commit that a data set of the Hub has now: what a stream reads, so that its hash says what was read."""
-    return HfApi().dataset_info(name).sha
 
 
 def drop_blank(texts: datasets.Dataset) -> datasets.Dataset:
@@ -336,13 +302,14 @@ def name_corpus(names: list[str], args: DataArguments) -> str:
     return ", ".join(shown)
 
 
-def hash_corpus(train: Texts, validation: datasets.Dataset, names: list[str], args: DataArguments) -> str:
-    """The hash that `Corpus.corpus_hash` describes."""
+def hash_corpus(
+    train: Texts, validation: datasets.Dataset, names: list[str], on_disk: list[str], args: DataArguments
+) -> str:
+    """The hash that `Corpus.corpus_hash` describes; `on_disk`: those of a mixture's parts that are no streams."""
     if isinstance(train, datasets.Dataset):
         return corpus_hash(train, validation)
     hub_names = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
-    files = [(Path(file).name, os.path.getsize(file)) for name in names if is_local(name) for file in list_files(name)]
-    revisions = [find_revision(name) for name in hub_names]
+    revisions = [hub_texts.find_revision(name) for name in hub_names]
     settings = (
         args.dataset_config_name,
         args.dataset_split,
@@ -350,5 +317,5 @@ def hash_corpus(train: Texts, validation: datasets.Dataset, names: list[str], ar
         args.dataset_weights,
         args.stream_files,
     )
-    parts = (len(names), hub_names, revisions, files, settings, args.max_train_documents, corpus_hash(validation))
+    parts = (len(names), hub_names, revisions, on_disk, settings, args.max_train_documents, corpus_hash(validation))
     return f"{hash_text(repr(parts)):016x}"

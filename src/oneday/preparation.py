@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
 from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
-from oneday.tokenized_parts import TEXTS_AT_ONCE, find_parts, read_parts, write_part
+from oneday.tokenized_parts import TEXTS_AT_ONCE, EncodedBatch, find_parts, read_parts, write_part
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,12 @@ def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Pat
         logger.info("Training a %s tokenizer of %d tokens.", args.tokenizer_type, args.vocab_size)
         texts = take_bytes(corpus.train, args.tokenizer_train_bytes)
         tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, args.lowercase, kind)
-        tokenizer.save_pretrained(folder)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        tokenizer.save_pretrained(aside)
+        try:
+            aside.rename(folder)
+        except OSError:  # another process has made the same meanwhile
+            shutil.rmtree(aside)
     return load_tokenizer(str(folder))
 
 
@@ -121,10 +128,14 @@ def prepare_rows(
     """Packed rows of one split, from the cache when they are there, from tokenised parts when all of them are."""
     settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
     key = packing_key(name, tokenizer, settings)
-    parts = find_parts(locate_parts(cache, name, tokenizer))
-    batches = read_parts(parts) if parts else (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
+
+    def batches() -> Iterator[list[str] | EncodedBatch]:
+        """Asked for only where the rows are not there yet."""
+        parts = find_parts(locate_parts(cache, name, tokenizer), len(texts))
+        yield from read_parts(parts) if parts else (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
+
     return pack_corpus(
-        batches, tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, len(texts), key
+        batches(), tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, len(texts), key
     )
 
 

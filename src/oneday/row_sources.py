@@ -31,8 +31,8 @@ class RowSource(Protocol):
     def share_among(self, ranks: Ranks) -> None:
         """Say what processes there are, all of which take the same samples."""
 
-    def close(self) -> None:
-        """End what goes on in the background."""
+    def close(self, is_last: bool = False) -> None:
+        """End what goes on in the background; where nothing is taken any more, without waiting for it."""
 
 
 class ShuffledRows:
@@ -73,5 +73,5 @@ class ShuffledRows:
     def share_among(self, ranks: Ranks) -> None:
         """Every process maps the same files."""
 
-    def close(self) -> None:
+    def close(self, is_last: bool = False) -> None:
         """Nothing goes on."""

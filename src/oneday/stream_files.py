@@ -11,6 +11,8 @@ import fsspec
 import pyarrow.parquet as pq
 
 TEXTS_AT_ONCE = 100
+# Of a column that is read; a file may be a single row group.
+BYTES_AT_ONCE = 8 * 2**20
 
 
 class TextFile(Protocol):
@@ -33,7 +35,8 @@ class ParquetPart:
         """See TextFile. The footer is read, and the column of the row groups from that of row `first` on."""
         system, path = fsspec.url_to_fs(self.url)
         with system.open(path, "rb", cache_type="none") as stream:
-            file = pq.ParquetFile(stream)
+            # Pre-buffering would keep every row group that was read until the file is through.
+            file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=BYTES_AT_ONCE)
             number = file.metadata.num_row_groups
             groups = range(self.part * number // self.num_parts, (self.part + 1) * number // self.num_parts)
             while groups and first >= file.metadata.row_group(groups[0]).num_rows:

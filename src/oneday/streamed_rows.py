@@ -126,7 +126,7 @@ class StreamedRows:
         errors = [other for other in self.ranks.gather(error) if other is not None]
         if errors:
             self.close()
-            raise SettingError(errors[0])
+            raise errors[0]
         rows = self.ranks.tell(number % self.ranks.size, read.rows)
         order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(rows.input_ids))
         self._next = {"block": number + 1, "first_sample": first_sample + len(order), "stream": read.after}
@@ -164,10 +164,10 @@ class StreamedRows:
         self.blocks.clear()
         self._next = dict(state)
 
-    def close(self) -> None:
-        """End the thread; `take` starts another where the last block ended."""
+    def close(self, is_last: bool = False) -> None:
+        """End the thread; `take` starts another where the last block ended. The last one is not waited for."""
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(waits=not is_last)
             self._reader = None
 
 
@@ -187,7 +187,7 @@ class BlockReader:
         self.executor = ThreadPoolExecutor(1, "read-ahead")
         self.ahead: deque[Future[ReadBlock]] = deque()
 
-    def next_block(self) -> tuple[ReadBlock | None, str | None]:
+    def next_block(self) -> tuple[ReadBlock | None, SettingError | None]:
         """(the next block, None), or (None, why there is none); the thread reads on meanwhile."""
         # One more than is held ready: the one that is asked for.
         while len(self.ahead) <= BLOCKS_AHEAD * self.rows.ranks.size:
@@ -196,14 +196,14 @@ class BlockReader:
         try:
             return self.ahead.popleft().result(), None
         except SettingError as error:
-            return None, str(error)
+            return None, type(error)(str(error))  # without its causes, which may not travel
 
     def read_block(self, number: int) -> ReadBlock:
         """Read a block, and pack it when it is this process's."""
         before, texts = self.state_dict(), self.read_texts()
         if not texts and not self.is_closed.is_set():  # the pass is through
             self.pass_number += 1
-            self.reader = self.open_pass(None)
+            self.reader = self.open_pass(self.reader.next_state())
             before, texts = self.state_dict(), self.read_texts()
             if not texts and not self.is_closed.is_set():
                 raise SettingError("The stream of dataset_name gives no document with text; choose another data set.")
@@ -228,7 +228,7 @@ class BlockReader:
         """Where the stream stands."""
         return {"pass": self.pass_number, "reader": self.reader.state_dict()}
 
-    def close(self) -> None:
-        """Give up what was read ahead and end the thread."""
+    def close(self, waits: bool) -> None:
+        """Give up what was read ahead and end the thread, which may be in the middle of a read."""
         self.is_closed.set()
-        self.executor.shutdown(cancel_futures=True)
+        self.executor.shutdown(wait=waits, cancel_futures=True)

@@ -30,6 +30,10 @@ CHOICES_AT_ONCE = 1024
 END = object()
 
 
+class StreamInterrupted(SettingError):
+    """The network did not come back; a run that had begun may go on later."""
+
+
 class PassKey(NamedTuple):
     """What the order of a pass follows from."""
 
@@ -45,6 +49,9 @@ class TextReader(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for `open_pass`."""
+
+    def next_state(self) -> dict[str, Any] | None:
+        """Once the pass is through: where the next one begins; None: at the stream's beginning."""
 
 
 def read_patiently(reader: TextReader, is_closed: threading.Event | None = None) -> str | None:
@@ -67,8 +74,12 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
             raise
         except Exception as error:  # the libraries raise a dozen kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if seconds is None or isinstance(error, ValueError):  # Arrow's own for a damaged file
+            if isinstance(error, (ValueError, KeyError, FileNotFoundError)):  # the first is Arrow's for a damaged file
                 raise SettingError(
+                    f"The stream of dataset_name cannot be read on: a file is damaged, or not what it was ({reason})."
+                ) from error
+            if seconds is None:
+                raise StreamInterrupted(
                     f"The stream of dataset_name cannot be read on ({reason}); check the network, and run the same "
                     "command again."
                 ) from error
@@ -183,6 +194,9 @@ class FileReader:
         rows = [[file.number, file.row] for file in self.open_files]
         return {"opened": self.opened, "turn": self.turn, "rows": rows}
 
+    def next_state(self) -> None:
+        """See TextReader."""
+
 
 def is_text(text: object) -> bool:
     """Whether a row has text in it.
@@ -199,7 +213,9 @@ def is_text(text: object) -> bool:
 
 
 class MixedStream(TextStream):
-    """Streams drawn from by chance; a pass ends with the first that is through, and the next has another order.
+    """Streams drawn from by chance; a pass ends with the first that is through.
+
+    In the next pass that part begins its own next one, and the others go on where they stand.
 
     Args:
         parts: The streams.
@@ -211,7 +227,7 @@ class MixedStream(TextStream):
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> MixedReader:
         """See TextStream."""
-        return MixedReader(self, key, state or {"drawn": 0, "parts": [None] * len(self.parts)})
+        return MixedReader(self, key, state or {"drawn": 0, "parts": [{"pass": 0, "reader": None}] * len(self.parts)})
 
 
 class MixedReader:
@@ -219,8 +235,13 @@ class MixedReader:
 
     def __init__(self, stream: MixedStream, key: PassKey, state: dict[str, Any]) -> None:
         self.stream, self.key, self.drawn = stream, key, state["drawn"]
-        self.readers = [part.open_pass(key, at) for part, at in zip(stream.parts, state["parts"])]
+        self.passes = [at["pass"] for at in state["parts"]]
+        self.readers = [
+            part.open_pass(PassKey(key.seed, at["pass"]), at["reader"])
+            for part, at in zip(stream.parts, state["parts"])
+        ]
         self._choices: tuple[int, np.ndarray] | None = None
+        self._through: int | None = None
 
     def read(self) -> str | None:
         """See TextReader."""
@@ -228,13 +249,23 @@ class MixedReader:
         if self._choices is None or self._choices[0] != number:
             generator = np.random.default_rng([*self.key, number])
             self._choices = number, generator.choice(len(self.readers), CHOICES_AT_ONCE, p=self.stream.shares)
-        text = self.readers[self._choices[1][place]].read()
+        part = int(self._choices[1][place])
+        text = self.readers[part].read()
         self.drawn += text is not None
+        self._through = part if text is None else None
         return text
 
     def state_dict(self) -> dict[str, Any]:
         """See TextReader."""
-        return {"drawn": self.drawn, "parts": [reader.state_dict() for reader in self.readers]}
+        parts = [{"pass": number, "reader": at.state_dict()} for number, at in zip(self.passes, self.readers)]
+        return {"drawn": self.drawn, "parts": parts}
+
+    def next_state(self) -> dict[str, Any]:
+        """See TextReader."""
+        parts = self.state_dict()["parts"]
+        if self._through is not None:
+            parts[self._through] = {"pass": self.passes[self._through] + 1, "reader": None}
+        return {"drawn": 0, "parts": parts}
 
 
 class FirstTexts(TextStream):
@@ -264,3 +295,6 @@ class FirstReader:
     def state_dict(self) -> dict[str, Any]:
         """See TextReader."""
         return {"given": self.given, "stream": self.reader.state_dict()}
+
+    def next_state(self) -> None:
+        """See TextReader."""

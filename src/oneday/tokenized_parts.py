@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from oneday.arguments import SettingError
 from oneday.durable_files import explain_failed_write, synchronize_path
 from oneday.tokenization import encode_documents
 
@@ -68,9 +69,7 @@ def write_part(
     if path.exists():
         logger.info("%s is there already.", path)
         return path
-    number = -(-len(texts) // TEXTS_AT_ONCE)
-    first, last = (part * number // num_shards * TEXTS_AT_ONCE for part in (shard, shard + 1))
-    own = texts.select(range(first, min(last, len(texts))))
+    own = texts.select(cut(len(texts), shard, num_shards))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     schema = pa.schema({"tokens": pa.list_(pa.uint32()), "num_bytes": pa.int64(), "seconds": pa.float64()})
     with explain_failed_write(path):
@@ -103,8 +102,19 @@ def to_record_batch(batch: EncodedBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def find_parts(folder: Path) -> list[Path]:
-    """All parts of a corpus in their order; none where one is missing, which is said."""
+def cut(num_documents: int, shard: int, num_shards: int) -> range:
+    """The documents of part `shard` of `num_shards`."""
+    number = -(-num_documents // TEXTS_AT_ONCE)
+    first, last = (part * number // num_shards * TEXTS_AT_ONCE for part in (shard, shard + 1))
+    return range(first, min(last, num_documents))
+
+
+def find_parts(folder: Path, num_documents: int) -> list[Path]:
+    """All parts of a corpus in their order; none where one is missing, which is said.
+
+    Raises:
+        SettingError: One does not hold its documents: it was cut off on its way here.
+    """
     found: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("part-*-of-*.arrow")):
         count = re.fullmatch(r"part-\d{5}-of-(\d{5})\.arrow", path.name)
@@ -112,9 +122,23 @@ def find_parts(folder: Path) -> list[Path]:
             found.setdefault(int(count[1]), []).append(path)
     for num_shards, paths in found.items():
         if len(paths) == num_shards:
+            for shard, path in enumerate(paths):
+                check_part(path, len(cut(num_documents, shard, num_shards)))
             return paths
+    for num_shards, paths in found.items():
         logger.warning("%d of %d parts of the text lie in %s: all is tokenised here.", len(paths), num_shards, folder)
     return []
+
+
+def check_part(path: Path, num_documents: int) -> None:
+    """Raise SettingError where a part does not hold so many documents."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            found = sum(batch.num_rows for batch in pa.ipc.open_stream(source))
+    except (pa.ArrowException, OSError):
+        found = None
+    if found != num_documents:
+        raise SettingError(f"{path} is not whole; remove it, then copy it again or run its shard again.")
 
 
 def read_parts(paths: list[Path]) -> Iterator[EncodedBatch]:

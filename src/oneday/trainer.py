@@ -370,7 +370,7 @@ class BudgetTrainer(RunTrainer):
         try:
             return run_pretraining(self, resume)
         finally:
-            self.loader.source.close()
+            self.loader.source.close(is_last=True)
 
     @property
     def train_seconds(self) -> float:

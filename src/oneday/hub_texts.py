@@ -1,0 +1,71 @@
+"""Text of data sets on the Hub."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import datasets
+from huggingface_hub import HfApi
+
+from oneday.arguments import DataArguments, SettingError
+from oneday.stream_files import list_stream_files
+from oneday.text_files import describe_missing_column
+from oneday.text_streams import FileStream
+
+logger = logging.getLogger(__name__)
+
+
+def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | FileStream:
+    """Loads a data set of the Hub, whole or as a stream; a stream stays at the commit that it has now.
+
+    Args:
+        name: `user/name`, or `user/name@REVISION` for a commit, tag or branch.
+        split: Of the data set.
+        args: Configuration, column, and how a stream is read.
+
+    Raises:
+        SettingError: It cannot be had, or has no such column of text.
+    """
+    repo, revision = split_revision(name)
+    try:
+        if args.streaming:
+            builder = datasets.load_dataset_builder(repo, args.dataset_config_name, revision=find_revision(name))
+            texts = builder.as_streaming_dataset(split)
+        else:
+            texts = datasets.load_dataset(repo, args.dataset_config_name, split=split, revision=revision)
+        columns = texts.column_names or list(next(iter(texts)))
+    except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(
+            f"dataset_name {name!r} is no file here and could not be loaded from the Hub ({reason}): check the name, "
+            f"dataset_config_name and dataset_split, and the network, or name local files."
+        ) from error
+    if args.text_column not in columns:
+        raise SettingError(describe_missing_column(args.text_column, columns, name))
+    kind = texts.features[args.text_column] if texts.features else None
+    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise SettingError(
+            f"text_column {args.text_column!r} of {name!r} holds {kind}, not text: name another column."
+        )
+    if args.streaming:
+        return FileStream(
+            list_stream_files(builder, texts, split, args.text_column, args.stream_files), args.stream_files
+        )
+    texts = texts.select_columns(args.text_column)
+    return texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`ann/texts@v1` -> `("ann/texts", "v1")`; without a revision None."""
+    repo, _, revision = name.partition("@")
+    return repo, revision or None
+
+
+@functools.cache
+def find_revision(name: str) -> str:
+    """The commit that a data set of the Hub has now: what a stream reads, so that its hash says what was read."""
+    repo, revision = split_revision(name)
+    commit = HfApi().dataset_info(repo, revision=revision).sha
+    logger.info("%s is read at commit %s.", repo, commit)
+    return commit
