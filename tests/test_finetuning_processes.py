@@ -65,7 +65,7 @@ def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_pa
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("victim", ["program", "worker"])
+@pytest.mark.parametrize("victim", ["program", pytest.param("worker", marks=pytest.mark.slow)])
 def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim):  # noqa: F811
     """Ctrl-C, heard by the whole group as at a terminal; or one worker killed as for its memory."""
     argv = {"model_name_or_path": bert, "task_names": "sst2", "task_data_dir": data_dir, "output_dir": tmp_path,
