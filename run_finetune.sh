@@ -13,7 +13,7 @@ while [ $# -gt 0 ] && [[ $1 != -* ]]; do
     shift
 done
 # A model that is not there as a directory may be a Hub id, and goes through as it is.
-absolute() { if [[ $1 != /* ]]; then echo "$caller/$1"; else echo "$1"; fi; }
+absolute() { if [[ $1 != /* && $1 != null ]]; then echo "$caller/$1"; else echo "$1"; fi; }
 absolute_model() { if [[ -d $caller/$1 ]]; then absolute "$1"; else echo "$1"; fi; }
 flags=() kind=
 for word in "$@"; do

@@ -28,6 +28,8 @@ from oneday.recipe import start_logging
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 75
+# How often an interrupt is looked for.
+POLL_SECONDS = 0.3
 # Where torch.compile looks for what it has compiled before.
 COMPILER_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -103,22 +105,25 @@ def map_in_processes(
                 worker.send_bytes(content)
                 worker.send(working[worker])
         del content
-        while working:
-            for worker in wait(list(working)):
-                name = names[working.pop(worker)]
-                try:
-                    with refused_to_the_dead(name, workers[worker]):
-                        outcome = worker.recv()
-                        if waiting and failure is None and "error" not in outcome:
-                            working[worker] = waiting.pop()
-                            worker.send(working[worker])
-                    if "error" in outcome:
-                        raise RunError(name, outcome["error"])
-                except RunError as error:
-                    working.pop(worker, None)
-                    failure = failure or error
-                else:
-                    yield outcome["result"]
+        with noted_interrupts() as interrupts:
+            while working:
+                if interrupts:
+                    raise KeyboardInterrupt
+                for worker in wait(list(working), POLL_SECONDS):
+                    name = names[working.pop(worker)]
+                    try:
+                        with refused_to_the_dead(name, workers[worker]):
+                            outcome = worker.recv()
+                            if waiting and failure is None and "error" not in outcome:
+                                working[worker] = waiting.pop()
+                                worker.send(working[worker])
+                        if "error" in outcome:
+                            raise RunError(name, outcome["error"])
+                    except RunError as error:
+                        working.pop(worker, None)
+                        failure = failure or error
+                    else:
+                        yield outcome["result"]
         if failure is not None:
             raise failure
     finally:
@@ -150,10 +155,31 @@ def serve(function: Callable[[Any, int], dict[str, Any]], connection: Connection
 @contextmanager
 def ignored_interrupts() -> Iterator[None]:
     """Processes started here ignore SIGINT; so does this one meanwhile, where its main thread asks for it."""
+    with handled_interrupts(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """A first Ctrl-C is noted, to be acted on where nothing is half done; a second ends at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    with handled_interrupts(note):
+        yield noted
+
+
+@contextmanager
+def handled_interrupts(handler: Any) -> Iterator[None]:
+    """Handle SIGINT for a while, where this is the main thread; elsewhere it does not arrive."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

@@ -24,6 +24,8 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 PACKAGES = (
     "oneday", "torch", "transformers", "datasets", "accelerate", "tokenizers", "evaluate", "bitsandbytes", "peft",
 )  # fmt: skip
+# A product of this size says how long a large one would take.
+PROBE_SIZE = 256
 
 
 def usable_cores() -> int:
@@ -87,13 +89,25 @@ def has_fast_bf16(device: torch.device) -> bool:
 def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -> float:
     """FLOPs a second of a square matrix product: 2048^3 on a CPU, 8192^3 on a GPU; the best of many.
 
+    Smaller where one would take longer than a second: a CPU without bfloat16 units takes a minute for 2048^3.
+
     Args:
         device: Where to measure.
         bf16: bfloat16 instead of float32.
         seconds: How long to try.
     """
     size = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None) for _ in "ab")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    while device.type == "cpu" and size > PROBE_SIZE:
+        if time_products(PROBE_SIZE, device, dtype) * (size / PROBE_SIZE) ** 3 <= 1.0:
+            break
+        size //= 2
+    return 2 * size**3 / time_products(size, device, dtype, seconds)
+
+
+def time_products(size: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.0) -> float:
+    """Seconds of a product of two square matrices: the least of three, or of as many as `seconds` hold."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
     left @ right
     synchronize(device)
     times: list[float] = []
@@ -102,7 +116,7 @@ def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -
         left @ right
         synchronize(device)
         times.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(times)
+    return min(times)
 
 
 def synchronize(device: torch.device) -> None:
