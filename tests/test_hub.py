@@ -13,11 +13,11 @@ import time
 import pandas as pd
 import pytest
 from hub_server import RETRY_AFTER_SECONDS, HubServer
-from test_programs import ROOT, SMALL
+from test_programs import ROOT, SMALL, run_script  # noqa: F401
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.hub import COPIES, HubPusher, describe_failure, hide_paths
+from oneday.hub import COPIES, HubPusher, describe_failure, hide_paths, stage_checkpoint
 from oneday.run_directory import read_json, read_metrics
 
 SECRET = "hf_good"
@@ -150,7 +150,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     [
         ([401] * 9, "the Hub does not know the token"),
         pytest.param([403] * 9, "the token may not write there", marks=pytest.mark.slow),
-        ([429, 500], None),
+        pytest.param([429, 500], None, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reason):
@@ -174,6 +174,18 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reaso
     assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
 
 
+def test_a_checkpoint_goes_out_as_one_of_a_run_that_goes_on(tmp_path):
+    """The run may have ended before it was sent; what comes back has no final model."""
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-4" / "oneday_state.json").write_text("{}")
+    (tmp_path / "run" / "budget.json").write_text(json.dumps({"status": "finished", "spent": {"seconds": 3.0}}))
+    (tmp_path / "sent").mkdir()
+    stage_checkpoint(tmp_path / "run" / "checkpoint-4", tmp_path / "sent", "last-checkpoint")
+    assert read_json(tmp_path / "sent" / "budget.json") == {"status": "interrupted", "spent": {"seconds": 3.0}}
+    assert find_fault(tmp_path / "sent" / "last-checkpoint") is None
+
+
+@pytest.mark.slow
 def test_the_last_checkpoint_is_pushed_afterwards(hub, program, tmp_path):
     """Of a run that has ended: elsewhere nothing is left to train, and the model is the same."""
     here, there = tmp_path / "run", tmp_path / "there"
@@ -230,17 +242,22 @@ def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch)
     assert sent[2:] == ["checkpoint-5"]
 
 
-def test_what_cannot_be_pushed_or_brought_back(hub, program, tmp_path):
-    code, said = program("push_to_hub", run_dir=tmp_path, hub_model_id="ann/tiny")
-    assert (code, said.count("holds no finished run")) == (1, 1)
-    code, said = program("push_to_hub", run_dir=tmp_path, hub_model_id="ann/tiny", last_checkpoint="true")
-    assert (code, said.count("holds no whole checkpoint")) == (1, 1)
+def test_what_cannot_be_brought_back(hub, program, tmp_path):
     code, said = program("pretrain", output_dir=tmp_path / "new", resume_from_hub="ann/nothing")
     assert code == 1
     assert "error: The setting resume_from_hub is 'ann/nothing', whose branch checkpoints cannot be had" in said
     assert not (tmp_path / "new").exists()
-    code, said = program("pretrain", output_dir=tmp_path / "new", push_to_hub="true")
-    assert (code, said.count("hub_model_id is empty")) == (1, 1)
+
+
+def test_what_cannot_be_pushed(run_script, tmp_path):  # noqa: F811
+    push = ("push_to_hub", "--run_dir", tmp_path, "--hub_model_id", "ann/tiny")
+    for argv, words in (
+        (push, "holds no finished run"),
+        ((*push, "--last_checkpoint"), "holds no whole checkpoint"),
+        (("pretrain", "--output_dir", tmp_path / "new", "--push_to_hub"), "hub_model_id is empty"),
+    ):
+        code, _, said = run_script(*argv)
+        assert (code, said.count(words)) == (1, 1), said
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

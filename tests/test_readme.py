@@ -39,7 +39,7 @@ def test_settings_in_commands_are_known():
     known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
     known |= fields_of((EvaluateArguments,)) | fields_of((ShardArguments,))
     # Of accelerate, and of programs with settings of their own.
-    outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for"}
+    outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for", "last_checkpoint"}
     named = set(re.findall(r"--([a-z_]+)", README)) - outside
     assert not [name for name in named if name not in known and name != "help"]
 

@@ -60,8 +60,9 @@ class JumpingSteps(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "least"), [(0.3, 0.93), pytest.param(10, 0.99, marks=pytest.mark.slow, id="ten minutes")]
+    ("minutes", "least"), [pytest.param(0.3, 0.93, id="half a minute"), pytest.param(10, 0.99, id="ten minutes")]
 )
+@pytest.mark.slow
 def test_a_clock_is_kept_while_step_times_jump(make_trainer, minutes, least):
     """Compiling at the start, then steps slow at random, evaluations and checkpoints in between."""
     settings = {"torch_compile": True, "num_evaluations": 4, "save_steps": 15}
