@@ -150,7 +150,7 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     [
         ([401] * 9, "the Hub does not know the token"),
         pytest.param([403] * 9, "the token may not write there", marks=pytest.mark.slow),
-        pytest.param([429, 500], None, marks=pytest.mark.slow),
+        ([429, 500], None),
     ],
 )
 def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reason):

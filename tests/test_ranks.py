@@ -222,7 +222,6 @@ def test_one_clock_and_one_signal_for_all(launch, run):
     assert list(column(folder, "step")) == list(range(1, len(steps_of(folder)) + 1))
 
 
-@pytest.mark.slow
 def test_more_processes_than_rows_are_refused(launch):
     launcher, folder = launch(2, "few", budget_steps=2, batch_size_tokens=32)
     assert launcher.wait(timeout=120) == 1

@@ -43,10 +43,10 @@ WAITS_SECONDS, MOST_SECONDS = (2.0, 8.0, 30.0), 120.0
 STILL_SECONDS = 1800.0
 RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS)
 # `/a/b`, `~/a`, `../a/b` and `C:\a\b`, and the same after `file://`; never a word of a sentence with one slash.
-ROOT = r"(?:file://)?(?:~|\.\.|[A-Za-z]:)?"
-LOCAL_PATH = re.compile(rf"(?<![\w/.\\]){ROOT}(?:[/\\][^/\\\s,'\"`]+){{2,}}[/\\]?|(?<![\w/.])~[/\\][^\s,'\"`]+")
+PATH_START = r"(?:file://)?(?:~|\.\.|[A-Za-z]:)?"
+LOCAL_PATH = re.compile(rf"(?<![\w/.\\]){PATH_START}(?:[/\\][^/\\\s,'\"`]+){{2,}}[/\\]?|(?<![\w/.])~[/\\][^\s,'\"`]+")
 # The same with spaces in it: as a whole setting, or between quotes.
-WHOLE_PATH = re.compile(rf"{ROOT}(?:[/\\][^/\\]+){{2,}}[/\\]?|(?:~|\.\.)[/\\].+", re.DOTALL)
+WHOLE_PATH = re.compile(rf"{PATH_START}(?:[/\\][^/\\]+){{2,}}[/\\]?|(?:~|\.\.)[/\\].+", re.DOTALL)
 QUOTED = re.compile(r"([`'\"])([^`'\"\n]+)\1")
 
 
