@@ -112,13 +112,13 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     assert first == second, "feeding the recipe back repeats the run"
 
 
-def test_trackio_gets_the_run_offline(text_file, tmp_path, monkeypatch):
+def test_two_trackers_get_the_run_offline(text_file, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", "")  # restored afterwards
     monkeypatch.delenv("TRACKIO_DIR")
     monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="trackio", logging_steps=1)
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="tensorboard,trackio", logging_steps=1)
     script = [sys.executable, ROOT / "scripts" / "pretrain.py", *argv]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -130,6 +130,14 @@ def test_trackio_gets_the_run_offline(text_file, tmp_path, monkeypatch):
     assert sum("train/loss" in metrics for metrics in logged) == 3
     results = json.loads((out / "results.json").read_text())
     assert logged[-1]["eval/loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    assert "train/loss" in EventAccumulator(str(out / "tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_read(run_script, text_file, tmp_path):
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run", report_to="tensorboard,wnadb")
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 1 and "report_to names wnadb, which is not installed or not known; here are " in stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_gpt_and_report(run_script, text_file, tmp_path):

@@ -219,11 +219,11 @@ class BudgetTrainingArguments(TrainingArguments):
     save_steps: int | None = setting(None, "Checkpoint every this many steps instead.")
     save_total_limit: int | None = setting(2, "Checkpoints kept.")
     logging_steps: int = setting(10, "Steps between reports to the trackers.")
-    report_to: str | list[str] = setting(
-        "none",
-        "Dashboards, live: tensorboard (`tensorboard --logdir RUN/tensorboard`), trackio (`TRACKIO_DIR=RUN/trackio "
-        "trackio show --project oneday`), wandb, or none. Files go into the run directory unless TRACKIO_DIR, "
-        "TENSORBOARD_LOGGING_DIR or WANDB_DIR names another.",
+    report_to: list[str] = setting(
+        ["none"],
+        "Dashboards, live, comma-separated: tensorboard (`tensorboard --logdir RUN/tensorboard`), trackio "
+        "(`TRACKIO_DIR=RUN/trackio trackio show --project oneday`), wandb, or none. Files go into the run directory "
+        "unless TRACKIO_DIR, TENSORBOARD_LOGGING_DIR or WANDB_DIR names another.",
     )
     eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
     push_to_hub: bool = setting(
