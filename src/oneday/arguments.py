@@ -213,7 +213,11 @@ class BudgetTrainingArguments(TrainingArguments):
         "Where token embeddings start: random, or cooccurrence (word vectors counted from the corpus, in the budget).",
     )
 
-    num_evaluations: int = setting(5, "Held-out evaluations during the run, at equal parts of the budget.")
+    num_evaluations: int = setting(
+        5,
+        "Held-out evaluations, at equal parts of the budget, the last at its end; those before it are left out where "
+        "they would take more than 5 % of the time so far.",
+    )
     eval_steps: int | None = setting(None, "Evaluate every this many steps instead.")
     save_minutes: float = setting(20.0, "Minutes between checkpoints.")
     save_steps: int | None = setting(None, "Checkpoint every this many steps instead.")
