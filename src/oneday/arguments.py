@@ -102,6 +102,12 @@ class ExecutorArguments:
     mem_per_cpu_gb: int = setting(2, "Memory of a task for each of its cores, in GB (slurm, ray).")
     sbatch_args: dict[str, str] = setting({}, "Further options of sbatch, say '{account: mine, qos: high}'.")
 
+    def __post_init__(self) -> None:
+        if self.executor is None and self.tasks != 1:
+            raise SettingError(
+                f"The setting tasks is {self.tasks}, but executor is empty; set executor to local, slurm or ray."
+            )
+
 
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"

@@ -1,6 +1,7 @@
 """Tokenising as tasks of datatrove's executors: on this machine, under Slurm or under Ray.
 
-A task writes one of the parts of `tokenized_parts.py`; what is done is what has its file. All machines see one cache.
+A task writes one of the parts of `tokenized_parts.py`; what is done is what has its file. All machines see one
+`cache_dir`, and for text of the Hub one HF_HOME: tasks get the text as the files in there.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ try:
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
     from datatrove.executor.base import PipelineExecutor
     from datatrove.pipeline.base import PipelineStep
+    from datatrove.utils.logging import logger as log
     from datatrove.utils.logging import setup_default_logger
     from datatrove.utils.stats import PipelineStats
 except ImportError as error:
@@ -120,6 +122,8 @@ def run_tasks(args: DataArguments, kind: str, settings: ExecutorArguments) -> li
     if isinstance(tokenize, SlurmPipelineExecutor):
         pack = build_executor(settings, PackRows(split, args, kind), 1, f"{logging_dir}/{split.rows.name}")
         return submit_jobs(tokenize, pack)
+    log.remove()
+    log.add(sys.stderr, level="INFO")  # below it are tracebacks of what Ray's tasks raised
     failure = None
     try:
         tokenize.run()
