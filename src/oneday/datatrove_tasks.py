@@ -80,7 +80,7 @@ class PackRows(PipelineStep):
 
 
 class QuietTasks:
-    """What a task says goes to its log file, where datatrove shows it on the terminal too, tracebacks and all."""
+    """Tasks that speak to their log files alone; datatrove's speak to the terminal too, tracebacks and all."""
 
     def _run_for_rank(self, *args: object, **kwargs: object) -> PipelineStats:
         try:
