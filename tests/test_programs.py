@@ -318,6 +318,20 @@ def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
     assert re.fullmatch(r"part +\S+/part-00001-of-00002.arrow\n", shown)
 
 
+def test_prepare_data_says_that_datatrove_is_not_here(run_script, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    monkeypatch.delitem(sys.modules, "oneday.datatrove_tasks", raising=False)
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, executor="local", tasks=2))
+    assert code == 1
+    assert re.search(r"error: The setting executor needs .*: pip install datatrove, or leave it out\.", stderr)
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, executor="local", shard=0))
+    assert code == 1
+    assert "shard is 0 and executor local; keep one of them" in stderr
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, tasks=2))
+    assert code == 1
+    assert "tasks is 2, but executor is empty" in stderr
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_every_program_has_help_with_an_example(run_script, name):
     code, shown, _ = run_script(name, "--help")

@@ -84,6 +84,31 @@ class ShardArguments:
     num_shards: int = setting(1, "Parts of the text, one for each machine that tokenises.")
 
 
+@dataclass
+class ExecutorArguments:
+    """Tokenising as tasks of datatrove, an optional package."""
+
+    executor: str | None = setting(
+        None, "local, slurm or ray: datatrove's executor of that name tokenises the text; empty: this process does."
+    )
+    tasks: int = setting(1, "Parts of the text, one for each task.")
+    workers: int = setting(-1, "Tasks that run at once; -1: all of them.")
+    logging_dir: str | None = setting(
+        None, "Where datatrove keeps the tasks' logs and what it submits; empty: datatrove/ in cache_dir."
+    )
+    partition: str | None = setting(None, "Slurm's partition.")
+    time_hours: float = setting(4.0, "Time limit of a task, in hours (slurm, ray).")
+    cpus_per_task: int = setting(1, "Cores of a task (slurm, ray).")
+    mem_per_cpu_gb: int = setting(2, "Memory of a task for each of its cores, in GB (slurm, ray).")
+    sbatch_args: dict[str, str] = setting({}, "Further options of sbatch, say '{account: mine, qos: high}'.")
+
+    def __post_init__(self) -> None:
+        if self.executor is None and self.tasks != 1:
+            raise SettingError(
+                f"The setting tasks is {self.tasks}, but executor is empty; set executor to local, slurm or ray."
+            )
+
+
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"
 # Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
