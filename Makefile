@@ -18,15 +18,20 @@ install: .venv/.installed ## Make .venv and install the pinned requirements
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# What the tests alone need beside it.
+.venv/.installed-for-tests: .venv/.installed tests/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	@touch $@
+
 demo: install ## Pretrain, fine-tune and report on the built-in corpus (MODEL=bert or gpt)
 	$(PY) scripts/pretrain.py recipes/quickstart/$(MODEL).yaml
 	./run_finetune.sh --model_name_or_path runs/quickstart-$(MODEL)
 	$(PY) scripts/report.py --run_dir runs/quickstart-$(MODEL)
 
-test: install ## Run the tests (no network)
+test: .venv/.installed-for-tests ## Run the tests (no network)
 	$(PY) -m pytest
 
-test-slow: install ## Run the tests that take minutes
+test-slow: .venv/.installed-for-tests ## Run the tests that take minutes
 	$(PY) -m pytest -m slow
 
 soak: install ## Kill a run 50 times at random moments (about 20 minutes)

@@ -25,7 +25,7 @@ def main() -> None:
     """Fill the cache and say what is in it."""
     _, data_args, args, part, executor = parse_recipe(
         (ModelArguments, DataArguments, BudgetTrainingArguments, ShardArguments, ExecutorArguments),
-        description="Prepare the data of a recipe, which no budget counts, without training.",
+        description="Prepare a recipe's text without training; no budget counts this.",
         example="python scripts/prepare_data.py recipes/quickstart/bert.yaml --dataset_name 'texts/*.parquet'",
         default_recipe="recipes/quickstart/bert.yaml",
     )

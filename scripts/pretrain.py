@@ -20,7 +20,7 @@ from oneday.replay import read_replayed_settings
 from oneday.run_directory import RECIPE, create_run, discard_run, inspect_run, lock_run
 from oneday.trainer import BudgetTrainer
 
-DESCRIPTION = "Pretrain a language model from scratch until a budget is used up. Times in hours or minutes as named."
+DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
 INTERRUPTED = 75

@@ -136,7 +136,7 @@ REFUSED_SETTINGS = {
             "label_smoothing_factor", "optim_args", "optim_target_modules", "neftune_noise_alpha", "eval_delay",
             "dataloader_num_workers", "dataloader_drop_last", "dataloader_pin_memory", "dataloader_prefetch_factor",
             "dataloader_persistent_workers", "do_train", "do_eval", "do_predict", "prediction_loss_only",
-            "train_sampling_strategy", "remove_unused_columns", "ignore_data_skip", "fp16",
+            "train_sampling_strategy", "remove_unused_columns", "ignore_data_skip", "fp16", "logging_nan_inf_filter",
         ),
         NO_EFFECT,
     ),
@@ -183,7 +183,7 @@ class BudgetTrainingArguments(TrainingArguments):
         "segments follow each other), word_order (masked tokens, and the order of shuffled ones), rtd (which tokens a "
         "generator replaced) or plm (tokens in a permuted order; XLNet).",
     )
-    mlm_probability: float = setting(0.25, "Fraction of the tokens predicted, for mlm.")
+    mlm_probability: float = setting(0.25, "Fraction of the tokens predicted, for every objective that masks.")
     mlm_probability_end: float | None = setting(
         None, "Fraction at the end of the budget, reached linearly; empty: stays at mlm_probability."
     )

@@ -264,7 +264,8 @@ def training_table(folder: Path, results: dict[str, Any], environment: dict[str,
     ]
     return (
         markdown_table(("", ""), rows)
-        + f"\n\nEvery setting stands in [`{rundir.RECIPE}`]({rundir.RECIPE}); feeding it back repeats the run."
+        + f"\n\nEvery setting stands in [`{rundir.RECIPE}`]({rundir.RECIPE}); with another output_dir it starts "
+        "the same run anew."
     )
 
 

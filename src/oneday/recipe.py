@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import keyword
 import logging
 import os
+import shlex
 import sys
 import textwrap
 import time
@@ -282,9 +284,8 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def format_help(classes: tuple[type, ...], description: str, example: str) -> str:
     """The text of `--help`, 80 columns wide: every setting of this project, by group."""
-    command = textwrap.wrap(example, 72, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
-    lines = [*textwrap.wrap(description, 79), "", "Usage: [RECIPE.yaml] [--key value ...]", "Example:"]
-    lines += ["  " + " \\\n  ".join(command), ""]
+    lines = [*textwrap.wrap(description, 79), "", f"Usage: {format_usage(example)}", "Example:"]
+    lines += ["  " + " \\\n      ".join(wrap_command(example, 70)), ""]
     inherited, refused = [], refused_settings(classes)
     for cls in classes:
         lines += [*textwrap.wrap((cls.__doc__ or cls.__name__).strip().splitlines()[0], 79), ""]
@@ -306,10 +307,29 @@ def format_help(classes: tuple[type, ...], description: str, example: str) -> st
     return "\n".join(lines) + "\n"
 
 
+def format_usage(example: str) -> str:
+    """The form of a command: `python scripts/benchmark.py MODE [RECIPE.yaml] [--key value ...]`."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("--"), shlex.split(example)))
+    end = 1 + next((place for place, word in enumerate(words) if word.endswith(".py")), -1)
+    forms = ["[RECIPE.yaml]" if word.endswith(".yaml") else "MODE" for word in words[end:]]
+    return " ".join([*words[:end], *forms, "[--key value ...]"])
+
+
+def wrap_command(command: str, width: int) -> list[str]:
+    """The lines of a command, broken between its words alone."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(command)):
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return lines
+
+
 def format_setting(field: dataclasses.Field) -> list[str]:
     """`--name` with its default, then its help, indented."""
     default = default_of(field)
-    shown = "" if default is None else f" (default: {default})"
+    listed = ",".join(map(str, default)) if isinstance(default, list) else default
+    shown = "" if listed in (None, "", {}) else f" (default: {listed})"
     return [
         f"  --{field.name.rstrip('_')}{shown}",
         *textwrap.wrap(field.metadata.get("help", ""), 73, initial_indent="      ", subsequent_indent="      "),
