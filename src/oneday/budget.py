@@ -24,7 +24,7 @@ from oneday.energy import EnergyMeter, open_energy_meter
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600.0
-# Where the seconds of a run go; `lost` is to interruptions: work done again, and starting again; `other` is what no
+# Where the seconds of a run go; `lost` is work done again, starting again and skipped steps; `other` is what no
 # entry before it claims.
 LEDGER = ("initialization", "compilation", "steps", "data", "evaluation", "checkpoints", "lost", "other")
 

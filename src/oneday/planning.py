@@ -140,7 +140,7 @@ def read_model_type(model_config: str) -> str:
 
 
 def find_relatives(model_config: str) -> list[str]:
-    """The config files of a recipe's architecture beside its own; baselines with dropout are for benchmarks alone."""
+    """The config files of a recipe's architecture beside its own; the baselines are for benchmarks alone."""
     file, kind = check_config_file(model_config), read_model_type(model_config)
     beside = [path for path in sorted(file.parent.glob("*.json")) if not path.name.startswith("baseline-")]
     return [str(path) for path in beside if path == file or read_model_type(str(path)) == kind]
