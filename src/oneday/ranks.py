@@ -1,11 +1,11 @@
 """The processes of a run, kept in step: one clock, one batch, one sum of gradients.
 
-Here each process holds the whole model; `sharding` has processes that share one. Nothing is wrapped around it. torch's
+Here each process holds the whole model; `sharding` has those that share one. Nothing is wrapped around it: torch's
 DistributedDataParallel hooks the gradients while the backward pass makes them; here parameters lend their storage to
-bfloat16 weights for that time (`mixed_precision`), a pass that runs out of memory is done again, and processes may hold
-different numbers of micro-batches. So each process adds up its own micro-batches alone, and the float32 gradients are
-summed once a step, before they are clipped: exact for every objective and optimizer, and nothing is left half-way when
-a pass fails.
+bfloat16 weights for that time (`mixed_precision`), a pass that runs out of memory is done again, and processes may
+hold different numbers of micro-batches. So each process adds up its own micro-batches alone, and the float32 gradients
+are summed once a step, before they are clipped: exact for every objective and optimizer, and nothing is left half-way
+when a pass fails.
 
 What depends on the clock is decided by process 0 and told to all; what any process may run into (a signal, memory) is
 added up. These words are float64 numbers and go through gloo, whatever the gradients go through: four short messages

@@ -1,10 +1,9 @@
 """Fully sharded data parallelism (FSDP2): each process holds a share of every weight, gradient and optimizer state.
 
-torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277) gathers a layer's weights for as long as it computes and sums
-its gradients into shares: rows of dimension 0, for rank r those from r * ceil(n / size) on. Three kinds of weights are
-gathered together: a layer's; embedding tables and what is tied to them, in float32; the rest. accelerate's config
-says that the model is to be sharded, but its own wrapping, which averages gradients and changes the optimizer's parameters
-afterwards, is not used.
+torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277) gathers a layer's weights while it computes, and sums its
+gradients into shares: rows of dimension 0, for rank r those from r * ceil(n / size) on. Gathered at once are those
+of a layer; tables and what is tied to them, in float32; and the rest. accelerate's config says that the model
+is to be sharded, but its own wrapping, which averages gradients and changes the optimizer afterwards, is not used.
 
 An optimizer never sees a DTensor. AdamW works element by element, so that each process steps its own rows. What needs
 whole matrices (Muon) or blocks of a whole matrix (8-bit states) is shared out by the matrix: one process owns it, gets
