@@ -1,7 +1,7 @@
 """Short runs one after the other, as one of several processes: `python sharded_runs.py FOLDER`, once for each rank.
 
-FOLDER holds `runs.json` (name -> settings, `model` among them), the tokenizers and the packed rows. Each process writes
-`held-RANK.json`: run -> the bytes of weights and optimizer states that it held at the end.
+FOLDER holds `runs.json` (name -> settings, `model` among them), the tokenizers and the packed rows. Each process
+writes `held-RANK.json`: run -> the bytes of weights and optimizer states that it held at the end, or the error.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from conftest import DECODERS, build_trainer
+from conftest import DECODERS, StopAt, build_trainer
 
 from oneday.arguments import SettingError
 from oneday.optimizers import count_state_bytes
@@ -20,17 +21,21 @@ from oneday.ranks import read_own
 from oneday.tokenization import load_tokenizer
 
 
-def run(folder: Path, name: str, model: str, settings: dict) -> dict:
-    """One run to its end; `extra_steps` more are taken by a second trainer, from the checkpoint of the first."""
+def run(folder: Path, name: str, model: str, rows: str | None = None, **settings: Any) -> dict[str, Any]:
+    """One run over the rows of that name, to its end; `stop` kills it before a step, `resume` goes on with it."""
     kind = "decoder" if model in DECODERS else "encoder"
-    rows = [PackedDataset(folder / f"{settings.pop('rows', kind)}-{part}") for part in ("train", "validation")]
+    stop, resume = settings.pop("stop", None), settings.pop("resume", False)
+    packed = [PackedDataset(folder / f"{rows or kind}-{part}") for part in ("train", "validation")]
     tokenizers = {kind: load_tokenizer(str(folder / kind))}
-    resume = settings.pop("resume", False)
     try:
-        trainer = build_trainer(folder / name, model, tokenizers, rows, **settings)
+        trainer = build_trainer(folder / name, model, tokenizers, packed, **settings)
+        if stop is not None:
+            trainer.add_callback(StopAt(stop))
         trainer.run(resume)
     except SettingError as error:
         return {"error": str(error)}
+    except KeyboardInterrupt as error:
+        assert str(error) == "killed"
     weights = [read_own(parameter) for parameter in trainer.model.parameters()]
     return {
         "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights),
@@ -41,5 +46,5 @@ def run(folder: Path, name: str, model: str, settings: dict) -> dict:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     runs = json.loads((folder / "runs.json").read_text())
-    held = {name: run(folder, name, settings.pop("model"), settings) for name, settings in runs.items()}
+    held = {name: run(folder, name, **settings) for name, settings in runs.items()}
     (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -178,6 +179,8 @@ def shard_model(model: nn.Module, device: torch.device, size: int, half: bool) -
         size: Processes.
         half: Gather all but tables in bfloat16; gradients are summed in float32.
     """
+    # Of embeddings that are views, into which no architecture writes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (size,))
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
