@@ -352,14 +352,10 @@ class MatrixShares:
     def take(self) -> None:
         """Gather the gradients and weights of this process's matrices."""
         self.live = [index for index, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        kinds = [parameter.grad.to_local() for parameter in self.parameters if parameter.grad is not None]
-        grads = dict(zip(self.live, kinds))
-        locals_ = {index: self.parameters[index].detach().to_local() for index in self.live}
-        gathered = [self.to_owners(tensors) for tensors in (grads, locals_)]
-        for index in self.live:
-            if self.owners[index] == self.ranks.rank:
-                self.own[index].data = gathered[1][index]
-                self.own[index].grad = gathered[0][index]
+        gradients = self.to_owners({index: self.parameters[index].grad.to_local() for index in self.live})
+        weights = self.to_owners({index: self.parameters[index].detach().to_local() for index in self.live})
+        for index, gradient in gradients.items():
+            self.own[index].data, self.own[index].grad = weights[index], gradient
 
     def to_owners(self, rows: dict[int, Tensor]) -> dict[int, Tensor]:
         """Whole tensors of this process's matrices, from everyone's rows."""
@@ -367,7 +363,7 @@ class MatrixShares:
         sent = [[rows[i].flatten() for i in self.live if self.owners[i] == owner] for owner in range(size)]
         mine = [i for i in self.live if self.owners[i] == rank]
         sizes = [[self.rows_shape(i, other).numel() for i in mine] for other in range(size)]
-        received = exchange(sent, sizes)
+        received = exchange(sent, sizes, self.parameters[0].device)
         parts = {i: [] for i in mine}
         for other in range(size):
             for i, part in zip(mine, received[other]):
@@ -386,7 +382,7 @@ class MatrixShares:
         sent = [[cut_rows_of(self.own[i].data, other, size).flatten() for i in mine] for other in range(size)]
         theirs = [[i for i in self.live if self.owners[i] == owner] for owner in range(size)]
         sizes = [[self.rows_shape(i, rank).numel() for i in indices] for indices in theirs]
-        for indices, parts in zip(theirs, exchange(sent, sizes)):
+        for indices, parts in zip(theirs, exchange(sent, sizes, self.parameters[0].device)):
             for i, part in zip(indices, parts):
                 self.parameters[i].detach().to_local().copy_(part.view(self.rows_shape(i, rank)))
         for i in mine:
@@ -412,16 +408,16 @@ def without_storage(tensor: Tensor) -> Tensor:
     return torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def exchange(sent: list[list[Tensor]], sizes: list[list[int]]) -> list[list[Tensor]]:
-    """Send flat tensors to every process, in one message each; returns what came, by sender.
+def exchange(sent: list[list[Tensor]], sizes: list[list[int]], device: torch.device) -> list[list[Tensor]]:
+    """Send flat float32 tensors to every process, in one message each; returns what came, by sender.
 
     Args:
         sent: By receiver.
         sizes: Elements of the tensors that come, by sender.
+        device: Of them all.
     """
-    flat = [tensor for tensors in sent for tensor in tensors]
-    example = flat[0] if flat else torch.empty(0)
-    message = torch.cat(flat) if flat else example
+    nothing = torch.empty(0, device=device)  # some may own no matrix
+    message = torch.cat([nothing, *(tensor for tensors in sent for tensor in tensors)])
     totals = [sum(part) for part in sizes]
     received = message.new_empty(sum(totals))
     dist.all_to_all_single(received, message, totals, [sum(t.numel() for t in tensors) for tensors in sent])
