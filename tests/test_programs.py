@@ -112,13 +112,13 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     assert first == second, "feeding the recipe back repeats the run"
 
 
-def test_trackio_gets_the_run_offline(text_file, tmp_path, monkeypatch):
+def test_two_trackers_get_the_run_offline(text_file, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", "")  # restored afterwards
     monkeypatch.delenv("TRACKIO_DIR")
     monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "run"
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="trackio", logging_steps=1)
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="tensorboard,trackio", logging_steps=1)
     script = [sys.executable, ROOT / "scripts" / "pretrain.py", *argv]
     done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -130,6 +130,14 @@ def test_trackio_gets_the_run_offline(text_file, tmp_path, monkeypatch):
     assert sum("train/loss" in metrics for metrics in logged) == 3
     results = json.loads((out / "results.json").read_text())
     assert logged[-1]["eval/loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    assert "train/loss" in EventAccumulator(str(out / "tensorboard")).Reload().Tags()["scalars"]
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_read(run_script, text_file, tmp_path):
+    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run", report_to="tensorboard,wnadb")
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 1 and "report_to names wnadb, which is not installed or not known; here are " in stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_gpt_and_report(run_script, text_file, tmp_path):
@@ -308,6 +316,20 @@ def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
     code, shown, _ = run_script("prepare_data", *flags(**settings, dataset_name=text_file, shard=1, num_shards=2))
     assert code == 0
     assert re.fullmatch(r"part +\S+/part-00001-of-00002.arrow\n", shown)
+
+
+def test_prepare_data_says_that_datatrove_is_not_here(run_script, text_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datatrove.executor", None)
+    monkeypatch.delitem(sys.modules, "oneday.datatrove_tasks", raising=False)
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, executor="local", tasks=2))
+    assert code == 1
+    assert re.search(r"error: The setting executor needs .*: pip install datatrove, or leave it out\.", stderr)
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, executor="local", shard=0))
+    assert code == 1
+    assert "shard is 0 and executor local; keep one of them" in stderr
+    code, _, stderr = run_script("prepare_data", *flags(dataset_name=text_file, tasks=2))
+    assert code == 1
+    assert "tasks is 2, but executor is empty" in stderr
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))

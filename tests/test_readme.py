@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, ShardArguments
+from oneday.arguments import (
+    BudgetTrainingArguments,
+    DataArguments,
+    ExecutorArguments,
+    ModelArguments,
+    ShardArguments,
+)
 from oneday.glue_protocol import FinetuneArguments
 from oneday.recipe import fields_of
 from oneday.zero_shot_results import EvaluateArguments
@@ -37,7 +43,7 @@ def test_make_targets_exist(target):
 
 def test_settings_in_commands_are_known():
     known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
-    known |= fields_of((EvaluateArguments,)) | fields_of((ShardArguments,))
+    known |= fields_of((EvaluateArguments,)) | fields_of((ShardArguments, ExecutorArguments))
     # Of accelerate, and of programs with settings of their own.
     outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for", "last_checkpoint"}
     named = set(re.findall(r"--([a-z_]+)", README)) - outside

@@ -84,6 +84,31 @@ class ShardArguments:
     num_shards: int = setting(1, "Parts of the text, one for each machine that tokenises.")
 
 
+@dataclass
+class ExecutorArguments:
+    """Tokenising as tasks of datatrove, an optional package."""
+
+    executor: str | None = setting(
+        None, "local, slurm or ray: datatrove's executor of that name tokenises the text; empty: this process does."
+    )
+    tasks: int = setting(1, "Parts of the text, one for each task.")
+    workers: int = setting(-1, "Tasks that run at once; -1: all of them.")
+    logging_dir: str | None = setting(
+        None, "Where datatrove keeps the tasks' logs and what it submits; empty: datatrove/ in cache_dir."
+    )
+    partition: str | None = setting(None, "Slurm's partition.")
+    time_hours: float = setting(4.0, "Time limit of a task, in hours (slurm, ray).")
+    cpus_per_task: int = setting(1, "Cores of a task (slurm, ray).")
+    mem_per_cpu_gb: int = setting(2, "Memory of a task for each of its cores, in GB (slurm, ray).")
+    sbatch_args: dict[str, str] = setting({}, "Further options of sbatch, say '{account: mine, qos: high}'.")
+
+    def __post_init__(self) -> None:
+        if self.executor is None and self.tasks != 1:
+            raise SettingError(
+                f"The setting tasks is {self.tasks}, but executor is empty; set executor to local, slurm or ray."
+            )
+
+
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"
 # Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
@@ -213,17 +238,21 @@ class BudgetTrainingArguments(TrainingArguments):
         "Where token embeddings start: random, or cooccurrence (word vectors counted from the corpus, in the budget).",
     )
 
-    num_evaluations: int = setting(5, "Held-out evaluations during the run, at equal parts of the budget.")
+    num_evaluations: int = setting(
+        5,
+        "Held-out evaluations, at equal parts of the budget, the last at its end; those before it are left out where "
+        "they would take more than 5 % of the time so far.",
+    )
     eval_steps: int | None = setting(None, "Evaluate every this many steps instead.")
     save_minutes: float = setting(20.0, "Minutes between checkpoints.")
     save_steps: int | None = setting(None, "Checkpoint every this many steps instead.")
     save_total_limit: int | None = setting(2, "Checkpoints kept.")
     logging_steps: int = setting(10, "Steps between reports to the trackers.")
-    report_to: str | list[str] = setting(
-        "none",
-        "Dashboards, live: tensorboard (`tensorboard --logdir RUN/tensorboard`), trackio (`TRACKIO_DIR=RUN/trackio "
-        "trackio show --project oneday`), wandb, or none. Files go into the run directory unless TRACKIO_DIR, "
-        "TENSORBOARD_LOGGING_DIR or WANDB_DIR names another.",
+    report_to: list[str] = setting(
+        ["none"],
+        "Dashboards, live, comma-separated: tensorboard (`tensorboard --logdir RUN/tensorboard`), trackio "
+        "(`TRACKIO_DIR=RUN/trackio trackio show --project oneday`), wandb, or none. Files go into the run directory "
+        "unless TRACKIO_DIR, TENSORBOARD_LOGGING_DIR or WANDB_DIR names another.",
     )
     eval_on_start: bool = setting(False, "Also evaluate the random weights; does not count against the clock.")
     push_to_hub: bool = setting(

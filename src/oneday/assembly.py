@@ -10,6 +10,7 @@ from oneday.modeling import build_model, check_config_file, load_config
 from oneday.objectives import Objective, find_objective
 from oneday.preparation import PreparedData, prepare_data
 from oneday.throughput import set_threads
+from oneday.trackers import check_trackers
 from oneday.trainer import BudgetTrainer
 
 # The settings of a pretraining recipe.
@@ -17,13 +18,14 @@ CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 
 
 def check_settings(model_args: ModelArguments, args: BudgetTrainingArguments) -> Budget:
-    """What can be said before any text is read: the budget and the config file; also gives this process its threads.
+    """What can be said before any text is read: budget, config file, trackers; also gives this process its threads.
 
     Raises:
-        SettingError: When no budget is set, or the config file cannot be used.
+        SettingError: When no budget is set, or the config file or a tracker cannot be used.
     """
     budget = Budget.from_arguments(args)
     check_config_file(model_args.model_config)
+    check_trackers(args)
     set_threads(args.num_threads)
     return budget
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
+# Evaluations before the last take at most this part of a clock's time: where they are slow, there are fewer.
+EVALUATION_SHARE = 0.05
 # Before one was timed, a checkpoint takes as many times as long as the model alone.
 OPTIMIZER_SHARE = 4.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -168,7 +170,10 @@ class BudgetCallback(TrainerCallback):
         if trainer.step_record.bad_number is not None:  # nothing new to score or keep
             return False, False
         clock, seconds = trainer.clock, trainer.clock.slow_step_seconds
-        wanted = due > self.evaluations if args.eval_steps is None else clock.steps % int(args.eval_steps) == 0
+        if args.eval_steps is None:
+            wanted = due > self.evaluations and self.evaluation_is_cheap()
+        else:
+            wanted = clock.steps % int(args.eval_steps) == 0
         should_evaluate = wanted and clock.fits_seconds(seconds + trainer.eval_seconds)
         seconds += trainer.eval_seconds * should_evaluate + max(
             trainer.save_seconds, trainer.checkpoint_seconds or OPTIMIZER_SHARE * trainer.save_seconds
@@ -185,6 +190,14 @@ class BudgetCallback(TrainerCallback):
         if should_save:
             self.last_save = time.monotonic()
         return should_evaluate, should_save
+
+    def evaluation_is_cheap(self) -> bool:
+        """Whether one more keeps their share of the time so far; always, where no clock ends the run."""
+        trainer, clock = self.trainer, self.trainer.clock
+        if clock.budget.clock_limit_seconds is None:
+            return True
+        seconds = trainer.eval_seconds / len(trainer.objective.evaluation_collators(trainer.position_offset))
+        return clock.ledger["evaluation"] + seconds <= EVALUATION_SHARE * clock.elapsed_seconds
 
     def evaluations_due(self) -> int:
         """How many of the evenly spaced evaluations the progress has passed; the last is the final one."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,17 @@ class PreparedData:
         return f"{self.corpus.corpus_hash}-{hash_tokenizer(self.tokenizer)}"
 
 
+class TrainSplit(NamedTuple):
+    """Training text: its name in the cache, the documents, and where its tokenised parts and packed rows belong."""
+
+    name: str
+    texts: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    parts: Path
+    rows: Path
+    cache: Path
+
+
 def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     """Read the corpus, train or load the tokenizer, pack both splits.
 
@@ -87,15 +99,35 @@ def tokenize_shard(args: DataArguments, kind: str, part: ShardArguments) -> Path
         raise SettingError(
             f"The setting shard is {part.shard}; it must be from 0 to num_shards - 1, {part.num_shards - 1}."
         )
+    split = load_split(args, kind, "shard")
+    return write_part(split.texts, split.tokenizer, split.parts, part.shard, part.num_shards)
+
+
+def load_split(args: DataArguments, kind: str, asked_by: str) -> TrainSplit:
+    """The training text before it is tokenised.
+
+    Raises:
+        SettingError: When it is a stream, for which the setting `asked_by` is none, or cannot be used.
+    """
     corpus = load_corpus(args)
     if isinstance(corpus.train, TextStream):
         raise SettingError(
-            "The setting shard is given for a stream, which is tokenised in training; leave streaming out."
+            f"The setting {asked_by} is given for a stream, which is tokenised in training; leave streaming out."
         )
     cache = resolve_cache_dir(args.cache_dir)
     tokenizer = prepare_tokenizer(args, corpus, kind, cache)
-    folder = locate_parts(cache, f"{corpus.corpus_hash}/train", tokenizer)
-    return write_part(corpus.train, tokenizer, folder, part.shard, part.num_shards)
+    name = f"{corpus.corpus_hash}/train"
+    _, rows = locate_rows(args, name, tokenizer, kind, cache)
+    return TrainSplit(name, corpus.train, tokenizer, locate_parts(cache, name, tokenizer), rows, cache)
+
+
+def locate_rows(
+    args: DataArguments, name: str, tokenizer: PreTrainedTokenizerBase, kind: str, cache: Path
+) -> tuple[str, Path]:
+    """The key of a split's packed rows, and where they lie."""
+    settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
+    key = packing_key(name, tokenizer, settings)
+    return key, cache / "packed" / key
 
 
 def locate_parts(cache: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -126,17 +158,14 @@ def prepare_rows(
     args: DataArguments, texts: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, kind: str, cache: Path
 ) -> PackedDataset:
     """Packed rows of one split, from the cache when they are there, from tokenised parts when all of them are."""
-    settings = {"kind": kind, "row_length": args.max_seq_length, "strategy": args.packing_strategy}
-    key = packing_key(name, tokenizer, settings)
+    key, folder = locate_rows(args, name, tokenizer, kind, cache)
 
     def batches() -> Iterator[list[str] | EncodedBatch]:
         """Asked for only where the rows are not there yet."""
         parts = find_parts(locate_parts(cache, name, tokenizer), len(texts))
         yield from read_parts(parts) if parts else (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
 
-    return pack_corpus(
-        batches(), tokenizer, kind, args.max_seq_length, args.packing_strategy, cache / "packed" / key, len(texts), key
-    )
+    return pack_corpus(batches(), tokenizer, kind, args.max_seq_length, args.packing_strategy, folder, len(texts), key)
 
 
 def take_bytes(texts: Iterable[dict[str, str]], limit: int) -> Iterator[str]:

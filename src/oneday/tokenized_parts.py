@@ -65,7 +65,7 @@ def write_part(
     Raises:
         SettingError: It cannot be written.
     """
-    path = folder / f"part-{shard:05d}-of-{num_shards:05d}.arrow"
+    path = locate_part(folder, shard, num_shards)
     if path.exists():
         logger.info("%s is there already.", path)
         return path
@@ -88,6 +88,11 @@ def write_part(
         finally:
             aside.unlink(missing_ok=True)
     return path
+
+
+def locate_part(folder: Path, shard: int, num_shards: int) -> Path:
+    """Where a part lies when it is done."""
+    return folder / f"part-{shard:05d}-of-{num_shards:05d}.arrow"
 
 
 def to_record_batch(batch: EncodedBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
 
-from oneday.arguments import BudgetTrainingArguments
+from oneday.arguments import BudgetTrainingArguments, SettingError
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -17,6 +22,17 @@ PROJECT, STOCK_PROJECT = "oneday", "huggingface"
 # Where a tracker looks for a directory that the user chose.
 DIRECTORIES = {"trackio": "TRACKIO_DIR", "wandb": "WANDB_DIR"}
 TENSORBOARD_DIRECTORY = "TENSORBOARD_LOGGING_DIR"
+
+
+def check_trackers(args: BudgetTrainingArguments) -> None:
+    """Raise SettingError where a tracker of `report_to` is unknown or not installed."""
+    available = get_available_reporting_integrations()
+    for tracker in args.report_to:
+        if tracker not in available:
+            raise SettingError(
+                f"report_to names {tracker}, which is not installed or not known; here are {', '.join(available)}, "
+                f"or none."
+            )
 
 
 def name_run(args: BudgetTrainingArguments) -> None:
