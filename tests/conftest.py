@@ -107,48 +107,57 @@ def packed(texts, tokenizers, tmp_path_factory):
     }
 
 
+def build_tiny(name, tokenizers, seed=0, objective=None):
+    """A tiny model of one architecture, in float32, from a seed, for an objective."""
+    kind = "decoder" if name in DECODERS else "encoder"
+    tokenizer = tokenizers[kind] if objective is None else objective.tokenizer
+    ids = {"pad_token_id": tokenizer.pad_token_id}
+    for special in ("bos", "eos", "cls", "sep"):
+        ids[f"{special}_token_id"] = getattr(tokenizer, f"{special}_token_id")
+    settings = {**(ENCODERS | DECODERS | UNPACKED)[name], **ids, "vocab_size": 320}
+    if name not in UNPACKED:
+        settings["n_positions" if name == "gpt2" else "max_position_embeddings"] = 64
+    config = AutoConfig.for_model(name, **settings)
+    torch.manual_seed(seed)
+    if objective is not None:
+        return build_model(config, objective.find_class(config), objective.is_packed)
+    return build_model(config, AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM)
+
+
+def build_trainer(folder, name, tokenizers, rows, tokenizer=None, **settings):
+    """A trainer of a tiny model over (training, held-out) rows; settings go over small defaults."""
+    kind = "decoder" if name in DECODERS else "encoder"
+    defaults = {
+        "batch_size_tokens": 8 * ROW_LENGTH,
+        "micro_batch_tokens": 4 * ROW_LENGTH,
+        "objective": "mlm" if kind == "encoder" else "clm",
+        "optim": "adamw",
+        "bf16": False,
+        "num_evaluations": 1,
+    }
+    folder.mkdir(exist_ok=True)
+    args = BudgetTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
+    objective = find_objective(args.objective)(tokenizer or tokenizers[kind], args)
+    model = build_tiny(name, tokenizers, objective=objective)
+    return BudgetTrainer(model, args, objective, *rows, objective.tokenizer)
+
+
 @pytest.fixture
 def make_model(tokenizers):
-    """Builds a tiny model of one architecture, in float32, from a seed, for an objective."""
+    """Builds a tiny model; see `build_tiny`."""
 
     def make(name, seed=0, objective=None):
-        kind = "decoder" if name in DECODERS else "encoder"
-        tokenizer = tokenizers[kind] if objective is None else objective.tokenizer
-        ids = {"pad_token_id": tokenizer.pad_token_id}
-        for special in ("bos", "eos", "cls", "sep"):
-            ids[f"{special}_token_id"] = getattr(tokenizer, f"{special}_token_id")
-        settings = {**(ENCODERS | DECODERS | UNPACKED)[name], **ids, "vocab_size": 320}
-        if name not in UNPACKED:
-            settings["n_positions" if name == "gpt2" else "max_position_embeddings"] = 64
-        config = AutoConfig.for_model(name, **settings)
-        torch.manual_seed(seed)
-        if objective is not None:
-            return build_model(config, objective.find_class(config), objective.is_packed)
-        return build_model(config, AutoModelForMaskedLM if kind == "encoder" else AutoModelForCausalLM)
+        return build_tiny(name, tokenizers, seed, objective)
 
     return make
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizers, packed, tmp_path):
-    """Builds a trainer over the shared corpus, or `rows` of (training, held-out); settings go over small defaults."""
+def make_trainer(tokenizers, packed, tmp_path):
+    """Builds a trainer over the shared corpus, or `rows` of (training, held-out); see `build_trainer`."""
 
     def make(name="modernbert", output="run", rows=None, tokenizer=None, **settings):
-        kind = "decoder" if name in DECODERS else "encoder"
-        defaults = {
-            "batch_size_tokens": 8 * ROW_LENGTH,
-            "micro_batch_tokens": 4 * ROW_LENGTH,
-            "objective": "mlm" if kind == "encoder" else "clm",
-            "optim": "adamw",
-            "bf16": False,
-            "num_evaluations": 1,
-        }
-        folder = tmp_path / output
-        folder.mkdir(exist_ok=True)
-        args = BudgetTrainingArguments(output_dir=str(folder), **{**defaults, **settings})
-        objective = find_objective(args.objective)(tokenizer or tokenizers[kind], args)
-        train, validation = rows or packed[kind]
-        model = make_model(name, objective=objective)
-        return BudgetTrainer(model, args, objective, train, validation, objective.tokenizer)
+        rows = rows or packed["decoder" if name in DECODERS else "encoder"]
+        return build_trainer(tmp_path / output, name, tokenizers, rows, tokenizer, **settings)
 
     return make

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,6 +34,9 @@ SETTINGS = {
     "embedding_init": "random", "optim": "adamw", "learning_rate": LEARNING_RATE, "muon_learning_rate": MUON_RATE,
     "budget_minutes": "null", "num_evaluations": 1, "validation_fraction": 0.1,
 }  # fmt: skip
+# Whole models and shares of one.
+CONFIGS = ["cpu_processes", "fsdp"]
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 # torch's Muon and ours orthogonalise in bfloat16: a gradient that differs in its last bits moves an update by up to
 # two hundredths of its length (measured with torch 2.13: bfloat16 has 8 bits, and the iteration several products).
 MUON_RELATIVE_UPDATE = 0.02
@@ -45,7 +49,7 @@ def launch(texts, tmp_path_factory):
     text = folder / "texts.jsonl"
     text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
-    def start(processes, name, fault=None, **settings):
+    def start(processes, name, fault=None, config="cpu_processes", **settings):
         program, read = ROOT / "scripts/pretrain.py", folder / f"{name}-read"
         if fault:
             program = ROOT / "tests/pretrain_with_faults.py"
@@ -53,8 +57,8 @@ def launch(texts, tmp_path_factory):
         given = {**SETTINGS, "dataset_name": text, "output_dir": folder / name, **settings}
         command = [sys.executable]
         if processes > 1:
-            config = ROOT / "recipes/accelerate_configs/cpu_processes.yaml"
-            command += ["-m", "accelerate.commands.launch", "--config_file", config]
+            command += ["-m", "accelerate.commands.launch", "--config_file"]
+            command += [ROOT / f"recipes/accelerate_configs/{config}.yaml"]
             command += ["--num_processes", processes, "--main_process_port", 0]
         command += [program, ROOT / "recipes/quickstart/bert.yaml"]
         command += [word for key, value in given.items() for word in (f"--{key}", value)]
@@ -71,8 +75,8 @@ def launch(texts, tmp_path_factory):
 def run(launch):
     """The same to the end; returns the run directory."""
 
-    def run_to_end(processes, name, fault=None, **settings):
-        process, folder = launch(processes, name, fault, **settings)
+    def run_to_end(processes, name, fault=None, config="cpu_processes", **settings):
+        process, folder = launch(processes, name, fault, config, **settings)
         code = process.wait(timeout=240)
         assert code == 0, (folder.parent / f"{name}-{processes}.log").read_text()[-2000:]
         return folder
@@ -151,9 +155,10 @@ def test_memory_that_runs_out_on_one_process(run, alone):
 
 
 @pytest.mark.slow
-def test_a_number_that_is_not_finite_on_one_process(run):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_number_that_is_not_finite_on_one_process(run, config):
     """No process takes the step, and both end with the weights that one process has after the same."""
-    folders = [run(n, f"nan-{n}", fault=f"nan:{n - 1}:5", budget_steps=STEPS) for n in (1, 2)]
+    folders = [run(n, f"nan-{config}-{n}", f"nan:{n - 1}:5", config, budget_steps=STEPS) for n in (1, 2)]
     for folder in folders:
         assert [event["taken"] for event in read_metrics(folder) if event["event"] == "skip"] == [6]
         assert len(steps_of(folder)) == STEPS
@@ -161,23 +166,44 @@ def test_a_number_that_is_not_finite_on_one_process(run):
 
 
 @pytest.mark.slow
-def test_a_replay_on_another_number_of_processes(run, alone):
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_replay_on_another_number_of_processes(run, alone, config):
     """The same progress at every step, the same losses."""
-    again = run(2, "again", replay=alone)
+    again = run(2, f"again-{config}", config=config, replay=alone)
     for name in ("progress", "batch_tokens", "lr"):
         assert np.array_equal(column(again, name), column(alone, name)), name
     np.testing.assert_allclose(column(again, "loss"), column(alone, "loss"), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"fsdp": True}, "FSDP"), ({"deepspeed": "zero2.json"}, "DEEPSPEED"), ({"kind": "FSDP"}, "FSDP")],
+    ("changes", "environment", "said"),
+    [
+        ({"fsdp": True}, {}, "The setting fsdp is True; leave it out"),
+        ({"deepspeed": "zero2.json"}, {}, "The distributed_type is DEEPSPEED"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "The distributed_type is DEEPSPEED"),
+        ({"kind": "MEGATRON_LM"}, {}, "The distributed_type is MEGATRON_LM"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "The fsdp_version of the accelerate config is 1; set it to 2"),
+        ({}, {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "The fsdp_offload_params of the accelerate config is true"),
+        ({}, FSDP2, None),
+    ],
 )
-def test_sharded_strategies_are_refused(changes, named):
+def test_other_strategies_are_refused(monkeypatch, changes, environment, said):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     kind = SimpleNamespace(distributed_type=SimpleNamespace(value=changes.pop("kind", "MULTI_GPU")))
     args = {"n_gpu": 1, "distributed_state": kind, "fsdp": None, "deepspeed": None} | changes
-    with pytest.raises(SettingError, match=f"distributed_type {named} is not for"):
+    with nullcontext() if said is None else pytest.raises(SettingError, match=said):
         check_strategy(SimpleNamespace(**args))
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_a_sharded_process_ends_all_and_smaller_micro_batches_go_on(launch, run, alone):
+    launcher, folder = launch(2, "sharded-oom", "oom:1:7", "fsdp", budget_steps=STEPS, save_steps=5)
+    assert launcher.wait(timeout=200) == 1
+    said = (folder.parent / "sharded-oom-2.log").read_text()
+    assert said.count("error: The memory of process 1 does not hold a micro-batch of 128 tokens") == 1
+    run(2, "sharded-oom", config="fsdp", budget_steps=STEPS, save_steps=5, micro_batch_tokens=64)
+    np.testing.assert_allclose(column(folder, "loss"), column(alone, "loss"), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -190,16 +216,18 @@ def test_muon_stays_within_what_its_bfloat16_allows(run):
         assert apart <= MUON_RELATIVE_UPDATE * path, name
 
 
-def test_losing_one_process_ends_all_and_any_number_goes_on(launch, run, alone):
+@pytest.mark.parametrize("config", ["cpu_processes", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_losing_one_process_ends_all_and_any_number_goes_on(launch, run, alone, config):
     """SIGKILL for rank 1; the checkpoint is whole, and one process alone ends as one that never stopped."""
-    launcher, folder = launch(2, "killed", budget_steps=STEPS, save_steps=5)
+    name = f"killed-{config}"
+    launcher, folder = launch(2, name, config=config, budget_steps=STEPS, save_steps=5)
     wait_for_checkpoint(launcher, folder)
     rank_process(launcher, 1).send_signal(signal.SIGKILL)
     begun = time.monotonic()
     assert launcher.wait(timeout=60) != 0
     assert time.monotonic() - begun < 60
     assert list_checkpoints(folder) and not any(find_fault(checkpoint) for checkpoint in list_checkpoints(folder))
-    run(1, "killed", budget_steps=STEPS, save_steps=5)
+    run(1, name, budget_steps=STEPS, save_steps=5)
     assert len(steps_of(folder)) == STEPS
     np.testing.assert_allclose(column(folder, "loss"), column(alone, "loss"), rtol=1e-6)
 

@@ -53,7 +53,8 @@ def sum_held_out(
         micro_batch_tokens: Tokens of one forward pass.
         precision: Opens the context in which the model computes.
         collators: By the name of the loss; of `objective.evaluation_collators`.
-        rank: This process; it takes every `num_processes`-th micro-batch.
+        rank: This process; it takes every `num_processes`-th micro-batch. All make as many passes, the last of which
+            may count nowhere: sharded weights are gathered by all.
         num_processes: All of them.
         max_parts: Only the first micro-batches, to see how long one takes.
     """
@@ -61,14 +62,20 @@ def sum_held_out(
     model.eval()
     device = next(model.parameters()).device
     rows = max(1, micro_batch_tokens // dataset.row_length)
-    parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))[rank::num_processes]
+    parts = np.split(np.arange(len(dataset)), range(rows, len(dataset), rows))
+    passes = [*range(rank, len(parts), num_processes)]
+    missing = -(-len(parts) // num_processes) - len(passes)
     totals: Totals = {name: defaultdict(lambda: [0.0, 0]) for name in collators}
     for name, collator in collators.items():
         with precision():
-            for part in parts[:max_parts]:
-                for term, (value, count) in sum_part(model, objective, dataset, collator, part, device).items():
+            for index in passes[:max_parts]:
+                for term, (value, count) in sum_part(
+                    model, objective, dataset, collator, parts[index], device
+                ).items():
                     totals[name][term][0] += value
                     totals[name][term][1] += count
+            for _ in range(missing if max_parts is None else min(missing, max_parts - len(passes))):
+                sum_part(model, objective, dataset, collator, parts[0], device)
     model.train(training)
     return {name: dict(terms) for name, terms in totals.items()}
 

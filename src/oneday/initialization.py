@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from oneday.arguments import SettingError
 from oneday.packed_dataset import PackedDataset
@@ -48,16 +48,15 @@ def check_embedding_init(name: str, dataset: PackedDataset | RowSource) -> None:
         )
 
 
-def initialize_embeddings(model: nn.Module, dataset: PackedDataset, special_ids: Sequence[int], seed: int) -> None:
+def initialize_embeddings(table: Tensor, dataset: PackedDataset, special_ids: Sequence[int], seed: int) -> None:
     """Set the token embeddings of a model from its corpus; special tokens and words never seen keep random ones.
 
     Args:
-        model: A stock model with random weights; a tied output projection changes with its embeddings.
+        table: (vocab_size, width) random embeddings, changed in place; a tied output projection changes with them.
         dataset: Packed training rows.
         special_ids: Tokens without meaning of their own ([CLS], [SEP], [MASK], padding).
         seed: Of the random sketch and rotation.
     """
-    table = model.get_input_embeddings().weight
     generator = torch.Generator(table.device).manual_seed(seed)
     counts = count_cooccurrences(dataset, table.shape[0], special_ids)
     information = positive_pmi(counts.to(table.device))

@@ -17,6 +17,12 @@ import torch
 from torch import nn
 
 
+def find_table_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that stay in float32: embeddings, and projections that share their weight with one."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return [m for m in model.modules() if any(id(p) in tables for p in m.parameters(recurse=False))]
+
+
 class HalfWeights:
     """Lends a float32 model bfloat16 weights.
 
@@ -24,14 +30,16 @@ class HalfWeights:
         model: Its floating-point parameters are float32 whenever no context of this object is open.
         enabled: False makes every method leave the model as it is.
         dtype: What is computed in.
+        lends: False where others give the model its bfloat16 weights: then only its tables are seen to.
     """
 
-    def __init__(self, model: nn.Module, enabled: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, model: nn.Module, enabled: bool = True, dtype: torch.dtype = torch.bfloat16, lends: bool = True
+    ) -> None:
         self.enabled, self.dtype, self.open = enabled, dtype, False
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        sharing = [m for m in model.modules() if any(id(p) in tables for p in m.parameters(recurse=False))]
+        sharing = find_table_modules(model)
         kept = {id(p) for m in sharing for p in m.parameters(recurse=False)}
-        floating = [p for p in model.parameters() if p.is_floating_point()] if enabled else []
+        floating = [p for p in model.parameters() if p.is_floating_point()] if enabled and lends else []
         self.parameters = [p for p in floating if id(p) not in kept]
         self.halves = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self.parameters]
         self.sums: list[torch.Tensor | None] = [None] * len(self.parameters)

@@ -7,7 +7,9 @@ not defined for them. To add one: write a builder and enter it in HIDDEN_OPTIMIZ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -141,6 +143,32 @@ HIDDEN_OPTIMIZERS: dict[str, Builder] = {
     "muon_8bit": build_muon_8bit,
 }
 
+# What sharded processes (FSDP) share the work of each optimizer out by: each steps its rows of every matrix, where an
+# element's update depends on that element alone, or some matrices whole.
+SHARED_BY = {
+    "adamw": "rows",
+    "adamw_8bit": "matrices",
+    "lion_8bit": "matrices",
+    "ademamix_8bit": "matrices",
+    "muon": "matrices",
+    "muon_8bit": "matrices",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that one optimizer trains.
+
+    Attributes:
+        parameters: Disjoint from those of other parts.
+        build: The optimizer over them, or over what stands for them.
+        shared_by: `rows` or `matrices`, see SHARED_BY.
+    """
+
+    parameters: list[nn.Parameter]
+    build: Callable[[list[nn.Parameter]], Optimizer]
+    shared_by: str
+
 
 def import_bitsandbytes() -> ModuleType:
     """The module bitsandbytes, imported only when asked for (it prints on machines without a GPU).
@@ -167,18 +195,31 @@ def check_optimizer(name: str) -> None:
         import_bitsandbytes()
 
 
-def build_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> CompositeOptimizer:
-    """The optimizer that `args.optimizer_name` asks for.
+def build_undecayed(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
+    """AdamW in 32 bit without weight decay, for embeddings, norms and biases."""
+    return torch.optim.AdamW(parameters, **{**adam_settings(args), "weight_decay": 0.0}, fused=True)
+
+
+def plan_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> list[Part]:
+    """Which optimizers `args.optimizer_name` asks for, and what each trains.
 
     Raises:
         SettingError: When the name is unknown or its library is missing.
     """
     check_optimizer(args.optimizer_name)
     hidden, tables, vectors = split_parameters(model)
-    undecayed = torch.optim.AdamW(tables + vectors, **{**adam_settings(args), "weight_decay": 0.0}, fused=True)
-    return CompositeOptimizer(
-        [HIDDEN_OPTIMIZERS[args.optimizer_name](hidden, args), undecayed] if hidden else [undecayed]
-    )
+    builder, shared_by = HIDDEN_OPTIMIZERS[args.optimizer_name], SHARED_BY[args.optimizer_name]
+    undecayed = Part(tables + vectors, functools.partial(build_undecayed, args=args), "rows")
+    return [Part(hidden, functools.partial(builder, args=args), shared_by), undecayed] if hidden else [undecayed]
+
+
+def build_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> CompositeOptimizer:
+    """The optimizer that `args.optimizer_name` asks for, over whole parameters.
+
+    Raises:
+        SettingError: When the name is unknown or its library is missing.
+    """
+    return CompositeOptimizer([part.build(part.parameters) for part in plan_optimizer(model, args)])
 
 
 def count_state_bytes(optimizers: Iterable[Optimizer]) -> int:

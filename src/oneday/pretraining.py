@@ -65,13 +65,13 @@ def check_weights(trainer: BudgetTrainer) -> bool:
     Raises:
         SettingError: When there is no checkpoint.
     """
-    if are_finite(trainer.model):
+    if are_finite(trainer.model, trainer.ranks):
         return True
     folder = trainer.find_good_checkpoint()
     if folder is not None:
         trainer._load_from_checkpoint(str(folder))
         trainer.clock.rewind(read_state(folder)["clock"])
-    if folder is None or not are_finite(trainer.model):
+    if folder is None or not are_finite(trainer.model, trainer.ranks):
         raise SettingError("The weights are not finite and there is no checkpoint of before; lower learning_rate.")
     logger.warning("The weights are not finite: %s becomes the final model.", folder.name)
     return False
@@ -114,9 +114,10 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
         clock.start()
         with clock.account("initialization"):
             special_ids = trainer.processing_class.all_special_ids
-            if trainer.ranks.is_first:
-                initialize_embeddings(trainer.model, trainer.train_dataset, special_ids, args.seed)
-            trainer.ranks.share_weights(trainer.model)
+            trainer.ranks.edit(
+                trainer.model.get_input_embeddings().weight,
+                lambda table: initialize_embeddings(table, trainer.train_dataset, special_ids, args.seed),
+            )
     if args.use_compile:
         clock.start()
         with clock.account("compilation"):
@@ -188,7 +189,8 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
 def measure_end(trainer: BudgetTrainer) -> None:
     """Time a save and a part of an evaluation, so that the reserve is right from the first step."""
     begun = time.monotonic()
-    trainer.ranks.lead(trainer.save_trial)
+    with trainer.ranks.whole(trainer.model):
+        trainer.ranks.lead(trainer.save_trial)
     trainer.save_seconds = time.monotonic() - begun
     trainer.measure_held_out(max_parts=1)
     begun = time.monotonic()

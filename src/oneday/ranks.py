@@ -1,10 +1,11 @@
 """The processes of a run, kept in step: one clock, one batch, one sum of gradients.
 
-Nothing is wrapped around the model. torch's DistributedDataParallel hooks the gradients while the backward pass makes
-them; here parameters lend their storage to bfloat16 weights for that time (`mixed_precision`), a pass that runs out of
-memory is done again, and processes may hold different numbers of micro-batches. So each process adds up its own
-micro-batches alone, and the float32 gradients are summed once a step, before they are clipped: exact for every
-objective and optimizer, and nothing is left half-way when a pass fails.
+Here each process holds the whole model; `sharding` has those that share one. Nothing is wrapped around it: torch's
+DistributedDataParallel hooks the gradients while the backward pass makes them; here parameters lend their storage to
+bfloat16 weights for that time (`mixed_precision`), a pass that runs out of memory is done again, and processes may
+hold different numbers of micro-batches. So each process adds up its own micro-batches alone, and the float32 gradients
+are summed once a step, before they are clipped: exact for every objective and optimizer, and nothing is left half-way
+when a pass fails.
 
 What depends on the clock is decided by process 0 and told to all; what any process may run into (a signal, memory) is
 added up. These words are float64 numbers and go through gloo, whatever the gradients go through: four short messages
@@ -14,7 +15,9 @@ a step, none of which waits for a GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,23 +25,43 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.collators import Batch
+from oneday.mixed_precision import HalfWeights
+from oneday.optimizers import CompositeOptimizer, build_optimizer
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 # Gradients are summed in pieces of this many elements.
 BUCKET_ELEMENTS = 2**24
-# How accelerate may start the processes; the sharding strategies spread one parameter over several.
+# How accelerate may start the processes. Under FSDP it says so in its environment alone.
 STRATEGIES = ("NO", "MULTI_CPU", "MULTI_GPU")
+# What an accelerate config may ask for and this project does not do.
+REFUSED_OPTIONS = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use_parallelism_config",
+}
+
+
+def is_true(name: str) -> bool:
+    """Whether an environment variable of accelerate's says yes."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def is_fsdp() -> bool:
+    """Whether accelerate was told to shard the model."""
+    return is_true("ACCELERATE_USE_FSDP")
 
 
 def check_strategy(args: BudgetTrainingArguments) -> None:
-    """Refuse what is not one whole model a process.
+    """Refuse what is neither one whole model a process nor FSDP2.
 
     Raises:
-        SettingError: On several GPUs in one process, or sharded parameters.
+        SettingError: On several GPUs in one process, other ways to shard, or options that are not done.
     """
     if args.n_gpu > 1:
         raise SettingError(
@@ -46,12 +69,28 @@ def check_strategy(args: BudgetTrainingArguments) -> None:
             "accelerate launch with recipes/accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0."
         )
     name = args.distributed_state.distributed_type.value
-    if name not in STRATEGIES or args.fsdp or args.deepspeed:
-        name = name if name not in STRATEGIES else "FSDP" if args.fsdp else "DEEPSPEED"
+    if args.deepspeed or is_true("ACCELERATE_USE_DEEPSPEED"):
+        name = "DEEPSPEED"
+    if name not in STRATEGIES:
         raise SettingError(
-            f"The distributed_type {name} is not for this project's models, which fit one GPU, nor for its optimizers "
-            "(8-bit states and muon need whole matrices); set it to MULTI_GPU, one process a GPU."
+            f"The distributed_type is {name}, which this project does not do; set it to MULTI_GPU "
+            "(recipes/accelerate_configs/ddp.yaml) or FSDP (fsdp.yaml there)."
         )
+    if args.fsdp:
+        raise SettingError(
+            f"The setting fsdp is {args.fsdp}; leave it out and start accelerate launch with "
+            "recipes/accelerate_configs/fsdp.yaml."
+        )
+    if not is_fsdp():
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise SettingError(f"The fsdp_version of the accelerate config is {version}; set it to 2.")
+    for variable, option in REFUSED_OPTIONS.items():
+        if is_true(variable):
+            raise SettingError(
+                f"The {option} of the accelerate config is true, which is not done here; set it to false."
+            )
 
 
 class Ranks:
@@ -61,7 +100,12 @@ class Ranks:
         rank: This process.
         size: All of them.
         timeout_seconds: How long one may keep the others waiting.
+
+    Attributes:
+        holds_whole: Whether each process holds the whole model.
     """
+
+    holds_whole = True
 
     def __init__(self, rank: int = 0, size: int = 1, timeout_seconds: float = 1800) -> None:
         self.rank, self.size = rank, size
@@ -133,16 +177,49 @@ class Ranks:
             )
 
     def share_weights(self, model: nn.Module) -> None:
-        """Give every process the weights and buffers of process 0."""
+        """Give every process the weights and buffers of process 0, before `spread`."""
         if self.size > 1:
             for tensor in model.state_dict(keep_vars=True).values():
-                dist.broadcast(tensor.data, 0)
+                dist.broadcast(tensor.data, 0, self.group if tensor.device.type == "cpu" else None)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    def spread(self, model: nn.Module, device: torch.device, half: bool) -> HalfWeights:
+        """Leave this process what it holds of a model, the same on every process; returns its precision.
+
+        Args:
+            model: Whole.
+            device: Where to compute.
+            half: Compute in bfloat16.
+        """
+        return HalfWeights(model, half)
+
+    def edit(self, parameter: nn.Parameter, change: Callable[[torch.Tensor], None]) -> None:
+        """Have process 0 change a weight in place, and give it to all."""
+        if self.is_first:
+            change(parameter.data)
+        if self.size > 1:
+            dist.broadcast(parameter.data, 0)
+
+    def even_out(self, step: list[Batch], counts: dict[str, int]) -> Iterator[tuple[Batch, dict[str, float]]]:
+        """The passes of a step on this process: micro-batches, and over how many things their losses are means."""
+        yield from ((batch, counts) for batch in step)
+
+    def build_optimizer(self, model: nn.Module, args: BudgetTrainingArguments) -> CompositeOptimizer:
+        """The optimizer that the settings name, over what this process holds; see `optimizers.build_optimizer`."""
+        return build_optimizer(model, args)
+
+    def refuse_to_repeat(self, micro_batch_tokens: int) -> None:
+        """Called where memory has run out; raises SettingError unless all can do the same again in smaller parts."""
+
+    @contextmanager
+    def whole(self, model: nn.Module, optimizer: CompositeOptimizer | None = None) -> Iterator[None]:
+        """Inside, `state_dict` of these gives whole tensors on process 0; every process must enter."""
+        yield
+
+    def sum_gradients(self, model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
         """Sum every gradient over the processes, in place; where no process has one, there is none.
 
         Args:
-            parameters: In the same order everywhere; float32.
+            model: Its parameters are float32.
             loss: A scalar that goes along.
 
         Returns:
@@ -151,7 +228,7 @@ class Ranks:
         if self.size == 1:
             return loss
         bucket: list[nn.Parameter] = []
-        for parameter in parameters:
+        for parameter in model.parameters():
             if not parameter.requires_grad:
                 continue
             if sum(member.numel() for member in bucket) >= BUCKET_ELEMENTS:
@@ -185,3 +262,13 @@ def sum_bucket(parameters: list[nn.Parameter], loss: torch.Tensor) -> torch.Tens
     for parameter, grad, total, count in zip(parameters, grads, totals, counts.tolist()):
         parameter.grad = grad.copy_(total.view_as(grad)) if count else None
     return loss[0].clone()
+
+
+def read_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The value of a tensor that may be shared out; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def read_own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

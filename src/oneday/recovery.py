@@ -16,6 +16,7 @@ import torch
 from oneday.arguments import SettingError
 from oneday.checkpoints import read_state
 from oneday.collators import Batch
+from oneday.ranks import Ranks, read_own
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -61,9 +62,10 @@ class StepGuard:
         return is_spike
 
 
-def are_finite(model: torch.nn.Module) -> bool:
-    """Whether every weight is."""
-    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+def are_finite(model: torch.nn.Module, ranks: Ranks) -> bool:
+    """Whether every weight is, on every process."""
+    bad = sum(not bool(torch.isfinite(read_own(parameter)).all()) for parameter in model.parameters())
+    return not any(ranks.add(bad))
 
 
 def find_bad_number(loss: torch.Tensor, grad_norm: Any) -> str | None:
@@ -115,14 +117,14 @@ def fit_into_memory(
     Args:
         trainer: Its loader makes the micro-batches smaller.
         step: This process's micro-batches.
-        run: Talks to no other process.
+        run: Talks to no other process, where it is to be done again.
         progress: A word of process 0 that goes along.
 
     Returns:
         What `run` returned, and process 0's `progress`.
 
     Raises:
-        SettingError: When a micro-batch of one row does not fit.
+        SettingError: When a micro-batch of one row does not fit, or nothing can be done again.
     """
     device, ranks = trainer.args.device, trainer.ranks
     random_states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -131,6 +133,7 @@ def fit_into_memory(
         try:
             result = run(step)
         except torch.OutOfMemoryError:
+            ranks.refuse_to_repeat(trainer.args.micro_batch_tokens)
             has_failed = True
         num_failed, progress = ranks.add(has_failed, progress if ranks.is_first else 0.0)
         if not num_failed:

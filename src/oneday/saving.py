@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging as transformers_logging
 
 from oneday import run_directory as rundir
@@ -23,6 +24,7 @@ from oneday.checkpoints import STATE, find_good_checkpoint, publish_checkpoint, 
 from oneday.durable_files import synchronize_path, write_whole
 from oneday.loader import StepLoader
 from oneday.objectives import COMPANION
+from oneday.optimizers import CompositeOptimizer
 from oneday.ranks import Ranks
 from oneday.recovery import StepGuard, are_finite
 
@@ -67,6 +69,7 @@ class RunTrainer(Trainer):
         save_as_kept: The next checkpoint is one that `extend` starts from.
         saved_at: Steps taken when the last checkpoint was written; None: none was.
         guard: Counts of bad steps.
+        composite: The optimizer, as this project built it.
     """
 
     args: BudgetTrainingArguments
@@ -79,6 +82,7 @@ class RunTrainer(Trainer):
     save_as_kept = False
     saved_at: int | None = None
     guard: StepGuard
+    composite: CompositeOptimizer
     checkpoint_seconds = 0.0
     _staging_dir: Path | None = None
 
@@ -87,16 +91,19 @@ class RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
-        """Write a checkpoint aside, seal and rename it; where that fails, keep the last one and go on."""
+        """Write a checkpoint, by process 0; every process must call it."""
         begun = time.monotonic()
-        if not self.ranks.is_first:
-            return
-        if not are_finite(self.model):
+        if not are_finite(self.model, self.ranks):
             logger.warning("The checkpoint of step %d was not written: a weight is not finite.", self.clock.steps)
             return
+        with self.clock.account("checkpoints"), self.ranks.whole(self.model, self.composite):
+            if self.ranks.is_first:
+                self.keep_checkpoint(model, trial, begun)
+
+    def keep_checkpoint(self, model: torch.nn.Module, trial: None, begun: float) -> None:
+        """Write it aside, seal and rename it; where that fails, keep the last one and go on."""
         try:
-            with self.clock.account("checkpoints"):
-                self.write_checkpoint(model, trial)
+            self.write_checkpoint(model, trial)
         except rundir.WRITE_ERRORS as error:
             reason = "the disk is full" if rundir.is_disk_full(error, self.args.output_dir) else str(error)[:120]
             logger.warning("The checkpoint of step %d was not written: %s.", self.clock.steps, reason)
@@ -148,6 +155,13 @@ class RunTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_companion(Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them from main memory: the parent puts the whole state on a device that may hold a share of it only."""
+        if checkpoint is not None:
+            optimizer, scheduler = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
+            self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+
     def load_companion(self, checkpoint: Path | None) -> None:
         """Load what the model carries, where a checkpoint has it."""
         path = None if checkpoint is None else checkpoint / COMPANION_FILE
@@ -184,7 +198,7 @@ class RunTrainer(Trainer):
         Raises:
             SettingError: When the disk is full.
         """
-        with self.clock.account("checkpoints"):
+        with self.clock.account("checkpoints"), self.ranks.whole(self.model):
             self.ranks.lead(self.write_final)
 
     def write_final(self) -> None:

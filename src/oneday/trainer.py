@@ -25,12 +25,11 @@ from oneday.compilation import compile_layers, mark_varying, run_eagerly, try_co
 from oneday.evaluation import add_totals, name_losses, sum_held_out
 from oneday.initialization import check_embedding_init
 from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, micro_tokens, plan_rows
-from oneday.mixed_precision import HalfWeights
 from oneday.objectives import COMPANION, Objective
-from oneday.optimizers import build_optimizer, check_optimizer
+from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
-from oneday.ranks import Ranks, check_strategy
+from oneday.ranks import check_strategy, read_whole
 from oneday.recovery import StepGuard, find_bad_number, fit_into_memory
 from oneday.replay import ReplayClock, build_clock
 from oneday.row_sources import RowSource, ShuffledRows
@@ -42,6 +41,7 @@ from oneday.schedules import (
     interpolate,
     learning_rate_multiplier,
 )
+from oneday.sharding import hidden_from_accelerate, make_ranks
 from oneday.throughput import has_fast_bf16, keep_freed_memory, measure_peak_flops, synchronize
 from oneday.trackers import name_run, place_tensorboard
 
@@ -98,7 +98,7 @@ class BudgetTrainer(RunTrainer):
         data_fingerprint: str = "",
     ) -> None:
         check_strategy(args)
-        self.ranks = Ranks(args.process_index, args.world_size, args.ddp_timeout)
+        self.ranks = make_ranks(args)
         self.ranks.check_same_text(data_fingerprint)
         keep_freed_memory()
         self.objective, self.data_fingerprint = objective, data_fingerprint
@@ -133,7 +133,7 @@ class BudgetTrainer(RunTrainer):
         self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
         # What is not packed is not this project's path through the model: there autocast decides.
-        self.half_weights = HalfWeights(model, self.bf16 and objective.is_packed)
+        self.half_weights = self.ranks.spread(model, args.device, self.bf16 and objective.is_packed)
         if args.use_compile:
             for part in (model, getattr(model, COMPANION, None)):
                 compile_layers(part) if part is not None else None
@@ -144,6 +144,16 @@ class BudgetTrainer(RunTrainer):
         for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
             self.add_callback(callback)
         place_tensorboard(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the parent, for a model that is not to be wrapped."""
+        with hidden_from_accelerate():
+            super().create_accelerator_and_postprocess()
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """As the parent, unless the device is to have a share only; see `Ranks.spread`."""
+        if self.ranks.holds_whole:
+            super()._move_model_to_device(model, device)
 
     # ---- Data ----
 
@@ -208,7 +218,7 @@ class BudgetTrainer(RunTrainer):
         self.ranks.seed_step(self.args.seed, self.clock.steps_taken)
         total, progress = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts), progress)
         self.lr_scheduler.set_progress(progress)
-        loss = self.ranks.sum_gradients(model.parameters(), total)
+        loss = self.ranks.sum_gradients(model, total)
         self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
@@ -217,8 +227,8 @@ class BudgetTrainer(RunTrainer):
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
         total = torch.zeros((), device=self.args.device)
         with self.precision():
-            for batch in step:
-                total += self.backward(model, batch.to(self.args.device), counts)
+            for batch, pass_counts in self.ranks.even_out(step, counts):
+                total += self.backward(model, batch.to(self.args.device), pass_counts)
         return total
 
     @contextmanager
@@ -276,7 +286,7 @@ class BudgetTrainer(RunTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""
-        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.grad_norm = read_whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self.step_record.bad_number = find_bad_number(self.step_record.loss, self.grad_norm)
         self.composite.is_skipping = self.step_record.bad_number is not None
         return self.grad_norm
@@ -300,7 +310,8 @@ class BudgetTrainer(RunTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name."""
         if self.optimizer is None:
-            self.optimizer = self.composite = build_optimizer(self.model if model is None else model, self.args)
+            model = self.model if model is None else model
+            self.optimizer = self.composite = self.ranks.build_optimizer(model, self.args)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -352,6 +363,7 @@ class BudgetTrainer(RunTrainer):
                 max_parts,
             )
         except torch.OutOfMemoryError:
+            self.ranks.refuse_to_repeat(self.eval_batch_tokens)
             if self.eval_batch_tokens <= self.eval_dataset.row_length:
                 raise
             totals = None

@@ -1,0 +1,50 @@
+"""Short runs one after the other, as one of several processes: `python sharded_runs.py FOLDER`, once for each rank.
+
+FOLDER holds `runs.json` (name -> settings, `model` among them), the tokenizers and the packed rows. Each process
+writes `held-RANK.json`: run -> the bytes of weights and optimizer states that it held at the end, or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import DECODERS, StopAt, build_trainer
+
+from oneday.arguments import SettingError
+from oneday.optimizers import count_state_bytes
+from oneday.packed_dataset import PackedDataset
+from oneday.ranks import read_own
+from oneday.tokenization import load_tokenizer
+
+
+def run(folder: Path, name: str, model: str, rows: str | None = None, **settings: Any) -> dict[str, Any]:
+    """One run over the rows of that name, to its end; `stop` kills it before a step, `resume` goes on with it."""
+    kind = "decoder" if model in DECODERS else "encoder"
+    stop, resume = settings.pop("stop", None), settings.pop("resume", False)
+    packed = [PackedDataset(folder / f"{rows or kind}-{part}") for part in ("train", "validation")]
+    tokenizers = {kind: load_tokenizer(str(folder / kind))}
+    try:
+        trainer = build_trainer(folder / name, model, tokenizers, packed, **settings)
+        if stop is not None:
+            trainer.add_callback(StopAt(stop))
+        trainer.run(resume)
+    except SettingError as error:
+        return {"error": str(error)}
+    except KeyboardInterrupt as error:
+        assert str(error) == "killed"
+    weights = [read_own(parameter) for parameter in trainer.model.parameters()]
+    return {
+        "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights),
+        "states": count_state_bytes(trainer.composite.optimizers),
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    runs = json.loads((folder / "runs.json").read_text())
+    held = {name: run(folder, name, **settings) for name, settings in runs.items()}
+    (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps(held))
