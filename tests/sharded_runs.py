@@ -19,18 +19,25 @@ from oneday.optimizers import count_state_bytes
 from oneday.packed_dataset import PackedDataset
 from oneday.ranks import read_own
 from oneday.tokenization import load_tokenizer
+from oneday.trainer import BudgetTrainer
 
 
-def run(folder: Path, name: str, model: str, rows: str | None = None, **settings: Any) -> dict[str, Any]:
-    """One run over the rows of that name, to its end; `stop` kills it before a step, `resume` goes on with it."""
+def prepare(folder: Path, name: str, model: str, rows: str | None = None, **settings: Any) -> BudgetTrainer:
+    """The trainer of a run over the rows of that name, whose tokenizer may have the same name; `stop` kills it."""
     kind = "decoder" if model in DECODERS else "encoder"
-    stop, resume = settings.pop("stop", None), settings.pop("resume", False)
+    stop = settings.pop("stop", None)
     packed = [PackedDataset(folder / f"{rows or kind}-{part}") for part in ("train", "validation")]
-    tokenizers = {kind: load_tokenizer(str(folder / kind))}
+    source = next(path for path in (folder / (rows or kind), folder / kind) if path.exists())
+    trainer = build_trainer(folder / name, model, {kind: load_tokenizer(str(source))}, packed, **settings)
+    if stop is not None:
+        trainer.add_callback(StopAt(stop))
+    return trainer
+
+
+def run(folder: Path, name: str, resume: bool = False, **settings: Any) -> dict[str, Any]:
+    """One run to its end; `resume` goes on with what was killed."""
     try:
-        trainer = build_trainer(folder / name, model, tokenizers, packed, **settings)
-        if stop is not None:
-            trainer.add_callback(StopAt(stop))
+        trainer = prepare(folder, name, **settings)
         trainer.run(resume)
     except SettingError as error:
         return {"error": str(error)}
@@ -38,6 +45,7 @@ def run(folder: Path, name: str, model: str, rows: str | None = None, **settings
         assert str(error) == "killed"
     weights = [read_own(parameter) for parameter in trainer.model.parameters()]
     return {
+        "is_compiled": bool(trainer.args.use_compile),
         "weights": sum(tensor.numel() * tensor.element_size() for tensor in weights),
         "states": count_state_bytes(trainer.composite.optimizers),
     }

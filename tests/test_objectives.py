@@ -362,6 +362,15 @@ def test_whole_words_are_masked(make):
     assert 0.2 < share <= 0.31
 
 
+def test_documents_of_one_sentence_have_no_pair_and_every_batch_the_same_terms(make_trainer):
+    trainer = make_trainer("bert", objective="mlm_nsp", budget_steps=2)
+    batch = trainer.loader.peek()[0]
+    assert trainer.objective.count_terms(batch) == {"masked": len(batch.labels), "nsp": 0, "pair_accuracy": 0}
+    metrics = trainer.run()
+    assert metrics["eval_loss"] > 0
+    assert not {"eval_nsp_loss", "eval_pair_accuracy"} & metrics.keys(), "nothing was asked, nothing is scored"
+
+
 REFUSED = [
     ("mlm_nsp", "modernbert", {}, "has no AutoModelForPreTraining|no next-sentence head"),
     ("mlm_nsp", "electra", {}, "no next-sentence head"),

@@ -63,7 +63,7 @@ def launch(texts, tmp_path_factory):
         command += [program, ROOT / "recipes/quickstart/bert.yaml"]
         command += [word for key, value in given.items() for word in (f"--{key}", value)]
         environment = {**os.environ, "ONEDAY_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        environment |= {"FAULT": fault or "", "READ": str(read)}
+        environment |= {"FAULT": fault or "", "READ": str(read), "CUDA_VISIBLE_DEVICES": ""}
         with open(folder / f"{name}-{processes}.log", "w") as log:
             process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
         return process, folder / name

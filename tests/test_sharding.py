@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import DECODERS, ENCODERS, ROW_LENGTH, StopAt, build_trainer
+from conftest import DECODERS, ENCODERS, ROW_LENGTH
 from safetensors.numpy import load_file
+from sharded_runs import prepare
 from test_programs import ROOT
 
 from oneday.optimizers import HIDDEN_OPTIMIZERS, SHARED_BY, count_state_bytes
-from oneday.packed_dataset import PackedDataset, pack_corpus
+from oneday.packed_dataset import pack_corpus
 from oneday.run_directory import read_json, read_metrics
 from oneday.sharding import count_rows, cut_rows_of
+from oneday.tokenization import load_tokenizer, train_tokenizer
 
 STEPS = 4
 # Of all runs of one start; what waits for a process that is gone is not waited for.
@@ -32,7 +34,7 @@ UNEVEN = {"batch_size_tokens": 9 * ROW_LENGTH, "micro_batch_tokens": 3 * ROW_LEN
 # counted; a bias with two names; two heads.
 USUAL = {
     "adamw": {"model": "modernbert", "embedding_init": "cooccurrence", **UNEVEN},
-    "muon": {"model": "bert", "objective": "mlm_nsp", "optim": "muon"},
+    "muon": {"model": "bert", "objective": "mlm_nsp", "rows": "sentences", "optim": "muon", **UNEVEN},
     "muon_8bit": {"model": "qwen3", "optim": "muon_8bit", **UNEVEN},
 }
 EVERY = {
@@ -56,8 +58,13 @@ def folder(texts, tokenizers, packed, tmp_path_factory):
         tokenizer.save_pretrained(tmp_path / kind)
         for part, rows in zip(("train", "validation"), packed[kind]):
             shutil.copytree(rows.path, tmp_path / f"{kind}-{part}")
-    for part, own in (("train", texts[:270]), ("validation", texts[270:])):
-        pack_corpus([own], tokenizers["encoder"], "encoder", ROW_LENGTH, "padded", tmp_path / f"padded-{part}")
+    # A fifth of these documents have two segments: some passes have no pair.
+    sentences = [text.replace(" ", ". ") if place % 5 == 0 else text for place, text in enumerate(texts)]
+    train_tokenizer(sentences, "wordpiece", 150).save_pretrained(tmp_path / "sentences")
+    for name, documents, kind in (("padded", texts, "encoder"), ("sentences", sentences, "sentences")):
+        tokenizer, strategy = load_tokenizer(str(tmp_path / kind)), "padded" if name == "padded" else "best_fit"
+        for part, own in (("train", documents[:270]), ("validation", documents[270:])):
+            pack_corpus([own], tokenizer, "encoder", ROW_LENGTH, strategy, tmp_path / f"{name}-{part}")
     return tmp_path
 
 
@@ -72,10 +79,13 @@ def run_together(folder):
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         shared |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": is_sharded, "FSDP_VERSION": "2"}
+        shared |= {"FSDP_RESHARD_AFTER_FORWARD": "true", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, str(ROOT / "tests/sharded_runs.py"), str(folder)]
         started = []
+        # Of the cores of a pytest worker each process has all.
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
         for rank in range(processes):
-            environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, **shared}
+            environment = {**inherited, "RANK": rank, "LOCAL_RANK": rank, **shared}
             started.append(subprocess.Popen(command, env={name: str(value) for name, value in environment.items()}))
         try:
             assert [process.wait(timeout=TIMEOUT_SECONDS) for process in started] == [0] * processes
@@ -88,15 +98,11 @@ def run_together(folder):
 
 
 @pytest.fixture(scope="module")
-def run_alone(folder, tokenizers):
+def run_alone(folder):
     """Does one of them with one process, which holds everything; returns (run directory, bytes held)."""
 
-    def start(name, model, rows=None, resume=False, stop=None, **settings):
-        kind = rows or ("decoder" if model in DECODERS else "encoder")
-        packed = [PackedDataset(folder / f"{kind}-{part}") for part in ("train", "validation")]
-        trainer = build_trainer(folder / name, model, tokenizers, packed, **settings)
-        if stop is not None:
-            trainer.add_callback(StopAt(stop))
+    def start(name, resume=False, **settings):
+        trainer = prepare(folder, name, **settings)
         trainer.run(resume)
         weights = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
         return folder / name, {"weights": weights, "states": count_state_bytes(trainer.composite.optimizers)}
@@ -106,6 +112,10 @@ def run_alone(folder, tokenizers):
 
 def column(folder, name):
     return np.array([event[name] for event in read_metrics(folder) if event["event"] == "step"])
+
+
+def resumed_from(folder):
+    return [event["from_step"] for event in read_metrics(folder) if event["event"] == "resume"]
 
 
 def check_same(one, other, weights=1e-6):
@@ -136,6 +146,7 @@ def compare_with_one_process(run_alone, folder, held, prefix, runs):
         alone, whole = run_alone(f"{prefix}-{name}-alone", **settings)
         shares = [process[f"{prefix}-{name}"] for process in held]
         assert not any("error" in share for share in shares), shares
+        assert {share["is_compiled"] for share in shares} == {settings.get("torch_compile", False)}
         check_same(folder / f"{prefix}-{name}", alone, WEIGHT_TOLERANCE.get(name, 2e-6))
         check_shares(shares, whole, SHARED_BY[settings.get("optim", "adamw")] == "matrices")
 
@@ -160,11 +171,13 @@ def usual(run_together, run_alone):
 
 def test_two_processes_train_as_one_does(usual, run_alone, folder):
     compare_with_one_process(run_alone, folder, usual, "two", add_limits(USUAL))
+    assert read_json(folder / "two-muon/results.json")["eval_nsp_loss"] > 0.1, "there were pairs"
 
 
 def test_a_run_of_one_process_is_taken_up_and_the_states_written_are_those_of_whole_tensors(usual, run_alone, folder):
     unbroken, _ = run_alone("unbroken", **KILLED)
     check_same(folder / "taken-up", unbroken, WEIGHT_TOLERANCE["muon"])
+    assert resumed_from(folder / "taken-up") == [2]
     check_same_states(*(path / f"checkpoint-{STEPS - 1}/optimizer.pt" for path in (folder / "taken-up", unbroken)))
 
 
@@ -203,6 +216,7 @@ def test_any_number_goes_on_sharded_or_whole(run_together, run_alone, folder):
         unbroken, _ = run_alone(f"unbroken-{optim}", **settings)
         run_alone(f"killed-{optim}", resume=True, **settings)
         for kind in ("killed", "whole", "shares"):
+            assert resumed_from(folder / f"{kind}-{optim}") == [3]
             check_same(folder / f"{kind}-{optim}", unbroken, WEIGHT_TOLERANCE.get(optim, 2e-6))
 
 

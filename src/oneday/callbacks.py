@@ -196,7 +196,9 @@ class BudgetCallback(TrainerCallback):
         trainer, clock = self.trainer, self.trainer.clock
         if clock.budget.clock_limit_seconds is None:
             return True
-        seconds = trainer.eval_seconds / len(trainer.objective.evaluation_collators(trainer.position_offset))
+        seconds = trainer.last_eval_seconds
+        if seconds is None:
+            seconds = trainer.eval_seconds / len(trainer.objective.evaluation_collators(trainer.position_offset))
         return clock.ledger["evaluation"] + seconds <= EVALUATION_SHARE * clock.elapsed_seconds
 
     def evaluations_due(self) -> int:

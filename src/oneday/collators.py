@@ -262,11 +262,8 @@ class PairedCollator(MaskedCollator):
         pairs = make_pairs(rows, doc_lengths, self.ends_sentence, *bounds, *draws, self.negatives == "random")
         batch = super().__call__(pairs.tokens, doc_lengths, sample_indices, progress)
         batch.inputs["token_type_ids"] = torch.from_numpy(pairs.segments)
-        if len(pairs.starts):
-            batch.extras = {
-                "pair_starts": torch.from_numpy(pairs.starts),
-                "pair_labels": torch.from_numpy(pairs.labels),
-            }
+        # Also where there is none: all processes of a run count the same terms and gather the head's weights.
+        batch.extras = {"pair_starts": torch.from_numpy(pairs.starts), "pair_labels": torch.from_numpy(pairs.labels)}
         return batch
 
 

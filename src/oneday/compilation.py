@@ -14,6 +14,8 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
+from oneday.arguments import SettingError
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,20 +43,26 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def try_compiled(model: nn.Module, run: Callable[[], None]) -> bool:
+def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[str], None]) -> bool:
     """Call `run`, which compiles; if that fails, say why, leave the model uncompiled and return False.
 
     Compiling needs a C++ compiler on a CPU and a C compiler on a GPU, at run time.
+
+    Args:
+        model: Compiled layer by layer.
+        run: Calls it.
+        refuse: Is told why it failed; raises where the model cannot be run once more.
     """
     try:
         run()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, SettingError):
         raise
     except Exception as error:  # the compiler's back ends fail in many ways
         for module in model.modules():
             module._compiled_call_impl = None
-        reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason[:120])
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:120]
+        refuse(reason)
+        logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason)
         return False
     return True
 

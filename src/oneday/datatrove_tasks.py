@@ -64,17 +64,19 @@ class PackRows(PipelineStep):
     type = "PACKER"
     name = "oneday rows"
 
-    def __init__(self, split: TrainSplit, args: DataArguments, kind: str) -> None:
+    def __init__(self, split: TrainSplit, args: DataArguments, kind: str, tasks: int) -> None:
         super().__init__()
-        self.split, self.args, self.kind = split, args, kind
+        self.split, self.args, self.kind, self.tasks = split, args, kind, tasks
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         """Takes no documents and gives none.
 
         Raises:
-            SettingError: A part is damaged, or the rows cannot be written.
+            SettingError: A part is missing or damaged, or the rows cannot be written.
         """
         split = self.split
+        # Slurm knows of the last array of tasks alone, and an array has at most a thousand of them.
+        check_parts(split, self.tasks, "the logs of the other job", None)
         with exit_on_sigterm(), self.track_time("corpus"):
             prepare_rows(self.args, split.texts, split.name, split.tokenizer, self.kind, split.cache)
 
@@ -120,7 +122,9 @@ def run_tasks(args: DataArguments, kind: str, settings: ExecutorArguments) -> li
     tokenize = build_executor(settings, TokenizePart(split), settings.tasks, f"{logging_dir}/tokenize")
     forget_lost_parts(tokenize, split)
     if isinstance(tokenize, SlurmPipelineExecutor):
-        pack = build_executor(settings, PackRows(split, args, kind), 1, f"{logging_dir}/{split.rows.name}")
+        pack = build_executor(
+            settings, PackRows(split, args, kind, settings.tasks), 1, f"{logging_dir}/{split.rows.name}"
+        )
         return submit_jobs(tokenize, pack)
     log.remove()
     log.add(sys.stderr, level="INFO")  # below it are tracebacks of what Ray's tasks raised

@@ -117,7 +117,7 @@ def name_metrics(objective: Objective, name: str, totals: Mapping[str, Sequence[
         name: Of the collator.
         totals: Term -> (sum, count).
     """
-    means = {term: value / max(count, 1) for term, (value, count) in totals.items()}
+    means = {term: value / count for term, (value, count) in totals.items() if count}
     metrics = {name: sum(weight * means[term] for term, weight in objective.weights.items() if term in means)}
     if name == "eval_loss" and len(means) > 1:
         names = {term: f"eval_{term}_loss" if term in objective.weights else f"eval_{term}" for term in means}

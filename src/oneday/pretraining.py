@@ -196,7 +196,8 @@ def measure_end(trainer: BudgetTrainer) -> None:
     begun = time.monotonic()
     trainer.measure_held_out(max_parts=1)
     rows_at_once = max(1, trainer.eval_batch_tokens // trainer.eval_dataset.row_length)
-    trainer.eval_seconds = (time.monotonic() - begun) * math.ceil(len(trainer.eval_dataset) / rows_at_once)
+    num_passes = math.ceil(math.ceil(len(trainer.eval_dataset) / rows_at_once) / trainer.ranks.size)
+    trainer.eval_seconds = (time.monotonic() - begun) * num_passes
     update_reserve(trainer)
 
 

@@ -210,6 +210,9 @@ class Ranks:
     def refuse_to_repeat(self, micro_batch_tokens: int) -> None:
         """Called where memory has run out; raises SettingError unless all can do the same again in smaller parts."""
 
+    def refuse_to_go_on_uncompiled(self, reason: str) -> None:
+        """Called where compiling has failed; raises SettingError unless others may have compiled."""
+
     @contextmanager
     def whole(self, model: nn.Module, optimizer: CompositeOptimizer | None = None) -> Iterator[None]:
         """Inside, `state_dict` of these gives whole tensors on process 0; every process must enter."""

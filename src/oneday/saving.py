@@ -159,7 +159,7 @@ class RunTrainer(Trainer):
         """Load them from main memory: the parent puts the whole state on a device that may hold a share of it only."""
         if checkpoint is not None:
             optimizer, scheduler = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
-            self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True))
+            self.optimizer.load_state_dict(torch.load(optimizer, map_location="cpu", weights_only=True, mmap=True))
             self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     def load_companion(self, checkpoint: Path | None) -> None:

@@ -121,6 +121,17 @@ class ShardedRanks(Ranks):
             "the last checkpoint."
         )
 
+    def refuse_to_go_on_uncompiled(self, reason: str) -> None:
+        """See Ranks: a layer that has failed half-way leaves its weights gathered.
+
+        Raises:
+            SettingError: Always.
+        """
+        raise SettingError(
+            f"torch_compile does not work on process {self.rank} ({reason}), and sharded processes cannot do a step "
+            "again; set torch_compile to false, or see that g++ is installed."
+        )
+
     @contextmanager
     def whole(self, model: nn.Module, optimizer: CompositeOptimizer | None = None) -> Iterator[None]:
         """See Ranks; what is gathered lies in the main memory of process 0."""

@@ -112,6 +112,7 @@ class BudgetTrainer(RunTrainer):
         self.is_interrupted = False
         self.counted: tuple[list[Batch], tuple[int, float, dict[str, int]]] | None = None
         self.eval_seconds = self.save_seconds = 0.0
+        self.last_eval_seconds: float | None = None
         self.last_eval: dict[str, float] = {}
         self.position_offset = position_offset(model)
         if objective.is_packed:
@@ -234,8 +235,12 @@ class BudgetTrainer(RunTrainer):
     @contextmanager
     def precision(self) -> Iterator[None]:
         """What the model computes in."""
-        autocast = self.bf16 and not self.objective.is_packed
-        with self.half_weights.lent(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=autocast):
+        enabled = self.bf16 and not self.objective.is_packed
+        # Sharded weights are gathered anew in each pass: what was made of them is not to be kept.
+        autocast = torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=enabled, cache_enabled=self.ranks.holds_whole
+        )
+        with self.half_weights.lent(), autocast:
             yield
 
     def describe_precision(self) -> str:
@@ -259,7 +264,8 @@ class BudgetTrainer(RunTrainer):
 
         def rehearse(step: list[Batch]) -> bool:
             counts = self.objective.count_terms(step[0])
-            return try_compiled(self.model, lambda: self.accumulate(self.model, counts, step[:1]))
+            run = functools.partial(self.accumulate, self.model, counts, step[:1])
+            return try_compiled(self.model, run, self.ranks.refuse_to_go_on_uncompiled)
 
         is_compiled, _ = fit_into_memory(self, self.loader.peek(), rehearse)
         self.model.zero_grad()
@@ -330,7 +336,9 @@ class BudgetTrainer(RunTrainer):
             metrics = self.measure_held_out(own_only=self.is_in_train)
         # During training one collator runs, at the end all of them.
         times = len(self.objective.evaluation_collators(self.position_offset)) if self.is_in_train else 1
-        self.eval_seconds = max(self.eval_seconds, times * (time.monotonic() - begun))
+        seconds = time.monotonic() - begun
+        self.eval_seconds = max(self.eval_seconds, times * seconds)
+        self.last_eval_seconds = seconds if self.is_in_train else self.last_eval_seconds
         self.last_eval = metrics
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
