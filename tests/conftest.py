@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -66,6 +67,15 @@ def steps_of(trainer):
 def weights(trainer):
     """A copy of its weights."""
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A program that ran inside a test logs to that test's stderr, which is closed afterwards."""
+    yield
+    for handler in logging.getLogger().handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
