@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 
+from oneday.arguments import SettingError
 from oneday.compilation import compile_layers, find_layers
+from oneday.sharding import ShardedRanks
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "qwen3"])
@@ -29,6 +31,19 @@ def test_where_compiling_fails_it_says_so_and_runs_uncompiled(make_trainer, monk
     assert "No working C++ compiler found" in caplog.text and "running uncompiled" in caplog.text
     assert trainer.clock.ledger["compilation"] > 0
     assert not any(layer._compiled_call_impl for layer in find_layers(trainer.model))
+
+
+def test_where_compiling_fails_sharded_processes_do_not_go_on(make_trainer, monkeypatch):
+    """Layers whose weights were gathered when the pass broke off, and others that may have compiled."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found in ['g++']")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    trainer = make_trainer("bert", budget_steps=1, torch_compile=True)
+    trainer.ranks.refuse_to_repeat = ShardedRanks().refuse_to_repeat
+    with pytest.raises(SettingError, match=r"No working C\+\+ compiler.*\(process 0\), and sharded processes cannot"):
+        trainer.run()
 
 
 def test_a_model_without_repeated_layers_says_so(caplog):

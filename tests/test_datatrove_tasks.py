@@ -21,8 +21,8 @@ from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 from oneday import packed_dataset, tokenized_parts
 from oneday.arguments import DataArguments, ExecutorArguments, SettingError
 from oneday.corpus import load_corpus
-from oneday.datatrove_tasks import run_tasks
-from oneday.preparation import prepare_data
+from oneday.datatrove_tasks import PackRows, run_tasks
+from oneday.preparation import load_split, prepare_data
 
 SMALL = {"vocab_size": 150, "max_seq_length": 32, "validation_fraction": 0.1}
 
@@ -88,6 +88,16 @@ def test_three_tasks_give_the_rows_of_one_process(data_args, alone, tmp_path, mo
     assert prepared.fingerprint == alone.fingerprint
     monkeypatch.setattr("oneday.datatrove_tasks.build_executor", None)
     assert run_tasks(data_args, "encoder", settings) == []
+
+
+def test_rows_are_not_packed_of_some_parts(data_args, tmp_path):
+    """Slurm starts the packing when the last array of tasks has ended well, whatever became of those before it."""
+    run_tasks(data_args, "encoder", ExecutorArguments("local", tasks=3, workers=1))
+    split = load_split(data_args, "encoder", "executor")
+    next(split.parts.glob("part-00001-*")).unlink()
+    with pytest.raises(SettingError, match="1 of 3 tasks are not done; read the logs"):
+        PackRows(split, data_args, "encoder", 3).run()
+    assert not split.rows.exists()
 
 
 def test_a_failed_task_is_said_and_the_others_are_not_done_again(data_args, alone, tmp_path, monkeypatch, capfd):

@@ -185,7 +185,6 @@ def test_a_checkpoint_goes_out_as_one_of_a_run_that_goes_on(tmp_path):
     assert find_fault(tmp_path / "sent" / "last-checkpoint") is None
 
 
-@pytest.mark.slow
 def test_the_last_checkpoint_is_pushed_afterwards(hub, program, tmp_path):
     """Of a run that has ended: elsewhere nothing is left to train, and the model is the same."""
     here, there = tmp_path / "run", tmp_path / "there"

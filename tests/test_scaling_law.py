@@ -89,6 +89,9 @@ def test_the_ladder_predicts_the_ten_minute_run(records):
     long = [record for record in records if not is_short(record)]
     short = [record for record in records if is_short(record)]
     assert len(long) >= 3
+    alike = [record for record in short if record["precision"] == long[0]["precision"]]  # of machines as fast
+    assert len(alike) >= 4
+    assert max(record["clock_seconds"] for record in alike) < 240
     law = fit_family(short, family_of(long[0]), long[0]["settings"]["held_out"]).law
     assert law.num_sizes == 4
     assert max(point.tokens for point in law.points) < 0.4 * long[0]["tokens"]

@@ -21,7 +21,7 @@ from test_programs import ROOT
 from oneday.optimizers import HIDDEN_OPTIMIZERS, SHARED_BY, count_state_bytes
 from oneday.packed_dataset import pack_corpus
 from oneday.run_directory import read_json, read_metrics
-from oneday.sharding import count_rows, cut_rows_of
+from oneday.sharded_optimizers import count_rows, cut_rows_of
 from oneday.tokenization import load_tokenizer, train_tokenizer
 
 STEPS = 4

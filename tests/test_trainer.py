@@ -43,7 +43,7 @@ def test_wall_clock_budget_is_used_and_kept(make_trainer):
     trainer.run()
     report = json.loads((trainer_path(trainer) / "budget.json").read_text())
     assert report["status"] == "finished"
-    assert 0.7 < report["used_fraction"] <= 1.02  # beside other work; longer clocks below
+    assert 0.85 < report["used_fraction"] <= 1.02
     assert sum(report["ledger_seconds"].values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)
     progress = [step["lr_progress"] for step in steps_of(trainer)]
     assert progress == sorted(progress)

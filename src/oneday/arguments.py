@@ -103,6 +103,7 @@ class ExecutorArguments:
     sbatch_args: dict[str, str] = setting({}, "Further options of sbatch, say '{account: mine, qos: high}'.")
 
     def __post_init__(self) -> None:
+        """Refuse what cannot work."""
         if self.executor is None and self.tasks != 1:
             raise SettingError(
                 f"The setting tasks is {self.tasks}, but executor is empty; set executor to local, slurm or ray."

@@ -43,7 +43,7 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[str], None]) -> bool:
+def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[str, str], None]) -> bool:
     """Call `run`, which compiles; if that fails, say why, leave the model uncompiled and return False.
 
     Compiling needs a C++ compiler on a CPU and a C compiler on a GPU, at run time.
@@ -51,7 +51,7 @@ def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[st
     Args:
         model: Compiled layer by layer.
         run: Calls it.
-        refuse: Is told why it failed; raises where the model cannot be run once more.
+        refuse: Is told what failed and what to do; raises where the model cannot be run once more.
     """
     try:
         run()
@@ -61,7 +61,7 @@ def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[st
         for module in model.modules():
             module._compiled_call_impl = None
         reason = (" ".join(str(error).split()) or type(error).__name__)[:120]
-        refuse(reason)
+        refuse(f"torch_compile does not work here ({reason})", "see that g++ is installed, or begin a run without it")
         logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason)
         return False
     return True

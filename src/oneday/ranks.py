@@ -207,11 +207,8 @@ class Ranks:
         """The optimizer that the settings name, over what this process holds; see `optimizers.build_optimizer`."""
         return build_optimizer(model, args)
 
-    def refuse_to_repeat(self, micro_batch_tokens: int) -> None:
-        """Called where memory has run out; raises SettingError unless all can do the same again in smaller parts."""
-
-    def refuse_to_go_on_uncompiled(self, reason: str) -> None:
-        """Called where compiling has failed; raises SettingError unless others may have compiled."""
+    def refuse_to_repeat(self, failure: str, mend: str) -> None:
+        """Called where a pass has failed half-way; raises SettingError unless it can be done again some other way."""
 
     @contextmanager
     def whole(self, model: nn.Module, optimizer: CompositeOptimizer | None = None) -> Iterator[None]:

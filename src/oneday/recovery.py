@@ -109,6 +109,12 @@ def load_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
     trainer.clock.rewind(read_state(folder)["clock"])
 
 
+def describe_full_memory(micro_batch_tokens: int) -> tuple[str, str]:
+    """What has failed, and what to do; for `Ranks.refuse_to_repeat`."""
+    failure = f"The memory does not hold a micro-batch of {micro_batch_tokens} tokens"
+    return failure, "lower micro_batch_tokens"
+
+
 def fit_into_memory(
     trainer: BudgetTrainer, step: list[Batch], run: Callable[[list[Batch]], Result], progress: float = 0.0
 ) -> tuple[Result, float]:
@@ -133,7 +139,7 @@ def fit_into_memory(
         try:
             result = run(step)
         except torch.OutOfMemoryError:
-            ranks.refuse_to_repeat(trainer.args.micro_batch_tokens)
+            ranks.refuse_to_repeat(*describe_full_memory(trainer.args.micro_batch_tokens))
             has_failed = True
         num_failed, progress = ranks.add(has_failed, progress if ranks.is_first else 0.0)
         if not num_failed:

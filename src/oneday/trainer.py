@@ -30,7 +30,7 @@ from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.pretraining import run_pretraining, update_reserve
 from oneday.ranks import check_strategy, read_whole
-from oneday.recovery import StepGuard, find_bad_number, fit_into_memory
+from oneday.recovery import StepGuard, describe_full_memory, find_bad_number, fit_into_memory
 from oneday.replay import ReplayClock, build_clock
 from oneday.row_sources import RowSource, ShuffledRows
 from oneday.saving import RunTrainer
@@ -265,7 +265,7 @@ class BudgetTrainer(RunTrainer):
         def rehearse(step: list[Batch]) -> bool:
             counts = self.objective.count_terms(step[0])
             run = functools.partial(self.accumulate, self.model, counts, step[:1])
-            return try_compiled(self.model, run, self.ranks.refuse_to_go_on_uncompiled)
+            return try_compiled(self.model, run, self.ranks.refuse_to_repeat)
 
         is_compiled, _ = fit_into_memory(self, self.loader.peek(), rehearse)
         self.model.zero_grad()
@@ -371,7 +371,7 @@ class BudgetTrainer(RunTrainer):
                 max_parts,
             )
         except torch.OutOfMemoryError:
-            self.ranks.refuse_to_repeat(self.eval_batch_tokens)
+            self.ranks.refuse_to_repeat(*describe_full_memory(self.eval_batch_tokens))
             if self.eval_batch_tokens <= self.eval_dataset.row_length:
                 raise
             totals = None
