@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import yaml
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
-from oneday.recipe import build_arguments, complete_settings, format_help, parse_recipe, resolve_settings
+from oneday.recipe import (
+    build_arguments,
+    complete_settings,
+    format_help,
+    format_usage,
+    parse_recipe,
+    resolve_settings,
+    wrap_command,
+)
 
 CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 
@@ -101,3 +111,14 @@ def test_help_names_every_own_setting_in_80_columns():
     assert "--budget_kwh" in text
     assert "in kilowatt-hours" in text
     assert "--max_steps" not in text
+
+
+def test_the_example_of_help_can_be_pasted():
+    """Lines end between words only, and what was quoted stays one word."""
+    command = "python scripts/try_model.py --run_dir runs/quickstart-bert --text 'The [MASK] is empty.'"
+    for width in (20, 40, 70):
+        lines = wrap_command(command, width)
+        assert len(lines) > 1
+        assert [word for line in lines for word in shlex.split(line)] == shlex.split(command)
+    assert format_usage(command) == "python scripts/try_model.py [--key value ...]"
+    assert format_usage("python a.py ladder b.yaml --c 1") == "python a.py MODE [RECIPE.yaml] [--key value ...]"
