@@ -8,7 +8,13 @@ from conftest import DECODERS, ENCODERS
 from torch.nn import functional as F
 
 from oneday import cross_entropy
-from oneday.cross_entropy import find_fusable_projection, summed_cross_entropy, summed_linear_cross_entropy
+from oneday.cross_entropy import (
+    differentiate,
+    differentiate_at_once,
+    find_fusable_projection,
+    summed_cross_entropy,
+    summed_linear_cross_entropy,
+)
 
 
 def make_case(num_rows=37, width=16, vocab=101, dtype=torch.float32):
@@ -34,6 +40,17 @@ def test_loss_and_gradients_equal_the_formula_in_float64(monkeypatch, rows, with
     for ours, plain in zip(gradients, torch.autograd.grad(exact, doubles)):
         assert ours.dtype == torch.float32
         assert (ours - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_what_a_compiler_fuses_is_the_plain_gradient(dtype, tolerance):
+    logits = 5 * torch.randn(7, 33, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(33, (7, 1), generator=torch.Generator().manual_seed(1))
+    loss, gradient = differentiate_at_once(logits.clone(), labels)
+    plain_loss, plain_gradient = differentiate(logits.clone(), labels)
+    assert gradient.dtype == dtype and plain_gradient.dtype == torch.float32
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.float(), plain_gradient, rtol=tolerance, atol=tolerance)
 
 
 def test_no_gradient_gives_the_same_loss_and_none_at_all_gives_zero():

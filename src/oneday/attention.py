@@ -126,7 +126,7 @@ def attend_flattened(
 
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     out = varlen_attn(*flat, cu, cu, max_length, max_length, scale=scale, window_size=window)
-    return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+    return out.view(q.shape[0], q.shape[2], *out.shape[1:]).transpose(1, 2)
 
 
 def attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -163,10 +163,16 @@ def attend_packed(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
 
 
+@torch.compiler.assume_constant_result
+def can_autocast(device_type: str) -> bool:
+    """Whether a kind of device has autocast; a constant, see `has_flash_attention`."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def align_dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One dtype for the three: under autocast its own (QK-norm hands over float32 queries beside bf16 values)."""
     device = q.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = can_autocast(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else v.dtype
     return q.to(dtype), k.to(dtype), v.to(dtype)
 

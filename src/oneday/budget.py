@@ -261,6 +261,10 @@ class BudgetClock:
         self._progress = min(1.0, max(self._progress, *self.fractions().values()))
         return self._progress
 
+    def progress_after(self, tokens: int, flops: float) -> float:
+        """What `progress` will be once the step under way, of this size, has been counted."""
+        return min(1.0, max(self._progress, *self.fractions(tokens, flops, 1).values()))
+
     def fits(self, tokens: int, flops: float) -> bool:
         """Whether one more step of this size ends inside every limit, even if it is one of the slow ones."""
         counts_fit = all(fraction <= 1.0 + 1e-9 for fraction in self.fractions(tokens, flops, 1).values())

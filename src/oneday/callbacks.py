@@ -130,13 +130,13 @@ class BudgetCallback(TrainerCallback):
         """Count the step, then look at the budget."""
         trainer, record = self.trainer, self.trainer.step_record
         trainer.step_loss = float(record.loss)
-        trainer.step_seconds = trainer.clock.now() - record.begun
-        trainer.step_plan = trainer.loader.current_plan
+        trainer.step_seconds = trainer.clock.now() - record.begun - record.data_seconds
         if record.bad_number is None:
             trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
             self.note_spike(trainer.guard.note_good(trainer.step_loss, trainer.clock.steps))
         else:
             trainer.clock.count_skip(trainer.step_seconds)
+            trainer.loader.drop_ahead()
         state.epoch = trainer.loader.epoch or 0.0
         if record.bad_number is not None and trainer.guard.note_bad():
             roll_back(trainer)
@@ -222,7 +222,7 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """One line a step, taken or skipped."""
-        trainer, record, plan = self.trainer, self.trainer.step_record, self.trainer.step_plan
+        trainer, record, plan = self.trainer, self.trainer.step_record, self.trainer.step_record.plan
         facts = {
             "loss": trainer.step_loss,
             "lr": trainer.lr_scheduler.get_last_lr()[0],

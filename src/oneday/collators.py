@@ -43,10 +43,15 @@ class Batch:
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; to a GPU from pinned memory, which does not wait for what it computes."""
         if device.type == "cpu":
             return self
-        move = lambda value: value.to(device, non_blocking=True) if torch.is_tensor(value) else value  # noqa: E731
+
+        def move(value: torch.Tensor | int) -> torch.Tensor | int:
+            if not torch.is_tensor(value):
+                return value
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+
         return Batch(
             {key: move(value) for key, value in self.inputs.items()},
             move(self.positions),

@@ -1,7 +1,7 @@
-"""`torch.compile` for the repeated layers of a stock model.
+"""`torch.compile` for the repeated layers of a stock model, and on a GPU for the gradient of its logits.
 
-All layers of a kind run one compiled graph, so that compiling takes seconds instead of minutes, and the head and the
-loss, whose sizes change from step to step, stay outside.
+All layers of a kind run one compiled graph, so that compiling takes seconds instead of minutes; the embeddings and the
+head, which run once, stay outside.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 from oneday.arguments import SettingError
+from oneday.cross_entropy import differentiate, differentiate_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,22 @@ def compile_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def compile_loss(model: nn.Module) -> None:
+    """Have the gradient of a model's logits compiled at its first call, where that pays: on a GPU.
+
+    On two CPU cores the compiled passes took as long as the plain ones, which were a seventh of the products.
+    """
+    if next(model.parameters()).device.type == "cuda" and hasattr(model, "selected_positions"):
+        compiled = torch.compile(differentiate_at_once, dynamic=False)
+
+        def run(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            for tensor in (logits, labels):  # the last chunk has fewer rows
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            return compiled(logits, labels)
+
+        model.selected_positions.differentiate = run
+
+
 def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[str, str], None]) -> bool:
     """Call `run`, which compiles; if that fails, say why, leave the model uncompiled and return False.
 
@@ -60,6 +77,8 @@ def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[st
     except Exception as error:  # the compiler's back ends fail in many ways
         for module in model.modules():
             module._compiled_call_impl = None
+            if hasattr(module, "selected_positions"):
+                module.selected_positions.differentiate = differentiate
         reason = (" ".join(str(error).split()) or type(error).__name__)[:120]
         refuse(f"torch_compile does not work here ({reason})", "see that g++ is installed, or begin a run without it")
         logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason)

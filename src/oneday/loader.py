@@ -121,7 +121,7 @@ class StepLoader:
     Args:
         source: Gives rows for sample indices.
         collator: The objective's collator.
-        plan: Asked before each step for its size.
+        plan: Asked before each step for its size; with a progress, for the size it will have at that.
         rank: This process.
         num_processes: All of them.
         largest_step_rows: Rows of the largest step to come; None: of the next one.
@@ -134,7 +134,7 @@ class StepLoader:
         self,
         source: RowSource,
         collator: Collator,
-        plan: Callable[[], StepPlan],
+        plan: Callable[..., StepPlan],
         rank: int = 0,
         num_processes: int = 1,
         largest_step_rows: int | None = None,
@@ -159,14 +159,18 @@ class StepLoader:
             self._waiting = None
             yield step
 
-    def peek(self) -> list[Batch]:
-        """The next step's micro-batches, which iteration will give."""
+    def peek(self, progress: float | None = None) -> list[Batch]:
+        """The next step's micro-batches, which iteration will give; planned for `progress`, None: the present one."""
         if self._waiting is None:
-            plan = self.plan()
+            plan = self.plan() if progress is None else self.plan(progress)
             samples = np.arange(self.samples_seen, self.samples_seen + plan.num_rows)
             self._taken = TakenRows(plan, samples, *self.source.take(samples))
             self._waiting = self.collate(self._taken)
         return self._waiting
+
+    def drop_ahead(self) -> None:
+        """Forget the step that `peek` made: it was planned for a progress that was not reached."""
+        self._waiting = None
 
     def collate(self, taken: TakenRows) -> list[Batch]:
         """This rank's micro-batches of a step."""

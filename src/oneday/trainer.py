@@ -21,7 +21,7 @@ from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import position_offset, probe_packing
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
-from oneday.compilation import compile_layers, mark_varying, run_eagerly, try_compiled
+from oneday.compilation import compile_layers, compile_loss, mark_varying, run_eagerly, try_compiled
 from oneday.evaluation import add_totals, name_losses, sum_held_out
 from oneday.initialization import check_embedding_init
 from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, micro_tokens, plan_rows
@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 class StepRecord:
     """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it.
 
-    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens.
+    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens. `loss` is a
+    number once the step's work on the device is known to be done. `data_seconds` went into the next step's data.
     """
 
     begun: float
@@ -60,7 +61,9 @@ class StepRecord:
     flops: float
     counts: dict[str, int]
     progress: float
-    loss: torch.Tensor
+    loss: torch.Tensor | float
+    plan: StepPlan
+    data_seconds: float = 0.0
     bad_number: str | None = None
     is_spike: bool = False
 
@@ -137,7 +140,9 @@ class BudgetTrainer(RunTrainer):
         self.half_weights = self.ranks.spread(model, args.device, self.bf16 and objective.is_packed)
         if args.use_compile:
             for part in (model, getattr(model, COMPANION, None)):
-                compile_layers(part) if part is not None else None
+                if part is not None:
+                    compile_layers(part)
+                    compile_loss(part)
         self.train_dataset = train_dataset
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
@@ -175,11 +180,11 @@ class BudgetTrainer(RunTrainer):
             largest_rows,
         )
 
-    def plan_step(self, args: BudgetTrainingArguments, row_length: int) -> StepPlan:
-        """Size of the next step, as the schedules say at the present progress of process 0."""
+    def plan_step(self, args: BudgetTrainingArguments, row_length: int, progress: float | None = None) -> StepPlan:
+        """Size of the next step, as the schedules say at a progress of process 0; None: the present one."""
         if isinstance(self.clock, ReplayClock):
             return self.share_plan(self.clock.current().plan, row_length)
-        progress = self.clock.progress
+        progress = self.clock.progress if progress is None else progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
         rows = plan_rows(tokens, micro_tokens(args), row_length, args.world_size)
         cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
@@ -219,10 +224,24 @@ class BudgetTrainer(RunTrainer):
         self.ranks.seed_step(self.args.seed, self.clock.steps_taken)
         total, progress = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts), progress)
         self.lr_scheduler.set_progress(progress)
+        plan = self.loader.current_plan
+        data_seconds = self.read_ahead(tokens, flops)
         loss = self.ranks.sum_gradients(model, total)
-        self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss)
+        self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss, plan, data_seconds)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def read_ahead(self, tokens: int, flops: float) -> float:
+        """Make the next step's batches while a GPU computes this one's gradients; returns the seconds it took.
+
+        A stream reads ahead by itself, and may have to be waited for; a replay does not know the next plan yet.
+        """
+        if self.loader.source.num_rows is None or isinstance(self.clock, ReplayClock):
+            return 0.0
+        begun = self.clock.now()
+        with self.clock.account("data"):
+            self.loader.peek(self.clock.progress_after(tokens, flops))
+        return self.clock.now() - begun
 
     def accumulate(self, model: torch.nn.Module, counts: dict[str, int], step: list[Batch]) -> torch.Tensor:
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
@@ -293,6 +312,8 @@ class BudgetTrainer(RunTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""
         self.grad_norm = read_whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        # Read here, where the norm is waited for anyway: after the optimizer it would be waited for as well.
+        self.step_record.loss = float(self.step_record.loss)
         self.step_record.bad_number = find_bad_number(self.step_record.loss, self.grad_norm)
         self.composite.is_skipping = self.step_record.bad_number is not None
         return self.grad_norm

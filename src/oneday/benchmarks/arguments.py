@@ -85,6 +85,9 @@ class RecordArguments:
     """Records: every finished run is kept as a JSON file and used again while it stands."""
 
     records_dir: str = setting("recipes/benchmarks", "Where records, tables and pictures are kept.")
+    keep_runs: str | None = setting(
+        None, "Directory in which the run directories of our side are kept, model and all; empty: none is."
+    )
     reuse_ours: bool = setting(False, "Use records of our side also when this project's code has changed since.")
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
@@ -12,17 +15,18 @@ from oneday.recipe import build_arguments
 from oneday.trainer import BudgetTrainer
 
 
-def run_ours(job: Job) -> dict[str, Any]:
-    """Run a recipe in a temporary directory; for a fresh process.
+def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
+    """Run a recipe; for a fresh process.
 
     Args:
         job: `details` holds `budget_seconds` (None where another kind of budget ends the run) and `num_points`.
+        run_dir: Kept; None: a temporary one.
 
     Raises:
-        SettingError: When a setting cannot work.
+        SettingError: When a setting cannot work, or `run_dir` holds something.
         KeyboardInterrupt: When a signal ended it.
     """
-    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
+    with open_run_dir(run_dir) as folder:
         model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": folder})
         check_settings(model_args, args)
         trainer, data = assemble_trainer(model_args, data_args, args)
@@ -47,6 +51,16 @@ def run_ours(job: Job) -> dict[str, Any]:
         curve.add_point(losses)
         result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
         return {**result, "precision": describe_precision(trainer)}
+
+
+def open_run_dir(run_dir: Path | None) -> AbstractContextManager[str]:
+    """The directory of one run: `run_dir`, which must not be there yet, or a temporary one."""
+    if run_dir is None:
+        return tempfile.TemporaryDirectory(prefix="oneday-benchmark-")
+    if run_dir.exists():
+        raise SettingError(f"The setting keep_runs is {run_dir.parent}, which holds {run_dir.name} already; move it.")
+    run_dir.mkdir(parents=True)
+    return nullcontext(str(run_dir))
 
 
 def describe_precision(trainer: BudgetTrainer) -> str:

@@ -67,11 +67,13 @@ class Plan:
         name: Of the recipe, for files: `quickstart-bert`.
         settings: Every setting of it.
         store: Where its records are.
+        keep_runs: Where run directories of our side are kept; None: nowhere.
     """
 
     name: str
     settings: Settings
     store: RecordStore
+    keep_runs: Path | None = None
 
     @functools.cached_property
     def budget(self) -> Budget:
@@ -112,7 +114,9 @@ class Plan:
             "num_points": num_points,
             "seed": seed,
         }
-        return Job(kind, name, run_ours, recipe, details, normalise(settings))
+        run_dir = None if self.keep_runs is None else self.keep_runs / name
+        run = functools.partial(run_ours, run_dir=run_dir)
+        return Job(kind, name, run, recipe, details, normalise(settings))
 
     def stock_job(
         self,
@@ -171,7 +175,8 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
         record_args.reuse_ours,
         measure_peak_flops(args.device, bf16),
     )
-    return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
+    keep_runs = Path(record_args.keep_runs) if record_args.keep_runs else None
+    return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store, keep_runs)
 
 
 def merge_changes(settings: Settings, changes: Settings) -> Settings:

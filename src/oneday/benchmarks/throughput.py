@@ -79,7 +79,7 @@ class StepTimer(TrainerCallback):
             self.warmup.append(seconds)
             return
         record = trainer.step_record
-        forward_backward = self.gradients_at - record.begun
+        forward_backward = self.gradients_at - record.begun - record.data_seconds
         self.steps.append(
             {
                 "step": seconds,

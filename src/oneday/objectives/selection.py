@@ -9,6 +9,7 @@ from torch import nn
 
 from oneday.collators import Batch
 from oneday.cross_entropy import (
+    differentiate,
     find_fusable_projection,
     read_logits,
     summed_cross_entropy,
@@ -27,6 +28,7 @@ class SelectedPositions:
     Attributes:
         positions: Places in the flattened tokens that the head sees; None leaves the model alone.
         others: Further places whose states are kept in `other_states` (num_others, width), for a second head.
+        differentiate: What the fused loss takes the gradients of the logits with.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,6 +37,7 @@ class SelectedPositions:
         self.other_states: torch.Tensor | None = None
         self.projection = find_fusable_projection(model)
         self.num_words = model.config.vocab_size
+        self.differentiate = differentiate
         find_body(model).register_forward_hook(self.select)
 
     def select(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -66,7 +69,8 @@ class SelectedPositions:
         """Summed cross-entropy of what `run` returned."""
         if self.projection is None:
             return summed_cross_entropy(output, labels)
-        return summed_linear_cross_entropy(output, self.projection.weight, self.projection.bias, labels)
+        weight, bias = self.projection.weight, self.projection.bias
+        return summed_linear_cross_entropy(output, weight, bias, labels, self.differentiate)
 
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """Logits (num_predicted, vocabulary) of what `run` returned."""
