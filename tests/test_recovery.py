@@ -79,6 +79,26 @@ def test_tokens_of_a_skipped_step_are_not_in_the_weights(make_trainer):
     assert skipping.loader.samples_seen >= plain.loader.samples_seen
 
 
+def test_every_step_is_planned_for_what_is_in_the_weights_when_it_begins(make_trainer):
+    """Also the one after a bad step, whose successor had been made ahead for a progress that was not reached."""
+    settings = {"batch_size_tokens_start": 4 * ROW_LENGTH, "batch_size_tokens": 16 * ROW_LENGTH}
+    trainer = make_trainer("bert", budget_tokens=4000, **settings)
+    trainer.add_callback(Poison(trainer, [2]))
+    trainer.run()
+    attempts = [e for e in read_metrics(trainer.args.output_dir) if e["event"] in ("step", "skip")]
+    begun = [0, *(event["tokens"] for event in attempts[:-1])]
+    assert [event["plan_progress"] for event in attempts] == [tokens / 4000 for tokens in begun]
+    assert len({event["num_rows"] for event in attempts}) > 1 and attempts[2]["event"] == "skip"
+
+
+def test_the_next_step_is_made_while_one_is_computed(make_trainer):
+    trainer = make_trainer("bert", budget_steps=3)
+    made = []
+    trainer.ranks.sum_gradients = lambda model, loss: made.append(trainer.loader._waiting is not None) or loss
+    trainer.run()
+    assert made == [True, True, True]
+
+
 def test_many_bad_steps_roll_back_and_skip_that_text(make_trainer, caplog):
     trainer = make_trainer("bert", budget_steps=12, save_steps=3, max_bad_steps=3)
     trainer.add_callback(Poison(trainer, [5, 6, 7]))
