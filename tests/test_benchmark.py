@@ -448,9 +448,11 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monke
     records = tmp_path / "records"
     argv = ["versus-stock", recipe, "--baselines", tmp_path / "rival.json",
             "--learning_rates", "1e-3", "--stock_rows", 8, "--seeds", 1,
-            "--num_points", 5, "--records_dir", records]  # fmt: skip
+            "--num_points", 5, "--records_dir", records, "--keep_runs", tmp_path / "kept"]  # fmt: skip
     code, table, stderr = run_benchmark(*argv)
     assert code == 0, stderr
+    kept = tmp_path / "kept" / "ours-mini-pretrain-3s-seed1"
+    assert AutoModelForMaskedLM.from_pretrained(kept).num_parameters() > 0
     assert max(map(len, table.splitlines())) <= 80, table
     assert {path.name for path in records.iterdir()} == {
         "ours-mini-pretrain-3s-seed1.json", "stock-mini-pretrain-rival-8rows-lr0.001-3s-seed1.json",
@@ -488,6 +490,12 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monke
     assert again == table
     assert "2 of 2 runs have records that stand" in stderr
     assert {path: path.read_bytes() for path in before} == before
+
+    weights = (kept / "model.safetensors").read_bytes()
+    next(records.glob("ours-*.json")).unlink()
+    code, _, stderr = run_benchmark(*argv)
+    assert code == 1 and "keep_runs" in stderr and "move it" in stderr
+    assert (kept / "model.safetensors").read_bytes() == weights
 
 
 def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path):

@@ -64,7 +64,9 @@ def test_every_config(file):
     dropouts = [
         v for k, v in AutoConfig.from_pretrained(str(file)).to_dict().items() if "drop" in k and "summary" not in k
     ]
-    assert any(dropouts) == (file.stem in ("baseline-bert", "baseline-bert-medium", "baseline-gpt2")), "only stock keeps its dropout"
+    assert any(dropouts) == (file.stem in ("baseline-bert", "baseline-bert-medium", "baseline-gpt2")), (
+        "only stock keeps its dropout"
+    )
     kind = model_kind(AutoConfig.from_pretrained(str(file)))
     tokenizer = ENCODER if kind == "encoder" else DECODER
     config = load_config(file, tokenizer, 512)
