@@ -8,6 +8,7 @@ from oneday.assembly import CLASSES
 from oneday.benchmarks.ablation import run_ablation
 from oneday.benchmarks.arguments import (
     AblationArguments,
+    KeepArguments,
     RecordArguments,
     SeedArguments,
     ThroughputArguments,
@@ -38,8 +39,8 @@ FINETUNING = ((FinetuneArguments,), make_finetuning_plan, "recipes/glue/finetune
 # What runs, its own settings; those of the recipe, what makes a plan of it, and the recipe where none is named.
 MODES = {
     "throughput": (run_throughput, (ThroughputArguments,), *PRETRAINING),
-    "versus-stock": (run_versus_stock, (VersusStockArguments, SeedArguments), *PRETRAINING),
-    "ablate": (run_ablation, (AblationArguments, SeedArguments), *PRETRAINING),
+    "versus-stock": (run_versus_stock, (VersusStockArguments, SeedArguments, KeepArguments), *PRETRAINING),
+    "ablate": (run_ablation, (AblationArguments, SeedArguments, KeepArguments), *PRETRAINING),
     "finetuning": (run_finetuning, (), *FINETUNING),
 }
 EXAMPLES = {
@@ -59,7 +60,14 @@ def main() -> None:
     """Run one mode and print its table."""
     mode, argv = split_mode(tuple(MODES))
     if mode is None:
-        own = (ThroughputArguments, VersusStockArguments, AblationArguments, SeedArguments, RecordArguments)
+        own = (
+            ThroughputArguments,
+            VersusStockArguments,
+            AblationArguments,
+            SeedArguments,
+            KeepArguments,
+            RecordArguments,
+        )
         sys.stdout.write(format_help(own, DESCRIPTION, format_example("versus-stock")))
         return
     run, mode_classes, recipe_classes, plan_recipe, default_recipe = MODES[mode]

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES
 from oneday.benchmarks.ablation import describe_change, find_verdict, paired_difference, run_ablation
-from oneday.benchmarks.arguments import AblationArguments, SeedArguments, VersusStockArguments
+from oneday.benchmarks.arguments import AblationArguments, KeepArguments, SeedArguments, VersusStockArguments
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, point_times
 from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.planning import Plan, Text, read_changes
@@ -38,6 +38,7 @@ from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
 from oneday.comparison import time_to_match
 from oneday.corpus import Corpus
+from oneday.ladder import LadderArguments, read_records, run_ladder
 from oneday.modeling import FlopCounter
 from oneday.objectives import EVALUATION_SEED, find_objective
 from oneday.packed_dataset import pack_corpus
@@ -493,9 +494,18 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monke
 
     weights = (kept / "model.safetensors").read_bytes()
     next(records.glob("ours-*.json")).unlink()
-    code, _, stderr = run_benchmark(*argv)
-    assert code == 1 and "keep_runs" in stderr and "move it" in stderr
-    assert (kept / "model.safetensors").read_bytes() == weights
+    assert run_benchmark(*argv)[0] == 0
+    assert (kept / "model.safetensors").read_bytes() != weights, "another run, in place of the older one"
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name}
+
+
+def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    settings, records = yaml.safe_load(recipe.read_text()), tmp_path / "ladder"
+    made = run_ladder(str(recipe), settings, LadderArguments(tokens=[2048.0, 4096.0], records_dir=str(records)))
+    assert [record["budget"] for record in made] == [{"tokens": 2048.0}, {"tokens": 4096.0}]
+    assert all(0.9 <= record["tokens"] / record["budget"]["tokens"] <= 1.0 for record in made)
+    assert len(read_records([records])) == 2
 
 
 def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path):
@@ -530,7 +540,9 @@ def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
         result = run_ours(job)
         assert result["steps"] == 4
         write_record(records, job, **job.details | {key: result[key] for key in result.keys() - {"environment"}})
-    table = run_ablation(plan, AblationArguments(change=["lr_shape = linear"]), SeedArguments(seeds=[7]))
+    table = run_ablation(
+        plan, AblationArguments(change=["lr_shape = linear"]), SeedArguments(seeds=[7]), KeepArguments()
+    )
     assert max(map(len, table.splitlines())) <= 80, table
     rows = json.loads((records / "ablation-tiny.json").read_text())["rows"]
     assert [row["change"] for row in rows] == ["base", "lr_shape=linear"]

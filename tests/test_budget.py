@@ -112,6 +112,26 @@ def test_step_progress_is_read_at_the_middle_of_the_step():
     assert clock.step_progress(100, 0) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("passed", [0.1, 1.0, 1.5])
+def test_progress_after_a_step_counts_what_is_left_of_it(passed):
+    """The step began `passed` seconds ago and takes as long as those before it, one second, or as long as it took."""
+    now = FakeTime()
+    clock = BudgetClock(Budget(seconds=100, tokens=10**9), now=now)
+    clock.start()
+    for _ in range(3):
+        now.seconds += 1.0
+        clock.count_step(500, 0, 1.0)
+    begun = now.seconds
+    now.seconds += passed
+    assert clock.progress_after(500, 0, begun) == pytest.approx((3 + max(1.0, passed)) / 100)
+    assert clock.progress == pytest.approx((3 + passed) / 100), "asking moves nothing"
+    of_tokens = BudgetClock(Budget(tokens=4000), now=now)
+    of_tokens.start()
+    ahead = of_tokens.progress_after(500, 0, begun)
+    of_tokens.count_step(500, 0, 1.0)
+    assert of_tokens.progress == ahead == 0.125
+
+
 def test_progress_starts_after_the_preparation_and_still_ends_with_the_budget():
     now = FakeTime()
     clock = BudgetClock(Budget(seconds=100), now=now, reserve_seconds=10)

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from oneday.arguments import SettingError
 from oneday.compilation import compile_layers, find_layers
+from oneday.cross_entropy import differentiate, differentiate_at_once
 from oneday.sharding import ShardedRanks
 
 
@@ -27,10 +28,12 @@ def test_where_compiling_fails_it_says_so_and_runs_uncompiled(make_trainer, monk
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
     trainer = make_trainer("bert", budget_steps=1, torch_compile=True)
+    trainer.model.selected_positions.differentiate = torch.compile(differentiate_at_once)  # as on a GPU
     assert trainer.run()["eval_loss"] > 0
     assert "No working C++ compiler found" in caplog.text and "running uncompiled" in caplog.text
     assert trainer.clock.ledger["compilation"] > 0
     assert not any(layer._compiled_call_impl for layer in find_layers(trainer.model))
+    assert trainer.model.selected_positions.differentiate is differentiate
 
 
 def test_where_compiling_fails_sharded_processes_do_not_go_on(make_trainer, monkeypatch):

@@ -53,6 +53,18 @@ def test_what_a_compiler_fuses_is_the_plain_gradient(dtype, tolerance):
     torch.testing.assert_close(gradient.float(), plain_gradient, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_fused_loss_is_the_same_with_either_gradient(monkeypatch, dtype, tolerance):
+    """Over several chunks, the last one smaller, with a bias."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 10 * 101)
+    *leaves, labels = make_case(dtype=dtype)
+    ours, plain = (summed_linear_cross_entropy(*leaves, labels, way) for way in (differentiate_at_once, differentiate))
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
+    for one, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves)):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 def test_no_gradient_gives_the_same_loss_and_none_at_all_gives_zero():
     hidden, weight, bias, labels = make_case()
     loss = summed_linear_cross_entropy(hidden, weight, bias, labels)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import ROW_LENGTH, StopAt, steps_of, weights
 from test_equivalence import plain_loss
+from torch._dynamo.utils import counters
 
+from oneday import cross_entropy
 from oneday.attention import attend_packed, can_attend_flattened
 from oneday.cross_entropy import summed_linear_cross_entropy
 from oneday.energy import open_energy_meter
@@ -49,7 +51,10 @@ def gradients_of(trainer):
 def test_a_step_in_bfloat16_is_near_the_plain_path_in_float32(make_trainer, name, compiled):
     trainer = make_trainer(name, **STEPS, bf16=True, torch_compile=compiled)
     assert trainer.args.device.type == "cuda" and has_fast_bf16(trainer.args.device)
+    counters.clear()
     loss, ours, expected, plain = gradients_of(trainer)
+    assert not counters["graph_break"], "each layer is one graph"
+    assert trainer.loader._waiting is not None, "the next step was made meanwhile"
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     for label, gradient in plain.items():
         if gradient.norm() > 1e-6:  # a key's bias has none but rounding
@@ -94,6 +99,7 @@ def test_the_compiled_gradient_of_the_logits_is_the_formulas(make_trainer):
     """Also where the last chunk is smaller than the others."""
     trainer = make_trainer("qwen3", **STEPS, torch_compile=True)
     differentiate = trainer.model.selected_positions.differentiate
+    assert differentiate is not cross_entropy.differentiate
     hidden, weight = (torch.randn(n, 64, device="cuda").requires_grad_() for n in (700, 2**18))
     labels = torch.randint(2**18, (700,), device="cuda")
     loss = summed_linear_cross_entropy(hidden, weight, None, labels, differentiate)

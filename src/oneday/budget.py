@@ -224,15 +224,20 @@ class BudgetClock:
         """Mean metered power of this run, in kilowatt-hours a second."""
         return self.metered_kwh / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
 
-    def fractions(self, more_tokens: float = 0, more_flops: float = 0, more_steps: float = 0) -> dict[str, float]:
-        """Fraction of each kind used since the origin once `more` is added; of time and energy less the reserve."""
+    def fractions(
+        self, more_tokens: float = 0, more_flops: float = 0, more_steps: float = 0, more_seconds: float | None = None
+    ) -> dict[str, float]:
+        """Fraction of each kind used since the origin once `more` is added; of time and energy less the reserve.
+
+        `more_seconds` None: as many as the steps will probably take.
+        """
         spent = {
             "tokens": self.tokens + more_tokens,
             "flops": self.flops + more_flops,
             "steps": self.steps + more_steps,
         }
         limits = {kind: limit for kind, limit in self.budget.limits.items() if kind in spent}
-        more_seconds = more_steps * self.expected_step_seconds
+        more_seconds = more_steps * self.expected_step_seconds if more_seconds is None else more_seconds
         if self.budget.clock_limit_seconds is not None:
             spent["seconds"] = self.elapsed_seconds + more_seconds
             limits["seconds"] = self.budget.clock_limit_seconds - self.reserve_seconds
@@ -261,9 +266,10 @@ class BudgetClock:
         self._progress = min(1.0, max(self._progress, *self.fractions().values()))
         return self._progress
 
-    def progress_after(self, tokens: int, flops: float) -> float:
-        """What `progress` will be once the step under way, of this size, has been counted."""
-        return min(1.0, max(self._progress, *self.fractions(tokens, flops, 1).values()))
+    def progress_after(self, tokens: int, flops: float, begun: float) -> float:
+        """What `progress` will probably be, of counts certainly, when a step of this size, begun then, is counted."""
+        left = max(0.0, self.expected_step_seconds - (self.now() - begun))
+        return min(1.0, max(self._progress, *self.fractions(tokens, flops, 1, left).values()))
 
     def fits(self, tokens: int, flops: float) -> bool:
         """Whether one more step of this size ends inside every limit, even if it is one of the slow ones."""

@@ -129,8 +129,8 @@ class BudgetCallback(TrainerCallback):
     ) -> None:
         """Count the step, then look at the budget."""
         trainer, record = self.trainer, self.trainer.step_record
-        trainer.step_loss = float(record.loss)
-        trainer.step_seconds = trainer.clock.now() - record.begun - record.data_seconds
+        trainer.step_loss = record.loss
+        trainer.step_seconds = trainer.clock.now() - record.begun
         if record.bad_number is None:
             trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
             self.note_spike(trainer.guard.note_good(trainer.step_loss, trainer.clock.steps))

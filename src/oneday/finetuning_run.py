@@ -19,7 +19,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import Checkpoint, PreparedTask, build_classifier, silence_libraries
 from oneday.glue import Task, score_predictions
-from oneday.glue_protocol import FinetuneArguments, choose_attention, choose_bf16, choose_device, find_output_dir
+from oneday.glue_protocol import (
+    FinetuneArguments,
+    choose_attention,
+    choose_bf16,
+    choose_device,
+    choose_pad_multiple,
+    find_output_dir,
+)
 from oneday.glue_results import hash_run
 from oneday.predictions import decide, write_predictions
 from oneday.throughput import peak_memory_bytes
@@ -190,9 +197,7 @@ def build_trainer(
     )
     # Several visible GPUs would multiply the batch, and with it change the protocol.
     training_args._n_gpu = min(training_args.n_gpu, 1)
-    # A GPU wants multiples of 8; on a CPU they were a fifth of CoLA's tokens.
-    multiple = 8 if training_args.device.type == "cuda" else None
-    pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=multiple)
+    pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=choose_pad_multiple(args))
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         return pad([{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows])

@@ -233,6 +233,11 @@ def choose_bf16(args: FinetuneArguments) -> bool:
     return has_fast_bf16(choose_device(args)) if args.bf16 is None else args.bf16
 
 
+def choose_pad_multiple(args: FinetuneArguments) -> int | None:
+    """What a batch's length is a multiple of: 8 on a GPU, which wants it; on a CPU it was a fifth of CoLA's tokens."""
+    return 8 if choose_device(args).type == "cuda" else None
+
+
 def choose_attention(args: FinetuneArguments) -> str | None:
     """The stock implementation: transformers' choice (sdpa) on a GPU, eager on the CPU.
 

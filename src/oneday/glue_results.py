@@ -22,6 +22,7 @@ from oneday.glue_protocol import (
     TUNED_SETTINGS,
     FinetuneArguments,
     choose_bf16,
+    choose_pad_multiple,
     name_protocol,
 )
 
@@ -183,7 +184,7 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
             {
                 "settings": {name: getattr(args, name) for name in RUN_SETTINGS}
                 | {"probe": args.protocol == PROBE}
-                | {"bf16": choose_bf16(args)},
+                | {"bf16": choose_bf16(args), "pad_multiple": choose_pad_multiple(args)},
                 "architecture": checkpoint.architecture_hash,
                 "weights": "random" if from_random else checkpoint.weights_hash,
                 "task": task.task.name,

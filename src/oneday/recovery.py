@@ -68,7 +68,7 @@ def are_finite(model: torch.nn.Module, ranks: Ranks) -> bool:
     return not any(ranks.add(bad))
 
 
-def find_bad_number(loss: torch.Tensor, grad_norm: Any) -> str | None:
+def find_bad_number(loss: float, grad_norm: Any) -> str | None:
     """Which of the two is not finite, `loss` or `gradient`; None: neither."""
     for name, value in (("loss", loss), ("gradient", grad_norm)):
         if value is not None and not math.isfinite(float(value)):

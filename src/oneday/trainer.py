@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 class StepRecord:
     """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it.
 
-    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens. `loss` is a
-    number once the step's work on the device is known to be done. `data_seconds` went into the next step's data.
+    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens. `loss`
+    becomes a number where the norm of the gradients is waited for.
     """
 
     begun: float
@@ -63,7 +63,6 @@ class StepRecord:
     progress: float
     loss: torch.Tensor | float
     plan: StepPlan
-    data_seconds: float = 0.0
     bad_number: str | None = None
     is_spike: bool = False
 
@@ -144,6 +143,10 @@ class BudgetTrainer(RunTrainer):
                     compile_layers(part)
                     compile_loss(part)
         self.train_dataset = train_dataset
+        # The next step's batches are made while a GPU computes this one's gradients. A stream may have to be waited
+        # for, and a replay does not know the next plan yet.
+        is_on_disk = self.loader.source.num_rows is not None and not isinstance(self.clock, ReplayClock)
+        self.reads_ahead = args.device.type == "cuda" and is_on_disk
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -225,23 +228,12 @@ class BudgetTrainer(RunTrainer):
         total, progress = fit_into_memory(self, inputs, functools.partial(self.accumulate, model, counts), progress)
         self.lr_scheduler.set_progress(progress)
         plan = self.loader.current_plan
-        data_seconds = self.read_ahead(tokens, flops)
+        if self.reads_ahead:
+            self.loader.peek(self.clock.progress_after(tokens, flops, begun))
         loss = self.ranks.sum_gradients(model, total)
-        self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss, plan, data_seconds)
+        self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss, plan)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
         return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
-
-    def read_ahead(self, tokens: int, flops: float) -> float:
-        """Make the next step's batches while a GPU computes this one's gradients; returns the seconds it took.
-
-        A stream reads ahead by itself, and may have to be waited for; a replay does not know the next plan yet.
-        """
-        if self.loader.source.num_rows is None or isinstance(self.clock, ReplayClock):
-            return 0.0
-        begun = self.clock.now()
-        with self.clock.account("data"):
-            self.loader.peek(self.clock.progress_after(tokens, flops))
-        return self.clock.now() - begun
 
     def accumulate(self, model: torch.nn.Module, counts: dict[str, int], step: list[Batch]) -> torch.Tensor:
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""

@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.benchmarks.arguments import AblationArguments, SeedArguments
+from oneday.benchmarks.arguments import AblationArguments, KeepArguments, SeedArguments
 from oneday.benchmarks.planning import Plan, Text, read_changes, read_text
 from oneday.benchmarks.records import Record, write_summary
 from oneday.modeling import check_config_file
@@ -29,7 +29,7 @@ def paired_difference(base: Sequence[float], changed: Sequence[float]) -> tuple[
     return fmean(differences), error
 
 
-def run_ablation(plan: Plan, args: AblationArguments, seed_args: SeedArguments) -> str:
+def run_ablation(plan: Plan, args: AblationArguments, seed_args: SeedArguments, keep_args: KeepArguments) -> str:
     """Run what is missing, seed by seed, and write the summary; returns the table.
 
     Raises:
@@ -37,6 +37,7 @@ def run_ablation(plan: Plan, args: AblationArguments, seed_args: SeedArguments) 
     """
     if not args.change:
         raise SettingError("No change is given; add --change NAME=VALUE, once for each change.")
+    plan = plan.keeping(keep_args)
     changes = {BASE: {}, **{text.replace(" ", ""): read_changes(text, "change") for text in args.change}}
     texts = {label: plan.text if not change else read_changed_text(plan, change) for label, change in changes.items()}
     jobs = {

@@ -81,13 +81,21 @@ class SeedArguments:
 
 
 @dataclass
+class KeepArguments:
+    """What is kept of our side's runs, for versus-stock and ablate."""
+
+    keep_runs: str | None = setting(
+        None,
+        "Directory in which run directories of our side are kept, model and all, each in place of an older one of its "
+        "name; of runs whose record stands there is none. Empty: none is kept.",
+    )
+
+
+@dataclass
 class RecordArguments:
     """Records: every finished run is kept as a JSON file and used again while it stands."""
 
     records_dir: str = setting("recipes/benchmarks", "Where records, tables and pictures are kept.")
-    keep_runs: str | None = setting(
-        None, "Directory in which the run directories of our side are kept, model and all; empty: none is."
-    )
     reuse_ours: bool = setting(False, "Use records of our side also when this project's code has changed since.")
 
 

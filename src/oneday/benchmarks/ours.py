@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
@@ -20,13 +19,13 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
 
     Args:
         job: `details` holds `budget_seconds` (None where another kind of budget ends the run) and `num_points`.
-        run_dir: Kept; None: a temporary one.
+        run_dir: Where its directory is kept; None: nowhere.
 
     Raises:
-        SettingError: When a setting cannot work, or `run_dir` holds something.
+        SettingError: When a setting cannot work.
         KeyboardInterrupt: When a signal ended it.
     """
-    with open_run_dir(run_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
         model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": folder})
         check_settings(model_args, args)
         trainer, data = assemble_trainer(model_args, data_args, args)
@@ -49,18 +48,19 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         if "eval_bits_per_byte" in metrics:
             losses["bits_per_byte"] = metrics["eval_bits_per_byte"]
         curve.add_point(losses)
+        if run_dir is not None:
+            keep_run(folder, run_dir)
         result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
         return {**result, "precision": describe_precision(trainer)}
 
 
-def open_run_dir(run_dir: Path | None) -> AbstractContextManager[str]:
-    """The directory of one run: `run_dir`, which must not be there yet, or a temporary one."""
-    if run_dir is None:
-        return tempfile.TemporaryDirectory(prefix="oneday-benchmark-")
-    if run_dir.exists():
-        raise SettingError(f"The setting keep_runs is {run_dir.parent}, which holds {run_dir.name} already; move it.")
-    run_dir.mkdir(parents=True)
-    return nullcontext(str(run_dir))
+def keep_run(folder: str, run_dir: Path) -> None:
+    """Copy a finished run's directory to where it is kept, whole or not at all, in place of an older one."""
+    aside = run_dir.with_name(f".{run_dir.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(folder, aside)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    aside.rename(run_dir)
 
 
 def describe_precision(trainer: BudgetTrainer) -> str:

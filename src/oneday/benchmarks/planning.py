@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, check_settings, prepare_objective
-from oneday.benchmarks.arguments import RecordArguments
+from oneday.benchmarks.arguments import KeepArguments, RecordArguments
 from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.ours import run_ours
-from oneday.benchmarks.records import Job, RecordStore, hash_source, normalise
+from oneday.benchmarks.records import Job, RecordStore, hash_source, make_folder, normalise
 from oneday.benchmarks.stock import run_stock
 from oneday.budget import Budget
 from oneday.modeling import check_config_file
@@ -74,6 +74,18 @@ class Plan:
     settings: Settings
     store: RecordStore
     keep_runs: Path | None = None
+
+    def keeping(self, args: KeepArguments) -> Plan:
+        """The same plan, with our side's run directories kept where the settings say.
+
+        Raises:
+            SettingError: When nothing can be written there.
+        """
+        if not args.keep_runs:
+            return self
+        folder = Path(args.keep_runs)
+        make_folder(folder, "keep_runs")
+        return replace(self, keep_runs=folder)
 
     @functools.cached_property
     def budget(self) -> Budget:
@@ -175,8 +187,7 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
         record_args.reuse_ours,
         measure_peak_flops(args.device, bf16),
     )
-    keep_runs = Path(record_args.keep_runs) if record_args.keep_runs else None
-    return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store, keep_runs)
+    return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
 
 
 def merge_changes(settings: Settings, changes: Settings) -> Settings:

@@ -109,15 +109,7 @@ class RecordStore:
 
     def check_folder(self) -> None:
         """Raise SettingError, before anything is run, when records cannot be written."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            reason = None if os.access(self.folder, os.W_OK) else "no permission"
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if reason is not None:
-            raise SettingError(
-                f"The setting records_dir is {str(self.folder)!r}, which cannot be written ({reason}); name another."
-            )
+        make_folder(self.folder, "records_dir")
 
     def run(self, job: Job) -> Record:
         """Run a job and write its record whole."""
@@ -134,6 +126,23 @@ class RecordStore:
         }
         write_json(self.folder / f"{job.name}.json", record)
         return record
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a directory that a setting names.
+
+    Raises:
+        SettingError: When it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise SettingError(
+            f"The setting {setting} is {str(folder)!r}, which cannot be written ({reason}); name another."
+        )
 
 
 def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse_ours: bool) -> str | None:

@@ -79,7 +79,7 @@ class StepTimer(TrainerCallback):
             self.warmup.append(seconds)
             return
         record = trainer.step_record
-        forward_backward = self.gradients_at - record.begun - record.data_seconds
+        forward_backward = self.gradients_at - record.begun
         self.steps.append(
             {
                 "step": seconds,

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from oneday.arguments import SettingError
-from oneday.benchmarks.arguments import SeedArguments, VersusStockArguments
+from oneday.benchmarks.arguments import KeepArguments, SeedArguments, VersusStockArguments
 from oneday.benchmarks.picture import draw_versus_stock
 from oneday.benchmarks.planning import Plan
 from oneday.benchmarks.records import Job, Record, write_summary
@@ -41,13 +41,15 @@ def median_match(matches: Sequence[Match]) -> Match:
     return ranked[(len(ranked) - 1) // 2]
 
 
-def run_versus_stock(plan: Plan, args: VersusStockArguments, seed_args: SeedArguments) -> str:
+def run_versus_stock(
+    plan: Plan, args: VersusStockArguments, seed_args: SeedArguments, keep_args: KeepArguments
+) -> str:
     """Run what is missing of both sides in turn, write summary and picture; returns the table.
 
     Raises:
         SettingError: When the recipe has no wall-clock budget alone, or a run fails.
     """
-    budget_seconds = check_budget(plan)
+    plan, budget_seconds = plan.keeping(keep_args), check_budget(plan)
     baselines = find_baselines(plan, args)
     jobs = {"ours": [plan.our_job("ours", "", seed, args.num_points) for seed in seed_args.seeds]}
     for name, config in baselines.items():
