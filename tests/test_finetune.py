@@ -29,7 +29,7 @@ from oneday import finetuning_processes
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
 from oneday.finetuning import finetune_task, prepare_task, run_protocol
-from oneday.finetuning_run import measure_run
+from oneday.finetuning_run import ClassificationTrainer, measure_run
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
@@ -146,6 +146,20 @@ def test_separable_task_is_learnt_and_the_results_have_their_form(bert, data_dir
     assert results["protocol"] == "test"
     written = json.loads((tmp_path / "out" / "glue_results.json").read_text())
     assert written == results
+
+
+def test_a_batch_is_as_long_as_its_longest_row(bert, data_dir, tmp_path, monkeypatch):
+    """On a CPU: there a multiple of 8 is only more to compute."""
+    batches, step = [], ClassificationTrainer.training_step
+
+    def record_batch(trainer, model, inputs, *rest):
+        batches.append(inputs["attention_mask"])
+        return step(trainer, model, inputs, *rest)
+
+    monkeypatch.setattr(ClassificationTrainer, "training_step", record_batch)
+    run_protocol(make_args(bert, data_dir, tmp_path, num_train_epochs=1))
+    assert all(mask.sum(1).max() == mask.shape[1] for mask in batches)
+    assert any(mask.shape[1] % 8 for mask in batches)
 
 
 def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):

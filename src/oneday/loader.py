@@ -121,7 +121,7 @@ class StepLoader:
     Args:
         source: Gives rows for sample indices.
         collator: The objective's collator.
-        plan: Asked before each step for its size; with a progress, for the size it will have at that.
+        plan: Asked for the size of a step at a progress; None: the present one.
         rank: This process.
         num_processes: All of them.
         largest_step_rows: Rows of the largest step to come; None: of the next one.
@@ -134,7 +134,7 @@ class StepLoader:
         self,
         source: RowSource,
         collator: Collator,
-        plan: Callable[..., StepPlan],
+        plan: Callable[[float | None], StepPlan],
         rank: int = 0,
         num_processes: int = 1,
         largest_step_rows: int | None = None,
@@ -144,7 +144,7 @@ class StepLoader:
         self.samples_seen = 0
         self._taken: TakenRows | None = None
         self._waiting: list[Batch] | None = None
-        needed = largest_step_rows or plan().num_rows
+        needed = largest_step_rows or plan(None).num_rows
         if source.num_rows is not None and source.num_rows < needed:
             raise SettingError(
                 f"The corpus fills {source.num_rows} rows of {source.row_length} tokens, fewer than the {needed} of "
@@ -162,7 +162,7 @@ class StepLoader:
     def peek(self, progress: float | None = None) -> list[Batch]:
         """The next step's micro-batches, which iteration will give; planned for `progress`, None: the present one."""
         if self._waiting is None:
-            plan = self.plan() if progress is None else self.plan(progress)
+            plan = self.plan(progress)
             samples = np.arange(self.samples_seen, self.samples_seen + plan.num_rows)
             self._taken = TakenRows(plan, samples, *self.source.take(samples))
             self._waiting = self.collate(self._taken)

@@ -139,14 +139,9 @@ class BudgetTrainer(RunTrainer):
         self.half_weights = self.ranks.spread(model, args.device, self.bf16 and objective.is_packed)
         if args.use_compile:
             for part in (model, getattr(model, COMPANION, None)):
-                if part is not None:
-                    compile_layers(part)
-                    compile_loss(part)
+                compile_layers(part) if part is not None else None
+            compile_loss(model)
         self.train_dataset = train_dataset
-        # The next step's batches are made while a GPU computes this one's gradients. A stream may have to be waited
-        # for, and a replay does not know the next plan yet.
-        is_on_disk = self.loader.source.num_rows is not None and not isinstance(self.clock, ReplayClock)
-        self.reads_ahead = args.device.type == "cuda" and is_on_disk
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -204,6 +199,15 @@ class BudgetTrainer(RunTrainer):
             smallest = self.args.batch_size_tokens_start or self.args.batch_size_tokens
             most = min(most, plan_rows(smallest, micro_tokens(self.args), row_length, self.args.world_size)[1])
         return limit_micro_rows(plan, most, self.args.world_size)
+
+    @functools.cached_property
+    def reads_ahead(self) -> bool:
+        """Whether the next step's batches are made while a GPU computes the gradients of this one.
+
+        Not from a stream, which may have to be waited for, nor in a replay, which does not know the next plan yet.
+        """
+        is_on_disk = self.loader.source.num_rows is not None
+        return self.args.device.type == "cuda" and is_on_disk and not isinstance(self.clock, ReplayClock)
 
     def get_train_dataloader(self) -> StepLoader:
         """The loader as it is: it shards by rank itself, so accelerate must not."""

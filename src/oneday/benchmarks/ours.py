@@ -11,7 +11,6 @@ from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
 from oneday.recipe import build_arguments
-from oneday.trainer import BudgetTrainer
 
 
 def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         if run_dir is not None:
             keep_run(folder, run_dir)
         result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
-        return {**result, "precision": describe_precision(trainer)}
+        return {**result, "precision": trainer.describe_precision()}
 
 
 def keep_run(folder: str, run_dir: Path) -> None:
@@ -61,8 +60,3 @@ def keep_run(folder: str, run_dir: Path) -> None:
     shutil.copytree(folder, aside)
     shutil.rmtree(run_dir, ignore_errors=True)
     aside.rename(run_dir)
-
-
-def describe_precision(trainer: BudgetTrainer) -> str:
-    """What our side computes in."""
-    return trainer.describe_precision()

@@ -13,7 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.arguments import ThroughputArguments
-from oneday.benchmarks.ours import describe_precision
 from oneday.benchmarks.planning import QUIET, Plan, describe_settings, describe_text, read_setting, slug
 from oneday.benchmarks.records import Job, Record, normalise, write_summary
 from oneday.modeling import count_parameters
@@ -121,7 +120,7 @@ def measure_throughput(job: Job) -> Record:
             "flops_per_second": timer.flops / seconds,
             "mfu": timer.flops / seconds / peak_flops,
             "peak_flops_measured": peak_flops,
-            "precision": describe_precision(trainer),
+            "precision": trainer.describe_precision(),
             "num_steps": len(timer.steps),
             "step_seconds": {key: median(step[key] for step in timer.steps) for key in timer.steps[0]},
             "compile_seconds": measure_compile_seconds(timer) if args.use_compile else None,
