@@ -182,6 +182,9 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
     assert len(started) == 1, "the line after the cut one is whole"
     run_protocol(dataclasses.replace(args, learning_rate=1e-3))
     assert len(started) == 2
+    monkeypatch.setattr("oneday.glue_results.choose_pad_multiple", lambda args: 8)  # as where there is a GPU
+    run_protocol(args)
+    assert len(started) == 3, "other lengths draw other dropout"
 
 
 def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, data_dir, tmp_path):
