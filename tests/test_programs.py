@@ -68,6 +68,14 @@ def flags(**settings):
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
+def test_a_peak_measured_while_something_else_ran_is_measured_again(run_script, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("oneday.trainer.measure_peak_flops", lambda device, bf16: 1.0)
+    code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
+    assert code == 0, stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["peak_flops_measured"] > 1e6 and 0 < results["mfu"] < 10
+
+
 def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     out = tmp_path / "run"
     argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="tensorboard", logging_steps=1)
