@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -68,12 +69,16 @@ def flags(**settings):
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def test_a_peak_measured_while_something_else_ran_is_measured_again(run_script, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("oneday.trainer.measure_peak_flops", lambda device, bf16: 1.0)
+@pytest.mark.parametrize("at_start", [1e9, 9e9])
+def test_the_better_of_two_measured_peaks_counts(run_script, text_file, tmp_path, monkeypatch, at_start):
+    monkeypatch.setattr("oneday.trainer.measure_peak_flops", lambda device, bf16: at_start)
+    at_end = SimpleNamespace(__wrapped__=lambda device, bf16: 5e9)
+    monkeypatch.setattr("oneday.model_card.measure_peak_flops", at_end)
     code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
     assert code == 0, stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["peak_flops_measured"] > 1e6 and 0 < results["mfu"] < 10
+    assert results["peak_flops_measured"] == max(at_start, 5e9)
+    assert results["mfu"] == pytest.approx(results["flops"] / results["train_seconds"] / max(at_start, 5e9))
 
 
 def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):

@@ -32,7 +32,7 @@ def draw_curve(output_dir: str | Path) -> Path:
     draw_series(
         axes[1, 1], minutes, [step["tokens_per_second"] / 1000 for step in steps], "thousand tokens / second", 0
     )
-    draw_series(axes[1, 2], minutes, [100 * step["mfu"] for step in steps], "MFU (% of measured peak)", 0)
+    draw_series(axes[1, 2], minutes, [100 * step["mfu"] for step in steps], "MFU (% of the peak at start)", 0)
     figure.suptitle(Path(output_dir).name, fontsize=14)
     path = Path(output_dir) / rundir.CURVE
     figure.savefig(path, dpi=DPI)

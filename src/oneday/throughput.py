@@ -105,11 +105,6 @@ def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -
     return 2 * size**3 / time_products(size, device, dtype, seconds)
 
 
-def confirm_peak_flops(before: float, device: torch.device, bf16: bool) -> float:
-    """The better of a peak measured `before` and one measured now: whatever else ran then may have slowed it."""
-    return max(before, measure_peak_flops.__wrapped__(device, bf16))
-
-
 def time_products(size: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.0) -> float:
     """Seconds of a product of two square matrices: the least of three, or of as many as `seconds` hold."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
