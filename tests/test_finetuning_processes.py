@@ -31,10 +31,14 @@ def read_lines(folder):
     return [json.loads(line) for line in (folder / "glue_runs.jsonl").read_text().splitlines()]
 
 
-def test_scores_are_those_of_one_process(bert, data_dir, tmp_path):  # noqa: F811
-    """With dropout, tuned and not, and with answers kept; resumed in either way without a further run."""
-    shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1,
-              "protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epochs": [1.0]}  # fmt: skip
+TUNED = {"protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epochs": [1.0]}
+
+
+@pytest.mark.parametrize("settings", [{}, pytest.param(TUNED, marks=pytest.mark.slow)], ids=["plain", "tuned"])
+def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, settings):  # noqa: F811
+    """With dropout and with answers kept; resumed in either way without a further run."""
+    shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1, **settings}
+    num_runs = 4 + 4 * bool(settings)  # tuned: two tasks at two rates first
     ways = {"one": {"num_threads": 1, "num_processes": 1}, "two": {"num_threads": 2, "num_processes": 2}}
     results = {}
     for name, way in ways.items():
@@ -43,7 +47,7 @@ def test_scores_are_those_of_one_process(bert, data_dir, tmp_path):  # noqa: F81
         assert not multiprocessing.active_children()
         assert run_protocol(args) == results[name]
     one, two = ({line["key"]: line for line in read_lines(tmp_path / name)} for name in ways)
-    assert one.keys() == two.keys() and len(one) == 8 == len(read_lines(tmp_path / "two"))
+    assert one.keys() == two.keys() and len(one) == num_runs == len(read_lines(tmp_path / "two"))
     assert all(two[key]["scores"] == line["scores"] and two[key]["threads"] == 1 for key, line in one.items())
     ignored = ("seconds", "peak_memory_bytes")
     for number, entry in results["one"]["tasks"].items():
@@ -51,7 +55,7 @@ def test_scores_are_those_of_one_process(bert, data_dir, tmp_path):  # noqa: F81
             k: v for k, v in results["two"]["tasks"][number].items() if k not in ignored
         }
     files = [{path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.parquet")} for name in ways]
-    assert files[0] == files[1] and len(files[0]) == 8
+    assert files[0] == files[1] and len(files[0]) == num_runs
 
 
 def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):  # noqa: F811
