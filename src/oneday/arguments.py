@@ -238,6 +238,11 @@ class BudgetTrainingArguments(TrainingArguments):
         "random",
         "Where token embeddings start: random, or cooccurrence (word vectors counted from the corpus, in the budget).",
     )
+    attention_init: str = setting(
+        "random",
+        "Where queries and keys start: random, or neighbours (heads that see near positions from the first step; for "
+        "models with a table of positions, as BERT and RoBERTa).",
+    )
 
     num_evaluations: int = setting(
         5,

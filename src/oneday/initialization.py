@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from oneday.arguments import SettingError
 from oneday.packed_dataset import PackedDataset
@@ -46,6 +47,11 @@ def check_embedding_init(name: str, dataset: PackedDataset | RowSource) -> None:
         raise SettingError(
             "embedding_init is cooccurrence, which needs a corpus on disk; with streaming set it to random."
         )
+
+
+def expected_embedding_std(name: str, model: PreTrainedModel) -> float:
+    """Standard deviation of the token embeddings' elements at the first step of a new run."""
+    return EMBEDDING_STD if name == "cooccurrence" else float(model.get_input_embeddings().weight.detach().std())
 
 
 def initialize_embeddings(table: Tensor, dataset: PackedDataset, special_ids: Sequence[int], seed: int) -> None:

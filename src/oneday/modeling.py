@@ -135,10 +135,16 @@ def model_kind(config: PreTrainedConfig) -> str:
 
 def find_position_table(model: nn.Module) -> nn.Embedding | None:
     """The table of learned positions, if the model has one."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and re.search(r"(position|wpe)[^.]*$", name):
-            return module
-    return None
+    return next(iter(find_position_tables(model)), None)
+
+
+def find_position_tables(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of learned positions: the model's own, and one of a model that it carries."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"(position|wpe)[^.]*$", name)
+    ]
 
 
 def check_length(config: PreTrainedConfig, skeleton: PreTrainedModel, max_seq_length: int, file: Path) -> None:
@@ -194,19 +200,24 @@ def build_model(config: PreTrainedConfig, auto_class: type | None = None, packed
     return model
 
 
+def make_sinusoids(num_positions: int, width: int) -> torch.Tensor:
+    """(num_positions, width): row p holds sin(p / 10000^(2i/D)) at 2i and cos(p / 10000^(2i/D)) at 2i + 1.
+
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    """
+    angles = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+
 def freeze_sinusoids(model: nn.Module) -> None:
     """Fill the table of learned positions with sinusoids and stop its training.
 
-    Row p holds sin(p / 10000^(2i/D)) at 2i and cos(p / 10000^(2i/D)) at 2i + 1 (Vaswani et al. 2017,
-    arXiv 1706.03762, section 3.5), scaled to the standard deviation the table was initialised with: stock models add
-    it to token embeddings of that size, unscaled sinusoids would drown them. A checkpoint reloads the values, but as
-    trainable weights.
+    They are scaled to the standard deviation the table was initialised with: stock models add it to token embeddings
+    of that size, unscaled sinusoids would drown them. A checkpoint reloads the values, but as trainable weights.
     """
     table = find_position_table(model)
     assert table is not None, "checked by load_config"
-    num_positions, width = table.weight.shape
-    angles = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(0, width, 2) / width)
-    sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+    sinusoids = make_sinusoids(*table.weight.shape)
     with torch.no_grad():
         table.weight.copy_(sinusoids * (table.weight.std() / sinusoids.std()))
     freeze_positions(model)

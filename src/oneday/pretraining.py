@@ -14,6 +14,7 @@ from oneday.callbacks import heartbeat, note_signals
 from oneday.checkpoints import read_state
 from oneday.initialization import initialize_embeddings
 from oneday.objectives import COMPANION
+from oneday.position_init import find_head_dim, leave_to_positions
 from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
@@ -118,6 +119,11 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
                 trainer.model.get_input_embeddings().weight,
                 lambda table: initialize_embeddings(table, trainer.train_dataset, special_ids, args.seed),
             )
+    if is_new and args.attention_init == "neighbours":
+        head_dim = find_head_dim(trainer.model)
+        trainer.ranks.edit(
+            trainer.model.get_input_embeddings().weight, lambda table: leave_to_positions(table, head_dim)
+        )
     if args.use_compile:
         clock.start()
         with clock.account("compilation"):

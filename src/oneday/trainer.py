@@ -23,11 +23,12 @@ from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCall
 from oneday.collators import Batch
 from oneday.compilation import compile_layers, compile_loss, mark_varying, run_eagerly, try_compiled
 from oneday.evaluation import add_totals, name_losses, sum_held_out
-from oneday.initialization import check_embedding_init
+from oneday.initialization import check_embedding_init, expected_embedding_std
 from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, micro_tokens, plan_rows
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
+from oneday.position_init import attend_to_neighbours, check_attention_init
 from oneday.pretraining import run_pretraining, update_reserve
 from oneday.ranks import check_strategy, read_whole
 from oneday.recovery import StepGuard, describe_full_memory, find_bad_number, fit_into_memory
@@ -121,6 +122,7 @@ class BudgetTrainer(RunTrainer):
             probe_packing(model)
         check_optimizer(args.optimizer_name)
         check_embedding_init(args.embedding_init, train_dataset)
+        check_attention_init(args.attention_init, model)
         self.loader = self.build_loader(args, train_dataset)
         name_run(args)
         super().__init__(
@@ -132,6 +134,8 @@ class BudgetTrainer(RunTrainer):
         # Only placed, not wrapped: see `ranks`.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         objective.attach(model)
+        if args.attention_init == "neighbours":
+            attend_to_neighbours(model, expected_embedding_std(args.embedding_init, model))
         self.ranks.share_weights(model)
         self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
         self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
