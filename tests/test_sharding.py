@@ -34,7 +34,15 @@ UNEVEN = {"batch_size_tokens": 9 * ROW_LENGTH, "micro_batch_tokens": 3 * ROW_LEN
 # counted; a bias with two names; two heads.
 USUAL = {
     "adamw": {"model": "modernbert", "embedding_init": "cooccurrence", **UNEVEN},
-    "muon": {"model": "bert", "objective": "mlm_nsp", "rows": "sentences", "optim": "muon", **UNEVEN},
+    "muon": {
+        "model": "bert",
+        "objective": "mlm_nsp",
+        "rows": "sentences",
+        "optim": "muon",
+        "embedding_init": "cooccurrence",
+        "attention_init": "neighbours",
+        **UNEVEN,
+    },
     "muon_8bit": {"model": "qwen3", "optim": "muon_8bit", **UNEVEN},
 }
 EVERY = {

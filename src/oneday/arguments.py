@@ -238,10 +238,10 @@ class BudgetTrainingArguments(TrainingArguments):
         "random",
         "Where token embeddings start: random, or cooccurrence (word vectors counted from the corpus, in the budget).",
     )
-    attention_init: str = setting(
-        "random",
-        "Where queries and keys start: random, or neighbours (heads that see near positions from the first step; for "
-        "models with a table of positions, as BERT and RoBERTa).",
+    attention_init: str | None = setting(
+        None,
+        "Where queries and keys start: neighbours (heads that look at near positions from the first step; for BERT, "
+        "RoBERTa and their kin), or empty: at random.",
     )
 
     num_evaluations: int = setting(

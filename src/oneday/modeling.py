@@ -139,7 +139,7 @@ def find_position_table(model: nn.Module) -> nn.Embedding | None:
 
 
 def find_position_tables(model: nn.Module) -> list[nn.Embedding]:
-    """The tables of learned positions: the model's own, and one of a model that it carries."""
+    """All tables of learned positions: the model's own first, then those of a companion that it carries."""
     return [
         module
         for name, module in model.named_modules()
@@ -213,7 +213,8 @@ def freeze_sinusoids(model: nn.Module) -> None:
     """Fill the table of learned positions with sinusoids and stop its training.
 
     They are scaled to the standard deviation the table was initialised with: stock models add it to token embeddings
-    of that size, unscaled sinusoids would drown them. A checkpoint reloads the values, but as trainable weights.
+    of that size, unscaled sinusoids would drown them (`attention_init` may scale them again, to the
+    words as they start). A checkpoint reloads the values, but as trainable weights.
     """
     table = find_position_table(model)
     assert table is not None, "checked by load_config"

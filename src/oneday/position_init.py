@@ -19,31 +19,36 @@ from transformers import PreTrainedModel
 from oneday.arguments import SettingError
 from oneday.modeling import find_position_tables, make_sinusoids, model_kind
 
-ATTENTION_INITS = ("random", "neighbours")
-# Logit of the position a head looks at, where words and positions are equally large; chosen by hand, not searched.
+NEIGHBOURS = "neighbours"
+# Logit of the position a head looks at, where words and positions are equally large. 16 was as good, 36 a little less.
 PEAK_LOGIT = 5.76
 
 
-def check_attention_init(name: str, model: PreTrainedModel) -> None:
-    """Refuse a name that does not exist, and neighbours where there is no table of positions, or no place to read it.
+def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
+    """Refuse a name that does not exist, and neighbours where no head reads a sum of words and positions.
 
     Raises:
         SettingError: Says what to set instead.
     """
-    if name not in ATTENTION_INITS:
-        raise SettingError(f"The setting attention_init is {name!r}; it must be one of {', '.join(ATTENTION_INITS)}.")
-    if name == "random":
+    if name is None:
         return
-    widths = {table.weight.shape[1] for table in find_position_tables(model)}
-    if not widths or widths != {layer.query.in_features for layer in find_attention_layers(model)}:
+    if name != NEIGHBOURS:
+        raise SettingError(f"The setting attention_init is {name!r}; it must be {NEIGHBOURS}, or empty.")
+    width = getattr(model.config, "hidden_size", None)
+    shapes = {(heads.query.in_features, heads.query.out_features) for heads in find_heads(model)}
+    tables = [table.weight.shape[1] for table in find_position_tables(model)]
+    # Between the tables and the layers a projection would mix what stands in the tables.
+    mixed = [name for name, _ in model.named_modules() if name.endswith(("hidden_mapping_in", "embeddings_project"))]
+    if tables != [width] or shapes != {(width, width)} or mixed or count_pairs(model) == 0:
         raise SettingError(
-            f"attention_init is neighbours, which needs a table of positions as wide as the layers and a query and a "
-            f"key projection in each, as BERT and RoBERTa have them; for {model.config.model_type} set it to random."
+            f"attention_init is {NEIGHBOURS}, which needs one table of positions as wide as the layers and a query "
+            "and a key projection in each, as BERT and RoBERTa have them; for this "
+            f"{model.config.model_type} leave it empty."
         )
 
 
-def find_attention_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules with a `query` and a `key` projection."""
+def find_heads(model: nn.Module) -> list[nn.Module]:
+    """The modules with a `query` and a `key` projection, one a layer."""
     return [
         module
         for module in model.modules()
@@ -51,47 +56,50 @@ def find_attention_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def count_pairs(model: PreTrainedModel) -> int:
+    """Sines and cosines that a head reads: as many as it holds, and at most a quarter of all coordinates."""
+    width = model.config.hidden_size
+    return min(width // model.config.num_attention_heads // 2, width // 8)
+
+
 def attend_to_neighbours(model: PreTrainedModel, embedding_std: float) -> None:
     """Set tables of positions, queries and keys so that head h of every layer looks at a neighbour of its own.
 
-    Those of an encoder look 1 back, 1 ahead, 2 back, 2 ahead ..., those of a decoder 1, 2, 3 ... back.
+    The heads of an encoder look 1 back, 1 ahead, 2 back, 2 ahead ..., those of a decoder 1, 2, 3 ... back.
 
     Args:
-        model: Changed in place, with what it carries; see `check_attention_init`.
+        model: Changed in place, and the companion it carries; see `check_attention_init`.
         embedding_std: Standard deviation of the token embeddings, and then of the sinusoids added to them.
     """
-    num_heads, is_decoder = model.config.num_attention_heads, model_kind(model.config) == "decoder"
+    num_heads, num_pairs = model.config.num_attention_heads, count_pairs(model)
+    is_decoder = model_kind(model.config) == "decoder"
     offsets = [-(head + 1) if is_decoder else (head // 2 + 1) * (1 if head % 2 else -1) for head in range(num_heads)]
-    head_dim = find_head_dim(model)
     with torch.no_grad():
         for table in find_position_tables(model):
             sinusoids = make_sinusoids(*table.weight.shape)
             table.weight.copy_(sinusoids * (embedding_std / sinusoids.std()))
-        for layer in find_attention_layers(model):
-            width = layer.query.in_features
-            layer.query.weight.copy_(torch.cat([select_positions(width, head_dim, offset) for offset in offsets]))
-            num_key_heads = layer.key.out_features // head_dim
-            layer.key.weight.copy_(select_positions(width, head_dim, 0).repeat(num_key_heads, 1))
+        for heads in find_heads(model):
+            shape = (num_pairs, heads.query.out_features // num_heads, heads.query.in_features)
+            heads.query.weight.copy_(torch.cat([make_projection(*shape, offset) for offset in offsets]))
+            heads.key.weight.copy_(make_projection(*shape, 0).repeat(num_heads, 1))
+        for name, module in model.named_modules():
+            if name.endswith("token_type_embeddings"):
+                module.weight[:, : 2 * num_pairs] = 0
+    clear_words(model.get_input_embeddings().weight, num_pairs)
 
 
-def leave_to_positions(table: Tensor, head_dim: int) -> None:
-    """Clear what the heads read of the positions in token embeddings, (vocab_size, width); changed in place."""
+def clear_words(table: Tensor, num_pairs: int) -> None:
+    """Zero the coordinates of token embeddings, (vocab_size, width), from which the heads read positions; in place."""
     with torch.no_grad():
-        table[:, : head_dim // 2 * 2] = 0
+        table[:, : 2 * num_pairs] = 0
 
 
-def find_head_dim(model: PreTrainedModel) -> int:
-    """Width of a head's query."""
-    return find_attention_layers(model)[0].query.out_features // model.config.num_attention_heads
-
-
-def select_positions(width: int, head_dim: int, offset: int) -> Tensor:
+def make_projection(num_pairs: int, head_dim: int, width: int, offset: int) -> Tensor:
     """(head_dim, width): reads the fastest sinusoids of a position p, as those of p + `offset`.
 
     Its product with that of offset 0 is PEAK_LOGIT * sqrt(head_dim) where the two positions are `offset` apart and
     each element of a position has a variance of 1/2, the other half being the word's.
     """
-    num_pairs = head_dim // 2
     angles = offset / 10000 ** (torch.arange(0, 2 * num_pairs, 2) / width)
     pairs = torch.arange(num_pairs)
     weight = torch.zeros(head_dim, width)

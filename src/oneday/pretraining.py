@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.callbacks import heartbeat, note_signals
 from oneday.checkpoints import read_state
 from oneday.initialization import initialize_embeddings
 from oneday.objectives import COMPANION
-from oneday.position_init import find_head_dim, leave_to_positions
+from oneday.position_init import clear_words, count_pairs
 from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
@@ -114,22 +116,21 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
     if is_new and args.embedding_init == "cooccurrence":
         clock.start()
         with clock.account("initialization"):
-            special_ids = trainer.processing_class.all_special_ids
-            trainer.ranks.edit(
-                trainer.model.get_input_embeddings().weight,
-                lambda table: initialize_embeddings(table, trainer.train_dataset, special_ids, args.seed),
-            )
-    if is_new and args.attention_init == "neighbours":
-        head_dim = find_head_dim(trainer.model)
-        trainer.ranks.edit(
-            trainer.model.get_input_embeddings().weight, lambda table: leave_to_positions(table, head_dim)
-        )
+            trainer.ranks.edit(trainer.model.get_input_embeddings().weight, lambda table: count_words(trainer, table))
     if args.use_compile:
         clock.start()
         with clock.account("compilation"):
             args.use_compile = trainer.rehearse_step()
     if is_new:
         clock.start_progress()
+
+
+def count_words(trainer: BudgetTrainer, table: Tensor) -> None:
+    """The token embeddings from counts, changed in place; what belongs to the positions stays theirs."""
+    special_ids = trainer.processing_class.all_special_ids
+    initialize_embeddings(table, trainer.train_dataset, special_ids, trainer.args.seed)
+    if trainer.args.attention_init is not None:
+        clear_words(table, count_pairs(trainer.model))
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:

@@ -134,7 +134,7 @@ class BudgetTrainer(RunTrainer):
         # Only placed, not wrapped: see `ranks`.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         objective.attach(model)
-        if args.attention_init == "neighbours":
+        if args.attention_init is not None:  # the companion is there, and nothing is shared out yet
             attend_to_neighbours(model, expected_embedding_std(args.embedding_init, model))
         self.ranks.share_weights(model)
         self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
