@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertLMHeadModel, RobertaConfig
+from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertLMHeadModel,
+    LayoutLMConfig,
+    RobertaConfig,
+)
 
 from oneday.arguments import SettingError
 from oneday.initialization import EMBEDDING_STD
@@ -101,9 +108,16 @@ def test_models_that_add_no_positions_up_are_refused(make_trainer, name):
         make_trainer(name, budget_steps=1, attention_init=NEIGHBOURS)
 
 
-def test_a_projection_before_the_layers_and_unknown_names_are_refused(make_trainer):
-    config = AlbertConfig(**SIZES | {"embedding_size": 256})
-    with pytest.raises(SettingError, match="for this albert leave it empty"):
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(AlbertConfig(**SIZES | {"embedding_size": 256}), "albert"), (LayoutLMConfig(**SIZES), "layoutlm")],
+    ids=["a projection before the layers", "several tables"],
+)
+def test_other_sums_of_positions_and_words_are_refused(config, name):
+    with pytest.raises(SettingError, match=f"for this {name} leave it empty"):
         check_attention_init(NEIGHBOURS, AutoModelForMaskedLM.from_config(config))
+
+
+def test_an_unknown_name_is_refused(make_trainer):
     with pytest.raises(SettingError, match="attention_init is 'near'; it must be neighbours, or empty"):
         make_trainer("bert", budget_steps=1, attention_init="near")
