@@ -148,6 +148,26 @@ def test_the_budget_is_kept_when_nothing_was_evaluated_before_the_end(make_train
     assert 0.8 < trainer.clock.used_fraction() <= 1.02
 
 
+class DisturbedEstimate(TrainerCallback):
+    """What was extrapolated before the first step, as on a machine that was busy just then."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.trainer.last_eval_seconds is None:
+            self.trainer.eval_seconds = 1000.0
+
+
+def test_a_whole_evaluation_replaces_what_a_part_of_one_promised(make_trainer):
+    trainer = make_trainer(budget_steps=4, num_evaluations=2)
+    trainer.add_callback(DisturbedEstimate(trainer))
+    trainer.run()
+    assert trainer.last_eval_seconds is not None
+    assert 0 < trainer.eval_seconds < 100
+    assert trainer.clock.reserve_seconds < 100
+
+
 def test_old_checkpoints_go_and_the_last_stays(make_trainer):
     trainer = make_trainer(budget_steps=9, save_steps=2, save_total_limit=2)
     trainer.run()
