@@ -241,7 +241,7 @@ class BudgetTrainingArguments(TrainingArguments):
     attention_init: str | None = setting(
         None,
         "Where queries and keys start: neighbours (heads that look at near positions from the first step; for BERT, "
-        "RoBERTa and their kin), or empty: at random.",
+        "RoBERTa and their kin, and for ModernBERT, Llama, Qwen3 and theirs), or empty: at random.",
     )
 
     num_evaluations: int = setting(

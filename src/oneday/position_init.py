@@ -1,11 +1,11 @@
-"""Attention that sees its neighbours from the first step, for models with a table of positions.
+"""Attention that sees its neighbours from the first step.
 
-A model with absolute positions and random weights has to find out which positions are near each other before it can
-use a word's neighbours; a BERT on a small budget spends millions of tokens at the loss of single words on that. With
-sinusoids in the table the position k away is a rotation of this one (Vaswani et al. 2017, arXiv 1706.03762, section
+A model with random weights has to find out which positions are near each other before it can use a word's neighbours;
+a BERT on a small budget spends millions of tokens at the loss of single words on that. Where positions are a table,
+with sinusoids in it the position k away is a rotation of this one (Vaswani et al. 2017, arXiv 1706.03762, section
 3.5), so that a head whose keys are the positions and whose queries are the rotated positions looks k words away. Words
-and positions are added up: the coordinates that are read are left to the positions, words start with zeros there. All
-else, and the architecture, stay stock.
+and positions are added up: the coordinates that are read are left to the positions, words start with zeros there.
+Rotary models are started in `rotary_init`. All else, and the architecture, stay stock.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from oneday.arguments import SettingError
 from oneday.modeling import find_position_tables, make_sinusoids, model_kind
+from oneday.rotary_init import ROTATIONS, is_rotary, set_constant, turn_to_neighbours
 
 NEIGHBOURS = "neighbours"
 # Logit of the position a head looks at, where words and positions are equally large. 16 was as good, 36 a little less.
@@ -34,6 +35,8 @@ def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
         return
     if name != NEIGHBOURS:
         raise SettingError(f"The setting attention_init is {name!r}; it must be {NEIGHBOURS}, or empty.")
+    if is_rotary(model):
+        return
     width = getattr(model.config, "hidden_size", None)
     shapes = {(heads.query.in_features, heads.query.out_features) for heads in find_heads(model)}
     tables = [table.weight.shape[1] for table in find_position_tables(model)]
@@ -42,8 +45,8 @@ def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
     if tables != [width] or shapes != {(width, width)} or mixed or count_pairs(model) == 0:
         raise SettingError(
             f"attention_init is {NEIGHBOURS}, which needs one table of positions as wide as the layers and a query "
-            "and a key projection in each, as BERT and RoBERTa have them; for this "
-            f"{model.config.model_type} leave it empty."
+            "and a key projection in each, as BERT and RoBERTa have them, or plain rotary positions "
+            f"({', '.join(ROTATIONS)}); for this {model.config.model_type} leave it empty."
         )
 
 
@@ -71,9 +74,14 @@ def attend_to_neighbours(model: PreTrainedModel, embedding_std: float) -> None:
         model: Changed in place, and the companion it carries; see `check_attention_init`.
         embedding_std: Standard deviation of the token embeddings, and then of the sinusoids added to them.
     """
-    num_heads, num_pairs = model.config.num_attention_heads, count_pairs(model)
+    num_heads = model.config.num_attention_heads
     is_decoder = model_kind(model.config) == "decoder"
     offsets = [-(head + 1) if is_decoder else (head // 2 + 1) * (1 if head % 2 else -1) for head in range(num_heads)]
+    if is_rotary(model):
+        turn_to_neighbours(model, offsets, PEAK_LOGIT)
+        leave_room(model.get_input_embeddings().weight, model)
+        return
+    num_pairs = count_pairs(model)
     with torch.no_grad():
         for table in find_position_tables(model):
             sinusoids = make_sinusoids(*table.weight.shape)
@@ -85,13 +93,19 @@ def attend_to_neighbours(model: PreTrainedModel, embedding_std: float) -> None:
         for name, module in model.named_modules():
             if name.endswith("token_type_embeddings"):
                 module.weight[:, : 2 * num_pairs] = 0
-    clear_words(model.get_input_embeddings().weight, num_pairs)
+    leave_room(model.get_input_embeddings().weight, model)
 
 
-def clear_words(table: Tensor, num_pairs: int) -> None:
-    """Zero the coordinates of token embeddings, (vocab_size, width), from which the heads read positions; in place."""
+def leave_room(table: Tensor, model: PreTrainedModel) -> None:
+    """Keep out of token embeddings, (vocab_size, width), what the heads read positions by; in place.
+
+    Zeros in the coordinates where a table's positions are read, one value in the coordinate that a rotary model reads.
+    """
+    if is_rotary(model):
+        set_constant(table)
+        return
     with torch.no_grad():
-        table[:, : 2 * num_pairs] = 0
+        table[:, : 2 * count_pairs(model)] = 0
 
 
 def make_projection(num_pairs: int, head_dim: int, width: int, offset: int) -> Tensor:

@@ -16,7 +16,7 @@ from oneday.callbacks import heartbeat, note_signals
 from oneday.checkpoints import read_state
 from oneday.initialization import initialize_embeddings
 from oneday.objectives import COMPANION
-from oneday.position_init import clear_words, count_pairs
+from oneday.position_init import leave_room
 from oneday.recovery import are_finite
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
@@ -130,7 +130,7 @@ def count_words(trainer: BudgetTrainer, table: Tensor) -> None:
     special_ids = trainer.processing_class.all_special_ids
     initialize_embeddings(table, trainer.train_dataset, special_ids, trainer.args.seed)
     if trainer.args.attention_init is not None:
-        clear_words(table, count_pairs(trainer.model))
+        leave_room(table, trainer.model)
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:
