@@ -104,7 +104,7 @@ def test_the_generator_of_rtd_starts_there_too(make_trainer):
 
 @pytest.mark.parametrize("name", ["gpt2", "electra"])
 def test_models_without_such_heads_are_refused(make_trainer, name):
-    with pytest.raises(SettingError, match=f"for this {name} leave it empty"):
+    with pytest.raises(SettingError, match=f"for this {name} set it to null"):
         make_trainer(name, budget_steps=1, attention_init=NEIGHBOURS)
 
 
@@ -114,7 +114,7 @@ def test_models_without_such_heads_are_refused(make_trainer, name):
     ids=["a projection before the layers", "several tables"],
 )
 def test_other_sums_of_positions_and_words_are_refused(config, name):
-    with pytest.raises(SettingError, match=f"for this {name} leave it empty"):
+    with pytest.raises(SettingError, match=f"for this {name} set it to null"):
         check_attention_init(NEIGHBOURS, AutoModelForMaskedLM.from_config(config))
 
 

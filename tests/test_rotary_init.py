@@ -14,7 +14,7 @@ from oneday.position_init import NEIGHBOURS, PEAK_LOGIT, attend_to_neighbours, c
 from oneday.pretraining import prepare_first_step
 from oneday.rotary_init import CONSTANT_SHARE, ROTATIONS, constant_level, find_rotary_layers, make_sizes, make_vector
 
-SIZES = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+SIZES = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 64, "max_position_embeddings": 130, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
 FORWARD = (-1, 1, -2, 2)
@@ -43,11 +43,12 @@ def test_heads_of_a_stock_model_look_at_their_neighbours(name, std, num_layers):
     attend_to_neighbours(model, std)
     with torch.no_grad():
         attentions = model(torch.randint(10, 500, (8, 64)), output_attentions=True).attentions
-    middle = torch.arange(8, 56)
+    middle, near = torch.arange(8, 56), range(-6, 7)
     for attention in attentions[:num_layers]:
         for head, offset in enumerate(FORWARD if name == "modernbert" else BACK):
-            found = attention[:, head, middle].argmax(-1) == middle + offset
-            assert found.float().mean() > 0.9, (head, offset, found.float().mean())
+            means = {k: attention[:, head, middle, middle + k].mean().item() for k in near}
+            assert max(means, key=means.get) == offset, (head, means)
+            assert means[offset] > 0.2, "of 1; 0.02 to 0.12 where a head looks everywhere alike"
 
 
 @pytest.mark.parametrize("is_normalised", [False, True])
@@ -93,7 +94,7 @@ def test_all_words_of_a_new_run_share_one_value(make_trainer, init):
 
 def test_the_constant_moves_no_probability_of_a_tied_projection():
     model = build("llama", tie_word_embeddings=True)
-    hidden = torch.randn(5, 128)
+    hidden = torch.randn(5, 256)
     before = model.lm_head(hidden).log_softmax(-1)
     table = model.get_input_embeddings().weight.data
     table[:, 0] = 0.0
@@ -122,5 +123,5 @@ def test_the_generator_of_rtd_starts_there_too(make_trainer):
     ids=["stretched", "in part"],
 )  # fmt: skip
 def test_other_rotations_are_refused(rope):
-    with pytest.raises(SettingError, match="for this llama leave it empty"):
+    with pytest.raises(SettingError, match="for this llama set it to null"):
         check_attention_init(NEIGHBOURS, build("llama", rope_parameters=rope))

@@ -46,7 +46,7 @@ def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
         raise SettingError(
             f"attention_init is {NEIGHBOURS}, which needs one table of positions as wide as the layers and a query "
             "and a key projection in each, as BERT and RoBERTa have them, or plain rotary positions "
-            f"({', '.join(ROTATIONS)}); for this {model.config.model_type} leave it empty."
+            f"({', '.join(ROTATIONS)}); for this {model.config.model_type} set it to null."
         )
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 # Architectures in which token embeddings go through a norm to queries and keys, and the sign of their rotation.
 ROTATIONS = {"llama": 1, "mistral": 1, "modernbert": 1, "nanochat": -1, "qwen2": 1, "qwen3": 1}
 # Energy of the constant coordinate, as a share of that of the words.
-CONSTANT_SHARE = 0.25
+CONSTANT_SHARE = 0.08
 # Slowest rotation that tells near positions apart, in radians a word: slower ones only fill a normalised head.
 SLOWEST = 0.1
 
