@@ -104,7 +104,7 @@ def test_the_generator_of_rtd_starts_there_too(make_trainer):
 
 @pytest.mark.parametrize("name", ["gpt2", "electra"])
 def test_models_without_such_heads_are_refused(make_trainer, name):
-    with pytest.raises(SettingError, match=f"for this {name} set it to null"):
+    with pytest.raises(SettingError, match=f"for this {name} set attention_init to null"):
         make_trainer(name, budget_steps=1, attention_init=NEIGHBOURS)
 
 
@@ -114,10 +114,10 @@ def test_models_without_such_heads_are_refused(make_trainer, name):
     ids=["a projection before the layers", "several tables"],
 )
 def test_other_sums_of_positions_and_words_are_refused(config, name):
-    with pytest.raises(SettingError, match=f"for this {name} set it to null"):
+    with pytest.raises(SettingError, match=f"for this {name} set attention_init to null"):
         check_attention_init(NEIGHBOURS, AutoModelForMaskedLM.from_config(config))
 
 
 def test_an_unknown_name_is_refused(make_trainer):
-    with pytest.raises(SettingError, match="attention_init is 'near'; it must be neighbours, or empty"):
+    with pytest.raises(SettingError, match="attention_init is 'near'; it must be neighbours, or null"):
         make_trainer("bert", budget_steps=1, attention_init="near")

@@ -14,6 +14,7 @@ from oneday.glue_protocol import FinetuneArguments
 from oneday.modeling import build_model, load_config
 from oneday.objectives import find_objective
 from oneday.optimizers import check_optimizer
+from oneday.position_init import check_attention_init
 from oneday.recipe import parse_recipe
 from oneday.schedules import learning_rate_multiplier
 
@@ -50,6 +51,7 @@ def test_pretraining_recipe(path, tokenizers, tmp_path, monkeypatch):
     config = load_config(model_args.model_config, tokenizer, data_args.max_seq_length, model_args.position_encoding)
     with torch.device("meta"):
         model = build_model(config, objective.find_class(config), objective.is_packed)
+    check_attention_init(args.attention_init, model)
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
     assert args.batch_size_tokens % args.micro_batch_tokens == 0
     assert args.micro_batch_tokens % data_args.max_seq_length == 0

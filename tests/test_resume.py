@@ -55,7 +55,7 @@ RESUMED = {
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_resume_gives_the_same_weights_to_the_bit(make_trainer, name, optim):
     settings = {"budget_steps": 12, "optim": optim, "save_steps": 4, "batch_size_tokens_start": 4 * ROW_LENGTH}
-    settings |= RESUMED[optim] | ({"attention_init": "neighbours"} if name == "bert" else {})
+    settings |= RESUMED[optim] | {"attention_init": "neighbours"}
     whole = make_trainer(name, "whole", **settings)
     whole.run()
     killed = make_trainer(name, "killed", **settings)

@@ -9,10 +9,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from oneday.arguments import SettingError
-from oneday.objectives import COMPANION
-from oneday.position_init import NEIGHBOURS, PEAK_LOGIT, attend_to_neighbours, check_attention_init
+from oneday.position_init import NEIGHBOURS, PEAK_LOGIT, attend_to_neighbours, check_attention_init, leave_room
 from oneday.pretraining import prepare_first_step
-from oneday.rotary_init import CONSTANT_SHARE, ROTATIONS, constant_level, find_rotary_layers, make_sizes, make_vector
+from oneday.rotary_init import (
+    CONSTANT_SHARE,
+    ROTATIONS,
+    SLOWEST,
+    constant_level,
+    find_rotary_layers,
+    find_speeds,
+    make_sizes,
+    make_vector,
+)
 
 SIZES = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
          "intermediate_size": 64, "max_position_embeddings": 130, "pad_token_id": 0, "bos_token_id": 1,
@@ -33,10 +41,7 @@ def build(name, **changes):
 @pytest.mark.parametrize(("std", "num_layers"), [(0.1, 3), (0.02, 1)])
 @pytest.mark.parametrize("name", sorted(ROTATIONS))
 def test_heads_of_a_stock_model_look_at_their_neighbours(name, std, num_layers):
-    """Whatever the words; in every layer where these are not small beside what the layers before it add.
-
-    Layers of ModernBERT rotate at two speeds, nanochat's the other way.
-    """
+    """Whatever the words; in every layer where these are not small beside what the layers before it add."""
     model = build(name)
     model.get_input_embeddings().weight.data.normal_(std=std)
     check_attention_init(NEIGHBOURS, model)
@@ -70,7 +75,7 @@ def test_a_logit_is_the_sum_of_the_cosines(offset, is_normalised):
     logits = rotate(query) @ rotate(key).T / math.sqrt(head_dim)
     apart = places[:, None] + offset - places
     cosines = (apart[..., None] * speeds).cos()
-    fast = speeds >= 0.1
+    fast = speeds >= SLOWEST
     expected = PEAK_LOGIT * cosines[..., fast].mean(-1)
     if is_normalised:
         assert query.square().mean() == pytest.approx(1.0), "a norm leaves it as it is"
@@ -93,15 +98,24 @@ def test_all_words_of_a_new_run_share_one_value(make_trainer, init):
 
 
 def test_the_constant_moves_no_probability_of_a_tied_projection():
+    """What the table says of a state is the same as without the coordinate, up to a sum that all words share."""
     model = build("llama", tie_word_embeddings=True)
-    hidden = torch.randn(5, 256)
-    before = model.lm_head(hidden).log_softmax(-1)
-    table = model.get_input_embeddings().weight.data
-    table[:, 0] = 0.0
-    without = model.lm_head(hidden).log_softmax(-1)
-    table[:, 0] = 7.0
-    torch.testing.assert_close(model.lm_head(hidden).log_softmax(-1), without, atol=1e-4, rtol=1e-4)
-    assert (before - without).abs().max() > 1e-3, "other values there would"
+    hidden, table = torch.randn(5, 256), model.get_input_embeddings().weight
+    leave_room(table, model)
+    with_constant = model.lm_head(hidden).log_softmax(-1)
+    table.data[:, 0] = 0.0
+    torch.testing.assert_close(with_constant, model.lm_head(hidden).log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "qwen3"])
+def test_speeds_are_those_of_the_layer(name):
+    """ModernBERT's layers that see all and those with a window rotate at speeds of their own."""
+    model = build(name)
+    rotary = model.base_model.rotary_emb
+    for layer in find_rotary_layers(model):
+        kind = f"{model.config.layer_types[layer.layer_idx]}_inv_freq" if name == "modernbert" else "inv_freq"
+        torch.testing.assert_close(find_speeds(layer), getattr(rotary, kind), rtol=1e-5, atol=0)
+    assert name != "modernbert" or len({find_speeds(layer)[1].item() for layer in find_rotary_layers(model)}) == 2
 
 
 def test_the_generator_of_rtd_starts_there_too(make_trainer):
@@ -109,11 +123,15 @@ def test_the_generator_of_rtd_starts_there_too(make_trainer):
     model = make_trainer("modernbert", objective="rtd", **settings).model
     layers = find_rotary_layers(model)
     assert len(layers) > len(find_rotary_layers(model.base_model)), "the companion's are among them"
-    assert getattr(model, COMPANION, None) is not None
     for layer in layers:
         queries, keys, _ = layer.Wqkv.weight.detach().chunk(3)
-        assert queries[:, 0].abs().max() > 0 and keys[:, 0].abs().max() > 0
-        assert (queries[:, 1:] == 0).all() and (keys[:, 1:] == 0).all()
+        speeds, level = find_speeds(layer), constant_level(queries.shape[1])
+        sizes = make_sizes(speeds, layer.head_dim, PEAK_LOGIT, is_normalised=False)
+        for head, offset in enumerate(FORWARD[: len(queries) // layer.head_dim]):
+            rows = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+            torch.testing.assert_close(queries[rows, 0], make_vector(sizes, offset * speeds) / level)
+            torch.testing.assert_close(keys[rows, 0], make_vector(sizes, 0 * speeds) / level)
+        assert (queries[:, 1:] != 0).any(), "words are still read"
 
 
 @pytest.mark.parametrize(
@@ -123,5 +141,5 @@ def test_the_generator_of_rtd_starts_there_too(make_trainer):
     ids=["stretched", "in part"],
 )  # fmt: skip
 def test_other_rotations_are_refused(rope):
-    with pytest.raises(SettingError, match="for this llama set it to null"):
+    with pytest.raises(SettingError, match="this llama rotates them in part, or scaled.*set attention_init to null"):
         check_attention_init(NEIGHBOURS, build("llama", rope_parameters=rope))

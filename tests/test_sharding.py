@@ -33,7 +33,12 @@ UNEVEN = {"batch_size_tokens": 9 * ROW_LENGTH, "micro_batch_tokens": 3 * ROW_LEN
 # An optimizer each that steps its rows and whole matrices, in 32 and in 8 bits; a table that is tied, and one that was
 # counted; a bias with two names; two heads.
 USUAL = {
-    "adamw": {"model": "modernbert", "embedding_init": "cooccurrence", **UNEVEN},
+    "adamw": {
+        "model": "modernbert",
+        "embedding_init": "cooccurrence",
+        "attention_init": "neighbours",
+        **UNEVEN,
+    },
     "muon": {
         "model": "bert",
         "objective": "mlm_nsp",

@@ -45,22 +45,24 @@ class LadderArguments:
 
 @dataclass(frozen=True)
 class Family:
-    """Runs whose losses follow one law: the same kind of model, task and vocabulary; of a text of their own each."""
+    """Runs whose losses follow one law: the same kind of model, task, vocabulary and start; of a text of their own."""
 
     model_type: str
     objective: str
     vocab_size: int
     max_seq_length: int
+    attention_init: str | None = None
 
     @classmethod
     def of_settings(cls, settings: Settings, model_type: str) -> Family:
         """The family that a recipe's runs belong to."""
-        return cls(model_type, *(settings[name] for name in ("objective", "vocab_size", "max_seq_length")))
+        names = ("objective", "vocab_size", "max_seq_length")
+        return cls(model_type, *(settings[name] for name in names), settings.get("attention_init"))
 
     def __str__(self) -> str:
         return (
             f"{self.model_type}, {self.objective}, {self.vocab_size:,} tokens of vocabulary, rows of "
-            f"{self.max_seq_length}"
+            f"{self.max_seq_length}{f', {self.attention_init}' if self.attention_init else ''}"
         )
 
 

@@ -26,7 +26,7 @@ PEAK_LOGIT = 5.76
 
 
 def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
-    """Refuse a name that does not exist, and neighbours where no head reads a sum of words and positions.
+    """Refuse a name that does not exist, and neighbours where heads cannot be started there.
 
     Raises:
         SettingError: Says what to set instead.
@@ -34,9 +34,15 @@ def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
     if name is None:
         return
     if name != NEIGHBOURS:
-        raise SettingError(f"The setting attention_init is {name!r}; it must be {NEIGHBOURS}, or empty.")
+        raise SettingError(f"The setting attention_init is {name!r}; it must be {NEIGHBOURS}, or null.")
+    kind = model.config.model_type
     if is_rotary(model):
         return
+    if kind in ROTATIONS:
+        raise SettingError(
+            f"attention_init is {NEIGHBOURS}, which needs heads rotated as they were published; this {kind} rotates "
+            "them in part, or scaled (rope_parameters): set attention_init to null."
+        )
     width = getattr(model.config, "hidden_size", None)
     shapes = {(heads.query.in_features, heads.query.out_features) for heads in find_heads(model)}
     tables = [table.weight.shape[1] for table in find_position_tables(model)]
@@ -44,9 +50,8 @@ def check_attention_init(name: str | None, model: PreTrainedModel) -> None:
     mixed = [name for name, _ in model.named_modules() if name.endswith(("hidden_mapping_in", "embeddings_project"))]
     if tables != [width] or shapes != {(width, width)} or mixed or count_pairs(model) == 0:
         raise SettingError(
-            f"attention_init is {NEIGHBOURS}, which needs one table of positions as wide as the layers and a query "
-            "and a key projection in each, as BERT and RoBERTa have them, or plain rotary positions "
-            f"({', '.join(ROTATIONS)}); for this {model.config.model_type} set it to null."
+            f"attention_init is {NEIGHBOURS}, which is for models with one table of positions and separate queries "
+            f"and keys (BERT, RoBERTa), and for {', '.join(ROTATIONS)}; for this {kind} set attention_init to null."
         )
 
 
@@ -72,7 +77,8 @@ def attend_to_neighbours(model: PreTrainedModel, embedding_std: float) -> None:
 
     Args:
         model: Changed in place, and the companion it carries; see `check_attention_init`.
-        embedding_std: Standard deviation of the token embeddings, and then of the sinusoids added to them.
+        embedding_std: Standard deviation of the token embeddings, and then of the sinusoids added to them; of rotary
+            models what stands in the table counts.
     """
     num_heads = model.config.num_attention_heads
     is_decoder = model_kind(model.config) == "decoder"

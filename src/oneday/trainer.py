@@ -358,7 +358,7 @@ class BudgetTrainer(RunTrainer):
         # During training one collator runs, at the end all of them.
         times = len(self.objective.evaluation_collators(self.position_offset)) if self.is_in_train else 1
         seconds = time.monotonic() - begun
-        # The first whole evaluation takes the place of what a part of one promised: that may have been disturbed.
+        # The first whole one during training replaces what a part of one promised: that may have been disturbed.
         longest = 0.0 if self.last_eval_seconds is None else self.eval_seconds
         self.eval_seconds = max(longest, times * seconds)
         self.last_eval_seconds = seconds if self.is_in_train else self.last_eval_seconds
