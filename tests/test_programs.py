@@ -155,7 +155,11 @@ def test_an_unknown_tracker_is_refused_before_anything_is_read(run_script, text_
 
 def test_gpt_and_report(run_script, text_file, tmp_path):
     out = tmp_path / "run"
-    settings = SMALL | {"model_config": str(ROOT / "model_configs/gpt2-mini.json"), "vocab_size": 320}
+    settings = SMALL | {
+        "model_config": str(ROOT / "model_configs/gpt2-mini.json"),
+        "vocab_size": 320,
+        "attention_init": "null",
+    }
     argv = flags(**settings, objective="clm", tokenizer_type="bpe", dataset_name=text_file, output_dir=out)
     code, _, stderr = run_script("pretrain", *argv)
     assert code == 0, stderr
