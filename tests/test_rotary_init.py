@@ -84,6 +84,17 @@ def test_a_logit_is_the_sum_of_the_cosines(offset, is_normalised):
     assert logits[10].argmax() == 10 + offset
 
 
+@pytest.mark.parametrize(("name", "energy"), [("llama", PEAK_LOGIT * 8), ("qwen3", 64), ("nanochat", 64)])
+def test_a_head_that_is_normalised_starts_as_long_as_its_norm_makes_it(name, energy):
+    """Else the norm would stretch it, and with it the peak: 8 instead of PEAK_LOGIT."""
+    model = build(name, head_dim=64)
+    attend_to_neighbours(model, 0.02)
+    for layer in find_rotary_layers(model):
+        for weight in (layer.q_proj.weight, layer.k_proj.weight):
+            heads = (weight.detach()[:, 0] * constant_level(256)).view(-1, 64)
+            torch.testing.assert_close(heads.square().sum(-1), torch.full((len(heads),), float(energy)))
+
+
 @pytest.mark.parametrize("init", ["random", "cooccurrence"])
 def test_all_words_of_a_new_run_share_one_value(make_trainer, init):
     trainer = make_trainer("modernbert", budget_steps=1, attention_init=NEIGHBOURS, embedding_init=init)

@@ -138,3 +138,14 @@ def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records,
     (tmp_path / "good.json").write_text(json.dumps(records[0]))
     assert read_records([tmp_path]) == [records[0]]
     assert fit_family(records, Family("bert", "mlm", 8192, 128)) is None
+
+
+def test_a_law_is_not_mixed_of_runs_that_start_otherwise():
+    """A record from before the setting is of a run without it."""
+    settings = {"objective": "mlm", "vocab_size": 8192, "max_seq_length": 128, "model": {"model_type": "modernbert"}}
+    old, without, with_it = (
+        family_of({"settings": settings | more})
+        for more in ({}, {"attention_init": None}, {"attention_init": "neighbours"})
+    )
+    assert old == without != with_it
+    assert "neighbours" in str(with_it) and "neighbours" not in str(old)

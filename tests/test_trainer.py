@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from oneday.arguments import SettingError
 from oneday.checkpoints import list_checkpoints
+from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
 
 
@@ -166,6 +167,20 @@ def test_a_whole_evaluation_replaces_what_a_part_of_one_promised(make_trainer):
     assert trainer.last_eval_seconds is not None
     assert 0 < trainer.eval_seconds < 100
     assert trainer.clock.reserve_seconds < 100
+
+
+def test_the_shorter_of_two_trial_saves_counts(make_trainer, monkeypatch):
+    trainer = make_trainer(budget_steps=1)
+    save, delays = trainer.save_trial, [2.0, 0.0]
+
+    def save_late_at_first():
+        time.sleep(delays.pop(0))
+        save()
+
+    monkeypatch.setattr(trainer, "save_trial", save_late_at_first)
+    measure_end(trainer)
+    assert 0 < trainer.save_seconds < 2.0
+    assert delays == []
 
 
 def test_old_checkpoints_go_and_the_last_stays(make_trainer):

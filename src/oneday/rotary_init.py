@@ -59,9 +59,9 @@ def turn_to_neighbours(model: PreTrainedModel, offsets: list[int], peak_logit: f
         queries = torch.cat([make_vector(sizes, sign * offset * speeds) for offset in offsets])
         key = make_vector(sizes, torch.zeros_like(speeds))
         query_rows, key_rows = find_rows(layer)
-        with torch.no_grad():
-            query_rows[:, 0] = queries / constant_level(query_rows.shape[1])
-            key_rows[:, 0] = key.repeat(len(key_rows) // layer.head_dim) / constant_level(key_rows.shape[1])
+        level = constant_level(query_rows.shape[1])
+        query_rows[:, 0] = queries / level
+        key_rows[:, 0] = key.repeat(len(key_rows) // layer.head_dim) / level
 
 
 def find_rows(layer: nn.Module) -> tuple[Tensor, Tensor]:
