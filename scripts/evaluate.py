@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from oneday import run_directory as rundir
 from oneday.arguments import SettingError
+from oneday.classification import hash_weights
 from oneday.corpus import resolve_cache_dir
 from oneday.durable_files import write_whole
 from oneday.model_card import refresh_card
@@ -18,7 +20,7 @@ from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
 from oneday.text_files import load_files
 from oneday.throughput import describe_environment, keep_freed_memory, set_threads
-from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, run_tasks
+from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, keep_earlier, run_tasks
 
 DESCRIPTION = (
     "Score zero-shot tasks with a causal model (log-likelihood) or a masked one (pseudo-log-likelihood), and measure "
@@ -46,12 +48,14 @@ def main() -> None:
     results = {
         "model": Path(args.model_name_or_path).name,
         "kind": scorer.kind,
+        "weights_hash": hash_weights(scorer.model.state_dict()),
         "tasks": run_tasks(scorer, args, logger.info),
         "max_examples": args.max_examples,
         "environment": describe_environment(device),
     }
     if texts is not None:
         results["text"] = {"name": Path(args.text_name).name, **scorer.score_texts(texts)}
+    results = keep_earlier(results, rundir.read_json(folder / RESULTS_FILE))
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
     refresh_card(folder)

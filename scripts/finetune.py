@@ -7,7 +7,7 @@ import sys
 
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments, find_output_dir
-from oneday.glue_results import RESULTS_FILE, format_results
+from oneday.glue_results import RESULTS_FILE, compare_with_full, format_results, read_earlier
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 
@@ -34,7 +34,10 @@ def main() -> int:
         logger.info("Interrupted; finished runs are kept, and the same command goes on from there.")
         return INTERRUPTED
     refresh_card(args.model_name_or_path)
-    sys.stdout.write(f"\n{format_results(results)}\n\nwritten to {find_output_dir(args) / RESULTS_FILE}\n")
+    path = find_output_dir(args) / RESULTS_FILE
+    beside = compare_with_full(results, read_earlier(path.parent.parent / "glue" / RESULTS_FILE))
+    shown = "\n".join([format_results(results), *beside])
+    sys.stdout.write(f"\n{shown}\n\nwritten to {path}\n")
     return 0
 
 

@@ -82,7 +82,7 @@ def make_writer(args: TryArguments, model: PreTrainedModel, tokenizer: PreTraine
     limit = getattr(model.config, "max_position_embeddings", None) or 0
     if 0 < limit <= args.max_new_tokens:
         raise SettingError(f"max_new_tokens is {args.max_new_tokens}, but the model has {limit} positions; lower it.")
-    choice = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+    choice = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     settings = choice if args.temperature > 0 else {"do_sample": False}
 
     def answer(text: str) -> None:

@@ -29,7 +29,10 @@ ARCHITECTURES = {
     "modernbert": ({"bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}, "head classifier"),
     "eurobert": (DECODER | {"mask_token_id": 2}, "dense classifier"),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}, "score"),
+    "gpt_neox": ({"bos_token_id": 1, "eos_token_id": 1}, "score"),
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 32}, "score"),
     "llama": (DECODER, "score"),
+    "mistral": (DECODER, "score"),
     "qwen3": (DECODER | {"head_dim": 16}, "score"),
     "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, "sequence_summary logits_proj"),
 }
@@ -117,6 +120,8 @@ def test_four_bit_layers_are_near_the_full_ones_and_learn():
     packed = [value for value in model.parameters() if value.dtype == torch.uint8]
     assert len(packed) == len(find_linear_layers(make_classifier("llama")))
     assert count_trained(model) == count_trained(full)
+    scale = compute_logits(full).std()
+    assert 0 < (compute_logits(model) - compute_logits(full)).abs().max() < scale
     model(**INPUTS, labels=torch.tensor([0, 1])).loss.backward()
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 

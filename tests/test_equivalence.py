@@ -59,9 +59,12 @@ def test_loss_and_gradient_equal_the_plain_path(make_trainer, name, micro_rows):
             assert (ours.grad - plain.grad).abs().max().item() < 1e-5 + 1e-4 * scale, label
 
 
-def test_loss_is_the_formula_in_float64(make_trainer):
-    """L = -1/N sum over masked i of log P(x_i | rest), all-mask (issue: exact for all-mask)."""
-    trainer = make_trainer("bert", budget_steps=1, mask_replacement="mask")
+@pytest.mark.parametrize(
+    "settings", [{"mask_replacement": "mask"}, {"mask_replacement": "bert"}, {"objective": "word_order"}]
+)
+def test_loss_is_the_formula_in_float64(make_trainer, settings):
+    """L = -1/N sum over i of log P(x_i | what is shown): i masked; selected for 80/10/10; masked or displaced."""
+    trainer = make_trainer("bert", budget_steps=1, **settings)
     step = trainer.loader.peek()
     trainer.create_optimizer_and_scheduler(1)
     loss = trainer.training_step(trainer.model, step).item()

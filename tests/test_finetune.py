@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from peft import AutoPeftModelForSequenceClassification
+from test_programs import run_script  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -142,7 +145,7 @@ def test_separable_task_is_learnt_and_the_results_have_their_form(bert, data_dir
     assert len(entry["random_weights"]["scores"]) == 2
     assert entry["subset"] and (entry["num_train"], entry["official_num_train"]) == (160, 67349)
     assert results["average"] == entry["median"] and results["average_over"] == ["sst2"]
-    assert results["average_name"] == "average over 1 numbers: [sst2]"
+    assert results["average_name"] == "average of sst2"
     assert results["protocol"] == "test"
     written = json.loads((tmp_path / "out" / "glue_results.json").read_text())
     assert written == results
@@ -403,6 +406,8 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
         ({"peft": "lora", "protocol": "probe"}, "protocol is probe and peft is 'lora'"),
         ({"protocol": "tuned", "tuned_epochs": [0.0]}, "tuned_epochs must hold numbers above 0"),
+        ({"protocol": "tunned"}, "protocol is 'tunned'; did you mean 'tuned'?"),
+        ({"protocol": "Probe"}, "did you mean 'probe'?"),
         ({"peft": "loha"}, "peft is 'loha'; it must be one of lora, dora, qlora"),
         ({"merge_adapters": True, "save_models": True}, "merge_adapters is on and peft is empty"),
         ({"lr_scheduler_type": "triangle"}, "'triangle'"),
@@ -431,6 +436,56 @@ def test_tokenizer_of_another_model_is_refused(bert, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SettingError, match="ids and the model 20"):
         load_checkpoint(str(tmp_path))
+
+
+def test_adapters_are_scored_saved_and_shown_beside_all_weights(bert, data_dir, tmp_path, run_script):  # noqa: F811
+    """`--peft lora` through the program, after the same task with all weights; the same command runs nothing again."""
+    model = tmp_path / "model"
+    shutil.copytree(bert, model)
+    argv = ["--model_name_or_path", model, "--task_names", "sst2", "--task_data_dir", data_dir, "--use_cpu", "true"]
+    argv += ["--num_seeds", "1", "--dropout", "0", "--num_train_epochs", "6", "--protocol", "mine"]
+    code, _, stderr = run_script("finetune", *argv, "--learning_rate", "3e-3")
+    assert code == 0, stderr
+    argv += ["--peft", "lora", "--save_models", "true", "--learning_rate", "1e-2"]
+    code, shown, stderr = run_script("finetune", *argv)
+    assert code == 0, stderr
+    results, full = (json.loads((model / f"{name}/glue_results.json").read_text()) for name in ("glue-lora", "glue"))
+    scores = [100 * side["tasks"]["sst2"]["median"] for side in (results, full)]
+    assert min(scores) > 90 and f"  {'sst2':15}{scores[0]:6.1f} /{scores[1]:6.1f}" in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    sizes = [side["tasks"]["sst2"]["trainable_parameters"] for side in (results, full)]
+    assert sizes[0] < sizes[1] and "lora: 0.0" in shown and "trained: 0.0" in shown
+    (adapter,) = model.glob("glue-lora/runs/*/model")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    rows = [json.loads(line) for line in (data_dir / "sst2" / "validation.jsonl").read_text().splitlines()]
+    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    answers = loaded.eval()(**batch).logits.argmax(-1).tolist()
+    assert 100 * np.mean([a == row["label"] for a, row in zip(answers, rows)]) == pytest.approx(scores[0])
+    lines = (model / "glue-lora" / "glue_runs.jsonl").read_text()
+    assert run_script("finetune", *argv)[0] == 0
+    assert (model / "glue-lora" / "glue_runs.jsonl").read_text() == lines
+
+
+def test_a_task_of_ones_own_is_run_by_one_command_and_under_another_metric(bert, tmp_path):
+    """Named as a task of GLUE, it is not taken for it; its rows are known by their place in the file."""
+    rows = make_texts(200)
+    (tmp_path / "rte.csv").write_text("text,label\n" + "".join(f"{r['sentence']},{r['label']}\n" for r in rows))
+    settings = {"task_file": str(tmp_path / "rte.csv"), "max_train_examples": 150}
+    args = make_args(bert, tmp_path, tmp_path, **settings)
+    entry = run_protocol(args)["tasks"]["rte (own)"]
+    assert entry["median"] > 0.9 and entry["subset"] and entry["official_num_train"] == 180
+    (path,) = (tmp_path / "out" / "runs").glob("*/validation.parquet")
+    kept = pq.read_table(path).to_pydict()
+    assert [rows[row]["label"] for row in kept["row"]] == kept["label"] and len(set(kept["row"])) == 20
+    results = run_protocol(dataclasses.replace(args, metric="f1"))
+    assert results["tasks"]["rte (own)"]["metric"] == "f1" and results["settings"]["metric"] == "f1"
+    assert results["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_answers_that_are_all_the_same_are_said(bert, data_dir, tmp_path, caplog):
+    run_protocol(make_args(bert, data_dir, tmp_path, num_train_epochs=1, max_train_examples=16, learning_rate=1e-9))
+    assert "sst2: every answer is the same" in caplog.text
 
 
 def test_run_finetune_from_elsewhere(bert, data_dir):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from oneday.attention import PACKED, attend_packed, build_layout
 from oneday.classification import build_classifier, load_checkpoint
 from oneday.glue import TASKS
-from oneday.modeling import build_model, find_position_table, load_config
+from oneday.modeling import build_model, find_position_table, load_config, make_sinusoids
 from oneday.trainer import BudgetTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def attend(q, k, v, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (4, 4), (6, 3), (8, 2)])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (3, 3), (4, 4), (5, 1), (6, 3), (8, 2), (12, 4)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
 )
@@ -148,7 +148,7 @@ def test_the_encoder_of_2017_block_by_block(transformer, tokenizers, packed, tmp
         torch.testing.assert_close(ours[0].double(), formula, atol=2e-5, rtol=1e-4)
 
 
-def test_sinusoids_stay_frozen_when_resumed_and_fine_tuned(transformer, tokenizers, tmp_path):
+def test_sinusoids_are_frozen_again_when_built_and_for_fine_tuning(transformer, tokenizers, tmp_path):
     transformer.save_pretrained(tmp_path / "model")
     tokenizers["encoder"].save_pretrained(tmp_path / "model")
     config = transformer.config
@@ -156,16 +156,21 @@ def test_sinusoids_stay_frozen_when_resumed_and_fine_tuned(transformer, tokenize
     classifier = build_classifier(load_checkpoint(str(tmp_path / "model")), TASKS["sst2"], None, 0, False)
     table = find_position_table(classifier).weight
     assert not table.requires_grad and torch.equal(table, find_position_table(transformer).weight)
+    checkpoint = load_checkpoint(str(tmp_path / "model"))
+    random = find_position_table(build_classifier(checkpoint, TASKS["sst2"], None, 0, True))
+    assert not random.weight.requires_grad, "the random baseline is the same model"
+    sinusoids = make_sinusoids(*random.weight.shape)
+    torch.testing.assert_close(random.weight, sinusoids * (random.weight.std() / sinusoids.std()))
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert find_position_table(stock).weight.requires_grad, "a plain load does not know; the two above do"
 
 
-def test_packed_equals_stock(transformer):
+def test_it_is_the_encoder_of_2017_on_packed_rows(transformer):
     assert transformer.config._attn_implementation == PACKED
     assert transformer.config.hidden_act == "relu" and transformer.config.position_encoding == "sinusoidal"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "nanochat", "qwen3"])
 def test_generation_with_a_cache_has_the_logits_of_the_full_pass(make_trainer, name):
     """Greedy and top-p from the checkpoint, by stock classes alone."""
     trainer = make_trainer(name, budget_steps=20)

@@ -223,6 +223,22 @@ def test_diagnostics_train_on_mnli(tmp_path):
     write_rows(tmp_path / "ax" / "test.jsonl", [{"premise": "c", "hypothesis": "d", "label": 0}])
     data = load_task("ax", str(tmp_path))
     assert (len(data["train"]), data["test"]["premise"][:]) == (3, ["c"])
+    write_rows(tmp_path / "ax" / "test.jsonl", [{"premise": "c", "hypothesis": "d", "label": -1}])
+    with pytest.raises(SettingError, match=r"the Hub hides them: write_submission with mnli answers .*AX.tsv"):
+        load_task("ax", str(tmp_path))
+
+
+@pytest.mark.parametrize("ids, rows", [([4, 2, 9], [4, 2, 9]), ([1, 1, 2], [0, 1, 2]), (["a", "b", "c"], [0, 1, 2])])
+def test_rows_keep_the_ids_of_the_hub(tmp_path, ids, rows):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "sst2" / f"{split}.jsonl", [{"sentence": "x", "label": 1, "idx": one} for one in ids])
+    assert load_task("sst2", str(tmp_path))["validation"]["row"][:] == rows
+
+
+def test_a_hub_that_cannot_be_reached_gets_one_sentence(tmp_path):
+    for name in ("rte", "cb"):
+        with pytest.raises(SettingError, match=f"The task {name} cannot be read from the Hub .*; set task_data_dir"):
+            load_task(name, cache_dir=str(tmp_path))
 
 
 GOOD = [{"sentence": "x", "label": 1}]
@@ -274,8 +290,8 @@ def test_only_nine_complete_numbers_make_the_glue_average():
     eight = {name: entry for name, entry in nine.items() if name != "mnli_mismatched"}
     for tasks, count in ((eight, 8), (nine | {"qnli": make_entry(0.3, subset=True)}, 9)):
         partial = summarize_average(tasks)
-        assert partial["average_name"].startswith(f"average over {count} numbers: [")
-        assert partial["average_over"] == list(tasks)
+        assert partial["average_name"] == f"average of {', '.join(tasks)}"
+        assert len(tasks) == count and partial["average_over"] == list(tasks)
 
 
 def test_table_fits_80_columns_and_says_what_did_not_help():
@@ -293,7 +309,7 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     assert "qqp: pretraining" not in table
     assert "no official score" in table
     assert "lora: 0.18 M of 6.30 M parameters, peak memory 1.02 GB of the process" in table
-    assert "average over 9 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
+    assert "average of these 9 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
 
 
 def test_scores_of_a_task_cover_its_metrics():

@@ -153,6 +153,14 @@ def test_an_unknown_tracker_is_refused_before_anything_is_read(run_script, text_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_cannot_start_so_is_refused_before_anything_is_read(run_script, tmp_path):
+    settings = {"model_config": ROOT / "model_configs/gpt2-mini.json", "dataset_name": tmp_path / "missing.txt"}
+    argv = (ROOT / "recipes/quickstart/gpt.yaml", *flags(**settings, output_dir=tmp_path / "run"))
+    code, _, stderr = run_script("pretrain", *argv)
+    assert code == 1 and "for this gpt2 set attention_init to null" in stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_gpt_and_report(run_script, text_file, tmp_path):
     out = tmp_path / "run"
     settings = SMALL | {
@@ -253,6 +261,7 @@ BAD = [
     ({"mlm_probability": 1.5}, "mlm_probability is 1.5"),
     ({"model_config": "model_configs/bert-mimi.json"}, "bert-mini"),
     ({"objective": "clm", "model_config": "model_configs/modernbert-mini.json"}, "modernbert|Masked|CausalLM"),
+    ({"objective": "clm", "model_config": "model_configs/bert-mini.json"}, "bert is an encoder, whose tokens see"),
     ({"tokenizer_name": "nowhere"}, "nowhere"),
     ({"tokenizer_type": "morse"}, "morse"),
     ({"packing_strategy": "loose"}, "packing_strategy"),

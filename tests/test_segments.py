@@ -29,7 +29,8 @@ def test_the_examples():
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_tokens_know_their_words_and_sentences(kind):
-    tokenizer = train_tokenizer(TEXTS, kind, 50 if kind == "wordpiece" else 280, objective_kind="encoder")
+    texts = TEXTS + ["# Heads\n## Parts\n### More"] * 20  # ## in a byte-level vocabulary is no WordPiece
+    tokenizer = train_tokenizer(texts, kind, 60 if kind == "wordpiece" else 290, objective_kind="encoder")
     continues, ends = find_continuations(tokenizer), find_sentence_ends(tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     shown = {piece for piece, end in zip(pieces, ends) if end}
@@ -38,7 +39,9 @@ def test_tokens_know_their_words_and_sentences(kind):
     if kind == "wordpiece":
         assert {piece for piece, goes_on in zip(pieces, continues) if goes_on} == {p for p in pieces if p[:2] == "##"}
     else:
-        assert not continues[[i for i, piece in enumerate(pieces) if piece.startswith("\u0120")]].any()
+        goes_on = dict(zip(pieces, continues))
+        assert not any(goes_on[piece] for piece in pieces if piece.startswith("\u0120"))
+        assert not any(goes_on[piece] for piece in (".", "!", ",", "\u010a")) and goes_on["s"]
 
 
 def test_whole_words_fit_into_the_count():

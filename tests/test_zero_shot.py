@@ -326,6 +326,17 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     assert ("bits_per_byte" in results["text"]) == (name == "llama")
     assert format_zero_shot(results) in shown
     assert max(map(len, shown.splitlines()[:-1])) <= 80
+    (tmp_path / "more.jsonl").write_text(json.dumps({"text": texts[2]}) + "\n")
+    assert run_script("evaluate", *argv[:-1], "more")[0] == 0
+    later = json.loads((folder / "zero_shot_results.json").read_text())
+    assert list(later["tasks"]) == ["order", "words", "more"] and later["text"] == results["text"]
+    assert later["tasks"]["order"] == results["tasks"]["order"]
+    other = anyone(make_model(name))
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.01)
+    other.save_pretrained(folder)
+    assert run_script("evaluate", *argv[:-1], "more")[0] == 0
+    assert list(json.loads((folder / "zero_shot_results.json").read_text())["tasks"]) == ["more"], "other weights"
     for wrong, words in (
         (["--task_names", "ordre"], "the nearest is order"),
         (["--model_name_or_path", "nowhere"], "set output_dir"),

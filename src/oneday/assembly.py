@@ -6,8 +6,9 @@ import torch
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
-from oneday.modeling import build_model, check_config_file, load_config
+from oneday.modeling import build_model, check_config_file, load_config, read_skeleton
 from oneday.objectives import Objective, find_objective
+from oneday.position_init import check_attention_init
 from oneday.preparation import PreparedData, prepare_data
 from oneday.throughput import set_threads
 from oneday.trackers import check_trackers
@@ -18,13 +19,15 @@ CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 
 
 def check_settings(model_args: ModelArguments, args: BudgetTrainingArguments) -> Budget:
-    """What can be said before any text is read: budget, config file, trackers; also gives this process its threads.
+    """What can be said before any text is read: budget, config, trackers; also gives this process its threads.
 
     Raises:
-        SettingError: When no budget is set, or the config file or a tracker cannot be used.
+        SettingError: When no budget is set, or the config or a tracker cannot be used.
     """
     budget = Budget.from_arguments(args)
     check_config_file(model_args.model_config)
+    if args.attention_init is not None:
+        check_attention_init(args.attention_init, read_skeleton(model_args.model_config))
     check_trackers(args)
     set_threads(args.num_threads)
     return budget

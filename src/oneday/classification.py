@@ -27,7 +27,7 @@ from transformers import (
 
 from oneday.arguments import SettingError
 from oneday.glue import Task, name_labels
-from oneday.modeling import freeze_positions
+from oneday.modeling import freeze_sinusoids
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,15 @@ class Checkpoint:
 class PreparedTask:
     """A task, tokenised once for all its runs; `label`, `row` and `length` (tokens) ride beside the model's inputs.
 
-    `test_splits` are answered and not scored.
+    `row` is a row's `idx` on the Hub, or its place in the file. `test_splits` are answered and not scored. `num_rows`
+    of each split were there before `max_train_examples` and `max_eval_examples`.
     """
 
     task: Task
     splits: dict[str, Dataset]
     data_hash: str
     test_splits: dict[str, Dataset] = field(default_factory=dict)
+    num_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def scored_splits(self) -> list[str]:
@@ -215,6 +217,8 @@ def build_classifier(
     set_dropout(config, dropout)
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    if getattr(config, "position_encoding", None) == "sinusoidal":
+        freeze_sinusoids(model)
     if not from_random:
         places = model.state_dict()
         fitting = {
@@ -223,7 +227,6 @@ def build_classifier(
             if key in places and places[key].shape == tensor.shape
         }
         model.load_state_dict(fitting, strict=False)
-        freeze_positions(model)
     return model
 
 
@@ -253,5 +256,5 @@ def hash_weights(weights: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(weights[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
 from oneday.arguments import SettingError
 from oneday.classification import (
@@ -139,14 +139,15 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
     with silence_libraries():
         task, data = read_task(name, args)
         limits = {split: args.max_train_examples if split == "train" else args.max_eval_examples for split in data}
-        data = {split: take_examples(number_rows(rows), limits[split]) for split, rows in data.items()}
+        num_rows = {split: len(rows) for split, rows in data.items()}
+        data = {split: take_examples(rows, limits[split]) for split, rows in data.items()}
         data_hash = hash_rows(data)
         max_length = limit_length(args.max_seq_length, checkpoint)
         encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
         splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
-        tests = {file: tokenize_split(number_rows(rows), encode) for file, rows in tests.items()}
-    return PreparedTask(task, splits, data_hash, tests)
+        tests = {file: tokenize_split(rows, encode) for file, rows in tests.items()}
+    return PreparedTask(task, splits, data_hash, tests, num_rows)
 
 
 def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
@@ -155,11 +156,6 @@ def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
         return load_own_task(args)
     data = load_task(name, args.task_data_dir, args.cache_dir)
     return complete_task(find_task(name), data["train"]), data
-
-
-def number_rows(rows: Dataset) -> Dataset:
-    """With each row's place in the split's data, which drawing and sorting rows would lose."""
-    return rows.add_column("row", np.arange(len(rows)))
 
 
 def finetune_task(

@@ -28,6 +28,7 @@ from oneday.glue_protocol import (
     find_output_dir,
 )
 from oneday.glue_results import hash_run
+from oneday.graphed_loss import MAX_PARAMETERS, GraphedLoss
 from oneday.predictions import decide, write_predictions
 from oneday.throughput import peak_memory_bytes
 
@@ -109,6 +110,8 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         new.rename(run.folder)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}
+    if not all(np.isfinite(outputs).all() for outputs in logits.values()):
+        facts["diverged"] = True
     return line | facts | cost
 
 
@@ -150,9 +153,19 @@ class ClassificationTrainer(Trainer):
 
     Attributes:
         train_lengths: Tokens of each training row; the parent would look them up in the data set, one by one.
+        graphed_loss: The loss of a training batch, where CUDA graphs give it.
     """
 
     train_lengths: list[int]
+    graphed_loss: GraphedLoss | None = None
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the parent; in training from `graphed_loss`, where there is one."""
+        if self.graphed_loss is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return self.graphed_loss(inputs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         """As the parent, where it groups by length."""
@@ -190,6 +203,7 @@ def build_trainer(
         eval_strategy="no",
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would wait for a GPU after every step, for a log that is silent
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
@@ -205,6 +219,8 @@ def build_trainer(
         model, training_args, data_collator=collate, train_dataset=prepared.splits["train"]
     )
     trainer.train_lengths = prepared.train_lengths
+    if choose_device(args).type == "cuda" and args.peft != "qlora" and model.num_parameters() <= MAX_PARAMETERS:
+        trainer.graphed_loss = GraphedLoss(trainer.model)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -213,4 +229,7 @@ def score_logits(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
     """Metrics from a model's outputs, (rows, num_labels)."""
     if not np.isfinite(logits).all():
         logger.warning("%s: the model's outputs are not finite; the training diverged", task.name)
-    return score_predictions(task, decide(task, logits), labels)
+    answers = decide(task, logits)
+    if len(set(answers.tolist())) == 1 and len(set(labels.tolist())) > 1:
+        logger.warning("%s: every answer is the same (%s); the training did not take", task.name, answers[0])
+    return score_predictions(task, answers, labels)

@@ -174,7 +174,7 @@ def expand_task_names(names: list[str]) -> list[str]:
 
 
 def load_task(name: str, task_data_dir: str | None = None, cache_dir: str | None = None) -> DatasetDict:
-    """The splits of a task, with its text columns as strings and `label` as a `ClassLabel` (float32 for a regression).
+    """The splits of a task: text columns as strings, `label` as a `ClassLabel` (float32 for a regression), `row`.
 
     Args:
         name: A name in `TASKS`.
@@ -264,7 +264,7 @@ def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict
 
 
 def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:
-    """Text columns as strings (a missing text is empty) and labels as ids in range (or floats)."""
+    """Text columns as strings (a missing text is empty), labels as ids in range (or floats), and `row`."""
     missing = [column for column in (*task.columns, "label") if column not in data.column_names]
     if missing:
         raise SettingError(
@@ -278,10 +278,19 @@ def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:
     if num_empty:
         logger.info("%s %s: %d rows have no text; they are kept", task.name, split, num_empty)
     columns["label"] = normalize_labels(task, split, list(data["label"]))
+    columns["row"] = number_rows(data)
     label = (
         Value("float32") if task.num_labels == 1 else ClassLabel(num_classes=task.num_labels, names=name_labels(task))
     )
-    return Dataset.from_dict(columns, Features({**dict.fromkeys(task.columns, Value("string")), "label": label}))
+    texts = dict.fromkeys(task.columns, Value("string"))
+    return Dataset.from_dict(columns, Features({**texts, "label": label, "row": Value("int64")}))
+
+
+def number_rows(data: Dataset) -> list[int]:
+    """What a row is called wherever it goes: its `idx` as on the Hub, or its place in the file."""
+    ids = list(data["idx"]) if "idx" in data.column_names else []
+    are_ids = len(set(ids)) == len(data) and all(isinstance(number, int) and number >= 0 for number in ids)
+    return ids if are_ids else list(range(len(data)))
 
 
 def name_labels(task: Task) -> list[str]:
@@ -308,6 +317,8 @@ def normalize_labels(task: Task, split: str, labels: list[object]) -> list[float
             raise SettingError(f"{where} {label!r}; it must be one of: {names}.") from None
         if not np.isfinite(number) or (kind is int and (number != int(number) or not 0 <= number < task.num_labels)):
             hint = "it looks like a hidden test label" if number == -1 else "correct the file"
+            if number == -1 and task.name == "ax":
+                hint = "the Hub hides them: write_submission with mnli answers the diagnostics, too (AX.tsv)"
             raise SettingError(f"{where} {label!r}, outside 0..{task.num_labels - 1}; {hint}.")
         normalized.append(kind(number))
     if any(isinstance(label, str) and label.strip().lower() in by_name for label in labels):

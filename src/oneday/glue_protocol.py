@@ -7,6 +7,7 @@ tasks, last epoch, validation split, median of 5 seeds. Results of another setti
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import os
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from oneday.throughput import has_fast_bf16
 
 logger = logging.getLogger(__name__)
 
-CRAMMING, TUNED, PROBE = "cramming", "tuned", "probe"
+CRAMMING, TUNED, PROBE = PROTOCOLS = ("cramming", "tuned", "probe")
 PEFT_KINDS = ("lora", "dora", "qlora")
 # Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
 LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
@@ -49,7 +50,10 @@ class FinetuneArguments:
         "accuracy", "Of task_file: accuracy, f1, f1_macro, matthews_correlation, pearson, spearmanr."
     )
     cache_dir: str | None = setting(None, "Where downloads and built-in tasks are kept; empty: the default cache.")
-    output_dir: str | None = setting(None, "Where glue_results.json goes; empty: MODEL/glue for a local MODEL.")
+    output_dir: str | None = setting(
+        None,
+        "Where glue_results.json goes; empty: MODEL/glue for a local MODEL, with peft MODEL/glue-lora (dora, qlora).",
+    )
     protocol: str = setting(
         CRAMMING,
         "cramming (one setting for all tasks), tuned (a task's learning rate and epochs are chosen on held-out "
@@ -121,6 +125,7 @@ RUN_SETTINGS = (
     "max_eval_examples",
 )
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
+OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_column", "metric")
 TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
 CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
 POSITIVE_SETTINGS = (
@@ -172,6 +177,11 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
         raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {', '.join(kinds)}.")
     if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
         raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
+    near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)
+    if near and args.protocol not in PROTOCOLS:
+        raise SettingError(
+            f"protocol is {args.protocol!r}; did you mean {near[0]!r}? A name of your own must be another."
+        )
     if args.protocol == PROBE and args.peft is not None:
         raise SettingError(
             f"protocol is probe and peft is {args.peft!r}; a probe trains the head alone: leave one out."
@@ -198,11 +208,11 @@ def check_peft(args: FinetuneArguments) -> None:
 
 
 def find_output_dir(args: FinetuneArguments) -> Path:
-    """`output_dir`, or `glue` inside a local checkpoint."""
+    """`output_dir`, or `glue` inside a local checkpoint (`glue-lora` with adapters, whose scores stand beside)."""
     if args.output_dir:
         return Path(args.output_dir)
     if Path(args.model_name_or_path).is_dir():
-        return Path(args.model_name_or_path) / "glue"
+        return Path(args.model_name_or_path) / (f"glue-{args.peft}" if args.peft else "glue")
     raise SettingError(
         f"model_name_or_path {args.model_name_or_path} is not a local directory; "
         "if it is a Hub id, say with output_dir where the scores go, else correct it (scripts/pretrain.py trains one)."
@@ -211,7 +221,7 @@ def find_output_dir(args: FinetuneArguments) -> Path:
 
 def name_protocol(args: FinetuneArguments) -> str:
     """The protocol's name; `custom` where it claims one of ours with other settings (say `custom tuned`)."""
-    if args.protocol not in (CRAMMING, TUNED, PROBE):
+    if args.protocol not in PROTOCOLS:
         return args.protocol
     usual, args = complete_arguments(FinetuneArguments(protocol=args.protocol)), complete_arguments(args)
     names = (*PROTOCOL_SETTINGS, *TUNED_SETTINGS) if args.protocol == TUNED else PROTOCOL_SETTINGS
@@ -234,8 +244,11 @@ def choose_bf16(args: FinetuneArguments) -> bool:
 
 
 def choose_pad_multiple(args: FinetuneArguments) -> int | None:
-    """What a batch's length is a multiple of: 8 on a GPU, which wants it; on a CPU it was a fifth of CoLA's tokens."""
-    return 8 if choose_device(args).type == "cuda" else None
+    """What a batch's length is a multiple of.
+
+    32 on a GPU, where few lengths are few graphs (`graphed_loss`). None on a CPU: 8 was a fifth of CoLA's tokens.
+    """
+    return 32 if choose_device(args).type == "cuda" else None
 
 
 def choose_attention(args: FinetuneArguments) -> str | None:

@@ -15,6 +15,7 @@ from oneday.classification import Checkpoint, PreparedTask, hash_text
 from oneday.glue import GLUE_NUMBERS, name_labels, score_majority
 from oneday.glue_protocol import (
     CHOSEN_SETTINGS,
+    OWN_TASK_SETTINGS,
     PROBE,
     PROTOCOL_SETTINGS,
     RUN_SETTINGS,
@@ -22,14 +23,18 @@ from oneday.glue_protocol import (
     TUNED_SETTINGS,
     FinetuneArguments,
     choose_bf16,
+    choose_device,
     choose_pad_multiple,
     name_protocol,
 )
+from oneday.throughput import describe_environment
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "glue_results.json"
 RUNS_FILE = "glue_runs.jsonl"
+# What may differ between calls whose scores stand in one table.
+CHANGING = ("model", "threads", "environment")
 COST_KEYS = ("trainable_parameters", "total_parameters", "peak_memory_bytes")
 METRIC_TITLES = {
     "accuracy": "accuracy",
@@ -71,8 +76,11 @@ def summarize_runs(
         "settings": settings | {"bf16": choose_bf16(args)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
         "threads": sorted({run.get("threads", torch.get_num_threads()) for run in runs}),
+        "environment": describe_environment(choose_device(args)),
     }
-    is_same = all(earlier.get(name) == value for name, value in header.items() if name not in ("model", "threads"))
+    if args.task_file:
+        header["settings"] |= {name: getattr(args, name) for name in OWN_TASK_SETTINGS}
+    is_same = all(earlier.get(name) == value for name, value in header.items() if name not in CHANGING)
     if earlier and not is_same:
         logger.info("scores of other weights or settings are replaced; their runs stay in the runs file")
     tasks = dict(earlier["tasks"]) if is_same else {}
@@ -96,7 +104,10 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
     main = {kind: [scores[task.main_metric] for scores in rows] for kind, rows in by_kind.items()}
     num_train, num_validation = len(prepared.splits["train"]), len(prepared.splits[split])
     sizes = dict(zip(task.validation_splits, task.num_validation))
-    official = (task.num_train or num_train, sizes.get(split, num_validation))
+    whole = {
+        name: prepared.num_rows.get(name, count) for name, count in (("train", num_train), (split, num_validation))
+    }
+    official = (task.num_train or whole["train"], sizes.get(split, whole[split]))
     labels, train_labels = (np.asarray(prepared.splits[name]["label"]) for name in (split, "train"))
     entry = {
         "task": task.name,
@@ -115,7 +126,10 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
         "subset": (num_train, num_validation) != official,
         **{name: max(run[name] for run in runs) for name in COST_KEYS},
         "seconds": round(sum(run["seconds"] for run in runs), 1),
+        "data_hash": prepared.data_hash,
     }
+    if diverged := sum(run.get("diverged", False) for run in runs):
+        entry["diverged_runs"] = diverged
     if main["random"]:
         entry["random_weights"] = {"median": statistics.median(main["random"]), "scores": main["random"]}
     return entry
@@ -130,7 +144,7 @@ def summarize_average(tasks: dict[str, dict]) -> dict[str, object]:
     over = [name for name in GLUE_NUMBERS if name in tasks]
     complete = len(over) == len(GLUE_NUMBERS) and not any(tasks[name]["subset"] for name in over)
     over = over if complete else list(tasks)
-    title = "GLUE average" if complete else f"average over {len(over)} numbers: [{', '.join(over)}]"
+    title = "GLUE average" if complete else f"average of {', '.join(over)}"
     average = statistics.fmean(tasks[name]["median"] for name in over)
     summary = {"average": average, "average_over": over, "average_name": title}
     if all("random_weights" in tasks[name] for name in over):
@@ -147,9 +161,11 @@ def format_results(results: dict) -> str:
         gain = row["median"] - floor
         random = f"{100 * floor:8.1f}" if "random_weights" in row else f"{'-':>8}"
         spread = f"{100 * row['median']:.1f} [{100 * min(row['scores']):.1f}..{100 * max(row['scores']):.1f}]"
-        mark = name + "*" * row["subset"]
+        mark = name[:15] + "*" * row["subset"]
         title = METRIC_TITLES[row["metric"]]
         lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
+        if "diverged_runs" in row:
+            notes.append(f"{name}: {row['diverged_runs']} of its runs diverged; a lower learning_rate may help")
         if gain <= 0:
             notes.append(f"{name}: pretraining does not help here")
         if "tuning" in row:
@@ -162,10 +178,26 @@ def format_results(results: dict) -> str:
             notes.append(
                 f"  {row['num_validation']:,} of {row['official_num_validation']:,} scored: no official score"
             )
-    title = results["average_name"].partition(":")[0]
+    over = results["average_over"]
+    title = "average of " + ("this number" if len(over) == 1 else f"these {len(over)} numbers")
+    title = "GLUE average" if results["average_name"] == "GLUE average" else title
     lines += [f"{title:53}{100 * results['average']:7.1f}", f"protocol: {results['protocol']}"]
     lines += [describe_cost(results), *notes]
     return "\n".join(lines)
+
+
+def compare_with_full(results: dict, full: dict) -> list[str]:
+    """Lines that set the scores of adapters beside those of training all weights of the same checkpoint."""
+    if not results["settings"]["peft"] or full.get("weights_hash") != results["weights_hash"]:
+        return []
+    shared = [name for name in results["tasks"] if name in full["tasks"]]
+    if not shared:
+        return []
+    lines = [f"{results['settings']['peft']} / all weights (protocol {full['protocol']}):"]
+    for name in shared:
+        ours, theirs = (100 * side["tasks"][name]["median"] for side in (results, full))
+        lines.append(f"  {name[:15]:15}{ours:6.1f} /{theirs:6.1f}")
+    return [*lines, f"  {describe_cost(full)}"]
 
 
 def describe_cost(results: dict) -> str:
@@ -188,6 +220,7 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
                 "architecture": checkpoint.architecture_hash,
                 "weights": "random" if from_random else checkpoint.weights_hash,
                 "task": task.task.name,
+                "metrics": task.task.metrics,
                 "data": task.data_hash,
                 "seed": seed,
             }

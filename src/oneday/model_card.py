@@ -213,12 +213,14 @@ def glue_section(folder: Path) -> str:
                 name + subset_mark(task),
                 task["metric"],
                 f"{100 * task['median']:.1f}",
+                f"{100 * min(task['scores']):.1f} to {100 * max(task['scores']):.1f}",
                 "" if random is None else f"{100 * random:.1f}",
                 len(task["scores"]),
             )
         )
-    table = markdown_table(("task", "metric", "median", "random weights", "seeds"), rows)
-    return f"\n\n## Fine-tuning\n\nProtocol: {glue['protocol']}.\n\n{table}"
+    table = markdown_table(("task", "metric", "median", "range", "random weights", "seeds"), rows)
+    average = f"\n\n{glue['average_name']}: {100 * glue['average']:.1f}." if "average" in glue else ""
+    return f"\n\n## Fine-tuning\n\nProtocol: {glue['protocol']}.\n\n{table}{average}"
 
 
 def budget_table(budget: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -87,22 +88,40 @@ def load_config(
         SettingError: see `check_config_file`; too few positions; a position encoding that the config lacks.
     """
     file = check_config_file(path)
-    try:
+    with name_refused_file(file):
         config = AutoConfig.from_pretrained(str(file))
         config.vocab_size = math.ceil(len(tokenizer) / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         set_special_ids(config, tokenizer)
         skeleton = build_skeleton(config)
+    check_length(config, skeleton, max_seq_length, file)
+    position_encoding = position_encoding or getattr(config, "position_encoding", None)
+    if position_encoding is not None:
+        check_position_encoding(skeleton, position_encoding, file)
+        config.position_encoding = position_encoding
+    return config
+
+
+@contextmanager
+def name_refused_file(file: Path) -> Iterator[None]:
+    """Raise SettingError, with the file's name, for whatever transformers says against a config."""
+    try:
+        yield
     except SettingError:
         raise
     except Exception as error:  # the config classes and models refuse values in many ways
         reason = " ".join(str(error).split())
         raise SettingError(f"model_config: {file} is refused by transformers ({reason}); mend the file.") from error
-    check_length(config, skeleton, max_seq_length, file)
-    if position_encoding is not None:
-        check_position_encoding(skeleton, position_encoding, file)
-    if position_encoding is not None:
-        config.position_encoding = position_encoding
-    return config
+
+
+def read_skeleton(path: str | os.PathLike) -> PreTrainedModel:
+    """The model of a config file, not fitted to a tokenizer and without storage for weights.
+
+    Raises:
+        SettingError: see `check_config_file`; transformers cannot build it.
+    """
+    file = check_config_file(path)
+    with name_refused_file(file):
+        return build_skeleton(AutoConfig.from_pretrained(str(file)))
 
 
 def set_special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,7 @@ import pyarrow.csv
 from datasets import Dataset, DatasetDict
 
 from oneday.arguments import SettingError
-from oneday.glue import Task, normalize_split, read_file
+from oneday.glue import GLUE_NUMBERS, TASKS, Task, normalize_split, read_file
 from oneday.glue_protocol import FinetuneArguments
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
     for name in (*args.text_columns, args.label_column):
         if name not in rows.column_names:
             raise SettingError(f"{path} has no column {name!r}; it has {', '.join(rows.column_names)}.")
-    rows = rows.select_columns([*args.text_columns, args.label_column])
+    # A split is drawn from the rows later; each keeps its place in the file.
+    rows = rows.select_columns([*args.text_columns, args.label_column]).add_column("idx", list(range(len(rows))))
     labels = [spell_label(label) for label in rows[args.label_column]]
     if None in labels:
         raise SettingError(f"{path} has no label in row {labels.index(None)}; fill in or remove the row.")
@@ -91,7 +92,9 @@ def spell_label(label: object) -> str | None:
 
 def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
     """The task's row, its classes read from the training labels and shown."""
-    name, columns = Path(args.task_file).stem[:15], tuple(args.text_columns)
+    name, columns = Path(args.task_file).stem, tuple(args.text_columns)
+    if name in TASKS or name in GLUE_NUMBERS:
+        name += " (own)"
     if args.metric in REGRESSION_METRICS:
         return Task(name, columns, 1, (args.metric,), args.metric)
     names = sorted(set(labels), key=sort_label)

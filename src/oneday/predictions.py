@@ -67,7 +67,7 @@ def decide(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def write_predictions(folder: Path, prepared: PreparedTask, logits: dict[str, np.ndarray]) -> None:
-    """One parquet file a split: `row` (its place in the split's data), `label`, `prediction`, `logits`.
+    """One parquet file a split: `row` (`idx` on the Hub, or its place in the file), `label`, `prediction`, `logits`.
 
     Labels and predictions are class ids, or numbers for a regression; a test split has no `label`.
     """
@@ -98,8 +98,9 @@ def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[
     target = output_dir / SUBMISSION_DIR
     target.mkdir(exist_ok=True)
     for file in prepared.test_splits:
-        answers = pq.read_table(folder / f"{file}.parquet")["prediction"].to_pylist()
-        lines = [f"{index}\t{spell_answer(task, answer)}\n" for index, answer in enumerate(answers)]
+        table = pq.read_table(folder / f"{file}.parquet", columns=["row", "prediction"])
+        answers = sorted(zip(table["row"].to_pylist(), table["prediction"].to_pylist()))
+        lines = [f"{index}\t{spell_answer(task, answer)}\n" for index, answer in answers]
         (target / f"{file}.tsv").write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
     return {"seed": run["seed"], "files": [f"{file}.tsv" for file in prepared.test_splits]}
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, pipeline
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
+from oneday.card_results import zero_shot_tasks
 from oneday.model_card import ROLES
 
 MASKED_TEXTS = (
@@ -35,7 +36,7 @@ def format_samples(run_dir: str | Path) -> str:
         return "\n".join(format_filled(text, fill(text)) for text in texts)
     generate = pipeline("text-generation", model=str(run_dir), tokenizer=tokenizer, device="cpu")
     torch.manual_seed(SAMPLE_SEED)
-    settings = {"max_new_tokens": 40, "do_sample": True, "top_p": 0.9, "temperature": 0.8}
+    settings = {"max_new_tokens": 40, "do_sample": True, "top_p": 0.9, "top_k": 0, "temperature": 0.8}
     texts = [generate(prompt, **settings)[0]["generated_text"] for prompt in PROMPTS]
     return "\n\n".join(
         textwrap.fill(" ".join(text.split()), 78, initial_indent="  ", subsequent_indent="  ") for text in texts
@@ -78,6 +79,10 @@ def format_report(run_dir: str | Path) -> str:
         before = results["before"].get("eval_pair_accuracy")
         lines.append(row("pair accuracy (floor 50.0)", before, results["eval_pair_accuracy"], "{:.1%}"))
     lines += task_rows(folder)
+    lines += [
+        row(f"{name} zero-shot (floor {100 * task['chance']:.1f})", None, task["accuracy"], "{:.1%}")
+        for name, task, _ in zero_shot_tasks(folder)
+    ]
     spent = f"{100 * budget['used_fraction']:.1f} % of {describe_limits(budget['limit'])}"
     lines += [
         "-" * 78,

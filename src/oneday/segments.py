@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +32,16 @@ class Pairs(NamedTuple):
 def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """(vocabulary,) bool: tokens that go on with the word before them.
 
-    WordPiece marks these with ##; byte-level tokenizers mark the others, by a space before them.
+    WordPiece marks these with ##; byte-level tokenizers mark the others, by a space before them. There a mark or a
+    line's end goes on with no word.
     """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    if any(piece.startswith("##") for piece in pieces):
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordPiece":
         return np.array([piece.startswith("##") for piece in pieces])
-    special = set(tokenizer.all_special_tokens)
-    return np.array([not piece.startswith(("\u0120", "\u2581")) and piece not in special for piece in pieces])
+    special, spaces = set(tokenizer.all_special_tokens), ("\u0120", "\u2581")
+    starts = [tokenizer.convert_tokens_to_string([piece])[:1] for piece in pieces]
+    inside = [start.isalnum() or start == "\ufffd" for start in starts]  # bytes inside a letter, too
+    return np.array([i and not p.startswith(spaces) and p not in special for i, p in zip(inside, pieces)])
 
 
 def find_sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

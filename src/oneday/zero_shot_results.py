@@ -108,6 +108,15 @@ def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], Non
     return results
 
 
+def keep_earlier(results: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The results with what the file held before, if that is of the same weights and as many questions."""
+    shared = ("weights_hash", "max_examples")
+    if any(earlier.get(name) != results[name] for name in shared):
+        return results
+    text = {"text": earlier["text"]} if "text" in earlier else {}
+    return text | results | {"tasks": earlier["tasks"] | results["tasks"]}
+
+
 def format_zero_shot(results: dict[str, Any]) -> str:
     """The table, in 80 columns."""
     lines = [

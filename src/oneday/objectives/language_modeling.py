@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
 from oneday.arguments import SettingError
 from oneday.collators import CausalCollator, Collator, MaskedCollator, WordOrderCollator
+from oneday.modeling import model_kind
 from oneday.objectives.base import EVALUATION_SEED, STANDARD_MLM_PROBABILITY, Objective
 
 
@@ -71,6 +72,20 @@ class CausalLanguageModeling(Objective):
     """`clm`: each token is predicted from those before it in its document."""
 
     name, kind, auto_class = "clm", "decoder", AutoModelForCausalLM
+
+    def find_class(self, config: PreTrainedConfig) -> type:
+        """Of a decoder: BERT has a causal class too, whose attention still sees what it is to predict.
+
+        Raises:
+            SettingError: The config is an encoder's.
+        """
+        if type(config) in self.auto_class._model_mapping and model_kind(config) == "encoder":
+            hint = "set is_decoder to true in it, or take" if hasattr(config, "is_decoder") else "take"
+            raise SettingError(
+                f"model_config: {config.model_type} is an encoder, whose tokens see the ones that objective clm "
+                f"predicts; {hint} a decoder, say model_configs/qwen3-mini.json."
+            )
+        return super().find_class(config)
 
     def training_collator(self, position_offset: int) -> Collator:
         """Every token of a document but its first."""
