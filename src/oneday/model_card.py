@@ -15,21 +15,18 @@ from oneday.card_results import describe_corpus, model_index, subset_mark, zero_
 from oneday.curves import draw_curve
 from oneday.durable_files import write_whole
 from oneday.modeling import count_parameters
-from oneday.objectives import COMPANION
+from oneday.objectives import COMPANION, OBJECTIVES, Objective
 from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes
 
 if TYPE_CHECKING:
     from oneday.preparation import PreparedData
     from oneday.trainer import BudgetTrainer
 
-FILLS, GENERATES = ("AutoModelForMaskedLM", "fill-mask"), ("AutoModelForCausalLM", "text-generation")
-# Objective -> the class that loads the model and the pipeline it serves; those without a word head give features.
-ROLES = {"mlm": FILLS, "mlm_nsp": FILLS, "word_order": FILLS, "clm": GENERATES}
-FEATURES = ("AutoModel", "feature-extraction")
-CALLS = {
-    "fill-mask": 'pipe("The function returns a [MASK] of values.")',
-    "text-generation": 'pipe("The function returns", max_new_tokens=40)',
-    "feature-extraction": 'pipe("The function returns a list of values.")',
+# Pipeline -> the class that loads its model, and a call.
+PIPELINES = {
+    "fill-mask": ("AutoModelForMaskedLM", 'pipe("The function returns a [MASK] of values.")'),
+    "text-generation": ("AutoModelForCausalLM", 'pipe("The function returns", max_new_tokens=40)'),
+    "feature-extraction": ("AutoModel", 'pipe("The function returns a list of values.")'),
 }
 
 
@@ -145,7 +142,7 @@ LIMITS = (
 
 def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The YAML head that the Hub reads, with the results as `model-index`."""
-    task = ROLES.get(results["objective"], FEATURES)[1]
+    task = find_pipeline(results["objective"])
     return {
         "library_name": "transformers",
         "pipeline_tag": task,
@@ -167,16 +164,22 @@ def describe_model(results: dict[str, Any]) -> str:
     )
 
 
+def find_pipeline(objective: str) -> str:
+    """The pipeline that a checkpoint of an objective serves."""
+    return OBJECTIVES.get(objective, Objective).pipeline
+
+
 def usage(results: dict[str, Any]) -> str:
     """Code that loads the model."""
-    name, task = ROLES.get(results["objective"], FEATURES)
+    task = find_pipeline(results["objective"])
+    name, call = PIPELINES[task]
     return (
         "```python\n"
         f"from transformers import AutoTokenizer, {name}, pipeline\n\n"
         f'model = {name}.from_pretrained("PATH_OR_ID")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")\n'
         f'pipe = pipeline("{task}", model=model, tokenizer=tokenizer)\n'
-        f"print({CALLS[task]})\n```"
+        f"print({call})\n```"
     )
 
 

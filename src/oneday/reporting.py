@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, pipeline
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.card_results import zero_shot_tasks
-from oneday.model_card import ROLES
+from oneday.model_card import find_pipeline
 
 MASKED_TEXTS = (
     "Return the [MASK] of elements in the list.",
@@ -27,7 +27,7 @@ SAMPLE_SEED = 0
 def format_samples(run_dir: str | Path) -> str:
     """A few filled masks of an encoder, or a few continuations of a decoder."""
     results = read_results(run_dir)
-    if results["objective"] not in ROLES:
+    if find_pipeline(results["objective"]) == "feature-extraction":
         return f"  (no words: a model of objective {results['objective']} fills no masks and writes no text)"
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
     if results["kind"] == "encoder":

@@ -17,7 +17,7 @@ from oneday.benchmarks.planning import Plan
 from oneday.benchmarks.records import Job, Record, write_summary
 from oneday.comparison import Match, time_to_match
 from oneday.modeling import check_config_file
-from oneday.objectives import find_objective
+from oneday.objectives import OBJECTIVES, find_objective
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ CONFIGS = {
 }
 # Held-out losses of short runs that differ by less are of one quality.
 TIE_NATS = 0.02
-# Objectives whose held-out loss a stock model has too.
-COMPARABLE = ("mlm", "word_order", "clm")
 DEFAULT_BASELINES = {"encoder": ["bert", "modernbert"], "decoder": ["gpt2", "llama"]}
 
 
@@ -93,10 +91,12 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
     Raises:
         SettingError: On an unknown name or a file that cannot be used.
     """
-    if plan.settings["objective"] not in COMPARABLE:
+    objective = find_objective(plan.settings["objective"])
+    if not objective.has_stock_loss:
+        names = ", ".join(name for name, each in OBJECTIVES.items() if each.has_stock_loss)
         raise SettingError(
-            f"versus-stock compares losses of words, which objective {plan.settings['objective']} has not; set it to "
-            f"one of {', '.join(COMPARABLE)}."
+            f"versus-stock compares with stock losses, and objective {objective.name} has its own; set it to one of "
+            f"{names}."
         )
     found = {}
     for name in args.baselines or DEFAULT_BASELINES[plan.text.kind]:
@@ -108,7 +108,7 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
             raise SettingError(
                 f"The setting baselines has {name!r}; it must be one of {', '.join(CONFIGS)}, or a config JSON."
             )
-    auto_class = find_objective(plan.settings["objective"]).auto_class
+    auto_class = objective.auto_class
     for name, config in found.items():
         if type(AutoConfig.from_pretrained(str(check_config_file(config)))) not in auto_class._model_mapping:
             raise SettingError(

@@ -42,6 +42,8 @@ class Objective:
         kind: `encoder` or `decoder`; decides the special tokens around each document.
         auto_class: The class of the model that is trained and saved.
         is_packed: Whether it takes packed rows; otherwise one document a row, under the stock attention.
+        pipeline: transformers' pipeline that its checkpoint serves; without a head for words it gives features.
+        has_stock_loss: Whether a stock model trained by its own class has the same held-out loss.
         weights: Term of the loss -> its weight; a term without one is only reported.
     """
 
@@ -49,6 +51,8 @@ class Objective:
     kind: ClassVar[str]
     auto_class: ClassVar[type]
     is_packed: ClassVar[bool] = True
+    pipeline: ClassVar[str] = "feature-extraction"
+    has_stock_loss: ClassVar[bool] = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BudgetTrainingArguments) -> None:
         self.tokenizer = tokenizer

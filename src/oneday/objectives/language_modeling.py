@@ -14,6 +14,7 @@ class MaskedLanguageModeling(Objective):
     """`mlm`: tokens are hidden and predicted from both sides (Devlin et al. 2019, arXiv 1810.04805)."""
 
     name, kind, auto_class = "mlm", "encoder", AutoModelForMaskedLM
+    pipeline, has_stock_loss = "fill-mask", True
     collator_class = MaskedCollator
 
     def mask_settings(self) -> dict[str, object]:
@@ -72,6 +73,7 @@ class CausalLanguageModeling(Objective):
     """`clm`: each token is predicted from those before it in its document."""
 
     name, kind, auto_class = "clm", "decoder", AutoModelForCausalLM
+    pipeline, has_stock_loss = "text-generation", True
 
     def find_class(self, config: PreTrainedConfig) -> type:
         """Of a decoder: BERT has a causal class too, whose attention still sees what it is to predict.

@@ -38,6 +38,7 @@ class ReplacedTokenDetection(MaskedLanguageModeling):
     """Trains ELECTRA's own class for ELECTRA configs, the token-classification class (one output) for the others."""
 
     name, auto_class = "rtd", AutoModelForTokenClassification
+    pipeline, has_stock_loss = "feature-extraction", False
     collator_class = ReplacedTokenCollator
 
     def __init__(self, *args: object) -> None:

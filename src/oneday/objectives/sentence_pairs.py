@@ -8,8 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
 from oneday.arguments import SettingError
-from oneday.collators import Batch, Collator, MaskedCollator, PairedCollator
-from oneday.objectives.base import EVALUATION_SEED, STANDARD_MLM_PROBABILITY
+from oneday.collators import Batch, PairedCollator
 from oneday.objectives.language_modeling import MaskedLanguageModeling
 from oneday.objectives.selection import find_selected
 
@@ -22,7 +21,7 @@ class MaskedWithNextSentence(MaskedLanguageModeling):
     The pair head reads the state of each document's own [CLS], of which a packed row has several.
     """
 
-    name, auto_class = "mlm_nsp", AutoModelForPreTraining
+    name, auto_class, has_stock_loss = "mlm_nsp", AutoModelForPreTraining, False
     collator_class = PairedCollator
 
     def mask_settings(self) -> dict[str, object]:
@@ -47,12 +46,6 @@ class MaskedWithNextSentence(MaskedLanguageModeling):
                 "segments; take a BERT config, say model_configs/bert-mini.json, or set objective to mlm."
             )
         super().attach(model)
-
-    def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
-        """The own loss over pairs, and the masked words alone without pairs, as objectives share it."""
-        collators = super().evaluation_collators(position_offset)
-        common = (self.tokenizer, EVALUATION_SEED, position_offset)
-        return {**collators, "eval_mlm_loss": MaskedCollator(*common, STANDARD_MLM_PROBABILITY)}
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
         """Masked tokens and pairs; `pair_accuracy` is reported."""
