@@ -260,13 +260,13 @@ def test_decoder_pairs_are_marked_and_nothing_is_empty(gpt):
     assert single == {"input_ids": [[end]], "attention_mask": [[1]], "length": [1]}
 
 
-def test_encoder_pairs_have_types_and_copa_joins_its_columns(bert):
+def test_encoder_pairs_have_types_and_copas_choices_are_told_apart(bert):
     checkpoint = load_checkpoint(bert)
     encoded = encode_batch({"sentence1": ["good film"], "sentence2": ["bad"]}, find_task("rte"), checkpoint, 16)
     assert encoded["token_type_ids"] == [[0, 0, 0, 0, 1, 1]]
     batch = {"premise": ["good"], "question": ["film"], "choice1": ["bad"], "choice2": ["story"]}
     copa = encode_batch(batch, find_task("copa"), checkpoint, 16)
-    assert checkpoint.tokenizer.decode(copa["input_ids"][0]) == "[CLS] good film [SEP] bad story [SEP]"
+    assert checkpoint.tokenizer.decode(copa["input_ids"][0]) == "[CLS] good film [SEP] bad [SEP] story [SEP]"
 
 
 def test_positions_bound_the_length(bert, caplog):

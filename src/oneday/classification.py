@@ -172,11 +172,14 @@ def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max
     """Token ids of a batch of rows, one text or a pair each, truncated and not padded."""
     tokenizer, columns = checkpoint.tokenizer, [batch[name] for name in task.columns]
     split = task.num_first_columns
-    texts = [[" ".join(parts) for parts in zip(*group)] for group in (columns[:split], columns[split:]) if group]
+    # A decoder's tokenizer may set no mark between texts.
+    mark = tokenizer.sep_token or tokenizer.eos_token or tokenizer.bos_token or "\n"
+    joints = (" ", f" {mark} ")  # of a premise and its question; of choices, which must be told apart
+    groups = [(columns[:split], joints[0]), (columns[split:], joints[1])]
+    texts = [[joint.join(parts) for parts in zip(*group)] for group, joint in groups if group]
     num_added = tokenizer.num_special_tokens_to_add(pair=False)
     if len(texts) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= num_added:
-        # A decoder's tokenizer may set no mark between the texts; at the start of the second no truncation takes it.
-        mark = tokenizer.sep_token or tokenizer.eos_token or tokenizer.bos_token or "\n"
+        # At the start of the second no truncation takes it.
         texts[1] = [mark + text for text in texts[1]]
     # GPT-2 would add the embeddings of the words 0 and 1 for the types, and a model with one type has no second.
     has_types = getattr(checkpoint.config, "type_vocab_size", 0) >= 2
