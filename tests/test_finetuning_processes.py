@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import json
 import multiprocessing
@@ -12,17 +13,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from test_finetune import bert, data_dir, make_args  # noqa: F401
 
-from oneday import finetuning_processes
+from oneday import finetuning_processes, processes
 from oneday.arguments import SettingError
 from oneday.classification import load_checkpoint
 from oneday.finetuning import prepare_task, run_protocol
 from oneday.finetuning_processes import choose_num_processes
 from oneday.finetuning_run import plan_run
 from oneday.glue_protocol import complete_arguments
+from oneday.processes import share_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,11 +37,11 @@ def read_lines(folder):
 TUNED = {"protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epochs": [1.0]}
 
 
-@pytest.mark.parametrize("settings", [{}, pytest.param(TUNED, marks=pytest.mark.slow)], ids=["plain", "tuned"])
-def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, settings):  # noqa: F811
+@pytest.mark.parametrize("changes", [{}, pytest.param(TUNED, marks=pytest.mark.slow)], ids=["plain", "tuned"])
+def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, changes):  # noqa: F811
     """With dropout and with answers kept; resumed in either way without a further run."""
-    shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1, **settings}
-    num_runs = 4 + 4 * bool(settings)  # tuned: two tasks at two rates first
+    shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1, **changes}
+    num_runs = 4 + 4 * bool(changes)  # tuned: two tasks at two rates first
     ways = {"one": {"num_threads": 1, "num_processes": 1}, "two": {"num_threads": 2, "num_processes": 2}}
     results = {}
     for name, way in ways.items():
@@ -56,6 +59,20 @@ def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, settings):  #
         }
     files = [{path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*.parquet")} for name in ways]
     assert files[0] == files[1] and len(files[0]) == num_runs
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_run_is_shared_out_once_and_no_worse_than_dearest_first(seed):
+    generator = np.random.default_rng(seed)
+    costs = generator.integers(1, 100, generator.integers(1, 30)).tolist()
+    num_processes = int(generator.integers(1, 6))
+    loads = [0] * num_processes
+    for cost in sorted(costs, reverse=True):
+        loads[loads.index(min(loads))] += cost
+    parts = share_out(costs, num_processes)
+    assert sorted(run for part in parts for run in part) == list(range(len(costs)))
+    assert max(sum(costs[run] for run in part) for part in parts) <= max(loads)
+    assert doctest.testmod(processes) == (0, 1)
 
 
 def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):  # noqa: F811

@@ -175,7 +175,7 @@ def test_local_files_of_each_kind(tmp_path, kind):
         write_rows(tmp_path / "sst2" / f"{split}.{kind}", rows)
     data = load_task("sst2", str(tmp_path))
     assert list(data) == ["train", "validation"]
-    assert data["train"].column_names == ["sentence", "label"]
+    assert data["train"].column_names == ["sentence", "label", "row"]
     assert data["train"]["sentence"][:] == ['a "quote', "NA", "null"]
     assert data["train"]["label"][:] == [1, 0, 1]
     assert data["train"].features["label"].names == ["negative", "positive"]

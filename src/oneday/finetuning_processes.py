@@ -75,9 +75,8 @@ def perform_runs(
         for run in runs:
             yield measure_run(checkpoint, run)
         return
-    runs = sorted(runs, key=count_flops, reverse=True)  # a long one that begins last would go on alone
-    names = [run.name for run in runs]
-    yield from map_in_processes(measure_shared, (checkpoint, runs, num_threads), names, num_processes)
+    names, costs = [run.name for run in runs], [count_flops(run) for run in runs]
+    yield from map_in_processes(measure_shared, (checkpoint, runs, num_threads), names, costs, num_processes)
 
 
 def measure_shared(shared: tuple[Checkpoint, list[PlannedRun], int], index: int) -> dict:

@@ -76,7 +76,7 @@ def summarize_runs(
         "settings": settings | {"bf16": choose_bf16(args)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
         "threads": sorted({run.get("threads", torch.get_num_threads()) for run in runs}),
-        "environment": describe_environment(choose_device(args)),
+        "environment": {k: v for k, v in describe_environment(choose_device(args)).items() if k != "threads"},
     }
     if args.task_file:
         header["settings"] |= {name: getattr(args, name) for name in OWN_TASK_SETTINGS}
