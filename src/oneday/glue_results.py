@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
-from oneday.glue import GLUE_NUMBERS, name_labels, score_majority
+from oneday.glue import GLUE_NUMBERS, TASKS, name_labels, score_majority
 from oneday.glue_protocol import (
     CHOSEN_SETTINGS,
     OWN_TASK_SETTINGS,
@@ -174,10 +174,12 @@ def format_results(results: dict) -> str:
             chosen = f"learning rate {tuning['chosen']['learning_rate']:g}, {epochs:g} epoch{'s' * (epochs != 1)}"
             notes.append(f"{name}: {chosen}, chosen on {tuning['num_held_out']:,} training rows")
         if row["subset"]:
-            notes.append(f"* {name}: {row['num_train']:,} of {row['official_num_train']:,} training rows,")
-            notes.append(
-                f"  {row['num_validation']:,} of {row['official_num_validation']:,} scored: no official score"
-            )
+            trained = f"{row['num_train']:,} of {row['official_num_train']:,} training rows"
+            scored = f"{row['num_validation']:,} of {row['official_num_validation']:,} scored"
+            if row["task"] in TASKS and TASKS[row["task"]].num_train is not None:
+                notes += [f"* {name}: {trained},", f"  {scored}: no official score"]
+            else:
+                notes.append(f"* {name[:15]}: {trained}, {scored}")
     over = results["average_over"]
     title = "average of " + ("this number" if len(over) == 1 else f"these {len(over)} numbers")
     title = "GLUE average" if results["average_name"] == "GLUE average" else title
