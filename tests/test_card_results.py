@@ -22,7 +22,8 @@ BLIMP = {"accuracy": 0.61, "standard_error": 0.02, "chance": 0.5, "num_questions
 
 def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     (tmp_path / "glue").mkdir()
-    glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}}
+    average = {"average": 0.65625, "average_name": "average of sst2, rte"}
+    glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}} | average
     (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
     (tmp_path / "zero_shot_results.json").write_text(json.dumps({"max_examples": 200, "tasks": {"blimp": BLIMP}}))
     (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
@@ -36,7 +37,8 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     assert scores["blimp (subset: 200 questions)"].metric_value == 0.61
     assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]
     assert "alice" not in str(card)
-    assert "rte (subset: 100 of 2,490" in glue_section(tmp_path)
+    assert "rte (subset: 100 of 2,490" in glue_section(tmp_path) and "80.0 to 82.0" in glue_section(tmp_path)
+    assert glue_section(tmp_path).endswith("\n\naverage of sst2, rte: 65.6.")
     assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)
 
 

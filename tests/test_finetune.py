@@ -479,8 +479,22 @@ def test_a_task_of_ones_own_is_run_by_one_command_and_under_another_metric(bert,
     kept = pq.read_table(path).to_pydict()
     assert [rows[row]["label"] for row in kept["row"]] == kept["label"] and len(set(kept["row"])) == 20
     results = run_protocol(dataclasses.replace(args, metric="f1"))
-    assert results["tasks"]["rte (own)"]["metric"] == "f1" and results["settings"]["metric"] == "f1"
+    assert results["tasks"]["rte (own)"]["metric"] == "f1" == results["tasks"]["rte (own)"]["own_task"]["metric"]
     assert results["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp_path):
+    shared = {"num_train_epochs": 1, "max_train_examples": 16}
+    run_protocol(make_args(bert, data_dir, tmp_path, **shared))
+    (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    own = run_protocol(make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), **shared))
+    assert list(own["tasks"]) == ["sst2", "mine"]
+
+
+def test_runs_that_diverge_are_counted(bert, data_dir, tmp_path, caplog):
+    changes = {"num_train_epochs": 1, "max_train_examples": 32, "learning_rate": 1e30, "num_seeds": 2}
+    entry = run_protocol(make_args(bert, data_dir, tmp_path, **changes))["tasks"]["sst2"]
+    assert entry["diverged_runs"] == 2 and "the training diverged" in caplog.text
 
 
 def test_answers_that_are_all_the_same_are_said(bert, data_dir, tmp_path, caplog):

@@ -61,7 +61,7 @@ def write_rows(path, rows):
 def make_entry(median, subset=False):
     sizes = dict.fromkeys(("num_train", "num_validation", "official_num_train", "official_num_validation"), 10_000)
     cost = {"trainable_parameters": 180_000, "total_parameters": 6_300_000, "peak_memory_bytes": 1_020_000_000}
-    cost["task"] = "mnli"
+    cost |= {"task": "mnli", "diverged_runs": 0}
     return {"metric": "f1", "median": median, "scores": [median] * 5, "majority": 0.5, "subset": subset} | sizes | cost
 
 
@@ -304,7 +304,9 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     chosen = {"learning_rate": 4e-5, "num_train_epochs": 1.0}
     tasks["cola"] |= {"tuning": {"pretrained": {"chosen": chosen, "num_held_out": 32}}}
     tasks["sst2"] |= {"tuning": {"pretrained": {"chosen": chosen | {"num_train_epochs": 2.5}, "num_held_out": 32}}}
+    tasks["qnli"]["diverged_runs"] = 2
     table = format_results(header | summarize_average(tasks))
+    assert "qnli: 2 of its runs diverged" in table and "qqp: 2" not in table
     assert "cola: learning rate 4e-05, 1 epoch, chosen" in table and "4e-05, 2.5 epochs, chosen" in table
     assert max(map(len, table.splitlines())) <= 80
     assert "rte: pretraining does not help here" in table and "-10.0" in table
@@ -312,7 +314,7 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     assert table.count("no official score") == 1
     assert "* a task of one's: 10,000 of 10,000 training rows, 10,000 of 10,000 scored" in table
     assert "lora: 0.18 M of 6.30 M parameters, peak memory 1.02 GB of the process" in table
-    assert "average of these 10 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
+    assert "average of 10 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
 
 
 def test_scores_of_a_task_cover_its_metrics():

@@ -178,6 +178,14 @@ def test_too_long(tmp_path):
     assert model(input_ids=torch.full((1, 63), 7), **layout).logits.shape == (1, 63, 128)
 
 
+@pytest.mark.parametrize("name, wrong", [("bert-mini", "sinusoidl"), ("modernbert-mini", "sinusoidal")])
+def test_a_position_encoding_that_stands_in_the_config_is_checked_too(tmp_path, name, wrong):
+    config = json.loads((CONFIGS / f"{name}.json").read_text()) | {"position_encoding": wrong}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingError, match="set it to one of|has rotary positions"):
+        load_config(tmp_path, ENCODER, 128)
+
+
 def test_position_encoding():
     for name, encoding in (("bert-mini", "learned"), ("gpt2-mini", "learned"), ("qwen3-mini", "rotary")):
         load_config(CONFIGS / f"{name}.json", ENCODER, 128, encoding)

@@ -164,7 +164,7 @@ def plain(model):
     return model
 
 
-@pytest.mark.parametrize("negatives", ["swapped", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("negatives", ["swapped", "random"])
 def test_next_sentence_loss_is_the_formula(make, negatives):
     """L = -1/M sum over masked of log P(x_i | rest) - 1/P sum over pairs of log P(label | its own [CLS])."""
     trainer = make("mlm_nsp", "bert", budget_steps=1, nsp_negatives=negatives)
@@ -194,7 +194,7 @@ def test_next_sentence_loss_is_the_formula(make, negatives):
     assert len(pairs) > 10 and 0.2 < np.mean(kinds) < 0.8
 
 
-@pytest.mark.parametrize("negatives", ["swapped", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("negatives", ["swapped", "random"])
 def test_the_pair_task_is_learnt(make, negatives):
     settings = {"nsp_negatives": negatives, "learning_rate": 2e-3, "muon_learning_rate": 1e-2, "optim": "muon"}
     trainer = make("mlm_nsp", "bert", budget_steps=400, **settings)

@@ -19,7 +19,7 @@ PAIRS = [{"premise": "a", "hypothesis": str(number), "label": -1, "idx": number}
 
 def prepare(name, labels, tests):
     rows = Dataset.from_dict({"label": labels, "row": [7, 5, 6][: len(labels)]})
-    tests = {file: Dataset.from_dict({"label": [0] * 3, "row": [0, 1, 2]}) for file in tests}
+    tests = {file: Dataset.from_dict({"label": [0] * 3, "row": [2, 0, 1]}) for file in tests}
     split = find_task(name).validation_splits[0]
     return PreparedTask(find_task(name), {"train": rows, split: rows}, "hash", tests)
 
@@ -50,7 +50,7 @@ def test_submission_is_the_median_runs_in_the_servers_words(tmp_path):
         runs.append(({"seed": 4 + answer, "scores": {"mnli_matched": {"accuracy": score}}}, folder))
     assert write_submission(tmp_path, prepared, runs) == {"seed": 6, "files": ["MNLI-m.tsv", "AX.tsv"]}
     assert sorted(path.name for path in (tmp_path / "submission").iterdir()) == ["AX.tsv", "MNLI-m.tsv"]
-    expected = "index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n"
+    expected = "index\tprediction\n0\tentailment\n1\tneutral\n2\tcontradiction\n"
     assert (tmp_path / "submission" / "MNLI-m.tsv").read_text() == expected
 
 

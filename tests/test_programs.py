@@ -172,9 +172,11 @@ def test_gpt_and_report(run_script, text_file, tmp_path):
     code, _, stderr = run_script("pretrain", *argv)
     assert code == 0, stderr
     assert json.loads((out / "results.json").read_text())["bits_per_byte"] > 0
+    scores = {"accuracy": 0.612, "standard_error": 0.01, "chance": 0.5, "num_questions": 200}
+    (out / "zero_shot_results.json").write_text(json.dumps({"tasks": {"blimp": scores}}))
     code, shown, _ = run_script("report", "--run_dir", out)
     assert code == 0
-    assert "bits / byte" in shown
+    assert "bits / byte" in shown and "blimp zero-shot (floor 50.0)" in shown and "61.2%" in shown
     assert max(map(len, shown.splitlines()[-12:])) <= 80
 
 

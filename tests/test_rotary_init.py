@@ -116,6 +116,8 @@ def test_the_constant_moves_no_probability_of_a_tied_projection():
     with_constant = model.lm_head(hidden).log_softmax(-1)
     table.data[:, 0] = 0.0
     torch.testing.assert_close(with_constant, model.lm_head(hidden).log_softmax(-1), atol=1e-5, rtol=1e-5)
+    table.data[:, 0] = torch.randn(len(table))
+    assert (with_constant - model.lm_head(hidden).log_softmax(-1)).abs().max() > 1e-3, "other values there would"
 
 
 @pytest.mark.parametrize("name", ["modernbert", "qwen3"])

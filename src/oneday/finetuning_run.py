@@ -110,8 +110,7 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         new.rename(run.folder)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}
-    if not all(np.isfinite(outputs).all() for outputs in logits.values()):
-        facts["diverged"] = True
+    facts["diverged"] = not all(np.isfinite(outputs).all() for outputs in logits.values())
     return line | facts | cost
 
 

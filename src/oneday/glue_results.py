@@ -78,8 +78,6 @@ def summarize_runs(
         "threads": sorted({run.get("threads", torch.get_num_threads()) for run in runs}),
         "environment": {k: v for k, v in describe_environment(choose_device(args)).items() if k != "threads"},
     }
-    if args.task_file:
-        header["settings"] |= {name: getattr(args, name) for name in OWN_TASK_SETTINGS}
     is_same = all(earlier.get(name) == value for name, value in header.items() if name not in CHANGING)
     if earlier and not is_same:
         logger.info("scores of other weights or settings are replaced; their runs stay in the runs file")
@@ -90,6 +88,9 @@ def summarize_runs(
             tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
             tuning = {kind: choice for (name, kind), choice in choices.items() if name == task.task.name}
             tasks[task.task.name_number(split)] |= {"tuning": tuning} if tuning else {}
+            if args.task_file:
+                own = {name: getattr(args, name) for name in OWN_TASK_SETTINGS}
+                tasks[task.task.name_number(split)]["own_task"] = own
             if task.task.name in submissions:
                 tasks[task.task.name_number(split)]["submission"] = submissions[task.task.name]
     return header | {"tasks": tasks} | summarize_average(tasks)
@@ -127,9 +128,8 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
         **{name: max(run[name] for run in runs) for name in COST_KEYS},
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "data_hash": prepared.data_hash,
+        "diverged_runs": sum(run["diverged"] for run in runs),
     }
-    if diverged := sum(run.get("diverged", False) for run in runs):
-        entry["diverged_runs"] = diverged
     if main["random"]:
         entry["random_weights"] = {"median": statistics.median(main["random"]), "scores": main["random"]}
     return entry
@@ -164,7 +164,7 @@ def format_results(results: dict) -> str:
         mark = name[:15] + "*" * row["subset"]
         title = METRIC_TITLES[row["metric"]]
         lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
-        if "diverged_runs" in row:
+        if row["diverged_runs"]:
             notes.append(f"{name}: {row['diverged_runs']} of its runs diverged; a lower learning_rate may help")
         if gain <= 0:
             notes.append(f"{name}: pretraining does not help here")
@@ -181,8 +181,9 @@ def format_results(results: dict) -> str:
             else:
                 notes.append(f"* {name[:15]}: {trained}, {scored}")
     over = results["average_over"]
-    title = "average of " + ("this number" if len(over) == 1 else f"these {len(over)} numbers")
-    title = "GLUE average" if results["average_name"] == "GLUE average" else title
+    title = results["average_name"]
+    if title != "GLUE average":  # names them all
+        title = f"average of {len(over)} number{'s' * (len(over) > 1)}"
     lines += [f"{title:53}{100 * results['average']:7.1f}", f"protocol: {results['protocol']}"]
     lines += [describe_cost(results), *notes]
     return "\n".join(lines)
@@ -190,10 +191,9 @@ def format_results(results: dict) -> str:
 
 def compare_with_full(results: dict, full: dict) -> list[str]:
     """Lines that set the scores of adapters beside those of training all weights of the same checkpoint."""
-    if not results["settings"]["peft"] or full.get("weights_hash") != results["weights_hash"]:
-        return []
-    shared = [name for name in results["tasks"] if name in full["tasks"]]
-    if not shared:
+    is_full = full.get("weights_hash") == results["weights_hash"] and not full["settings"]["peft"]
+    shared = [name for name in results["tasks"] if name in full["tasks"]] if is_full else []
+    if not results["settings"]["peft"] or not shared:
         return []
     lines = [f"{results['settings']['peft']} / all weights (protocol {full['protocol']}):"]
     for name in shared:

@@ -222,8 +222,8 @@ def glue_section(folder: Path) -> str:
             )
         )
     table = markdown_table(("task", "metric", "median", "range", "random weights", "seeds"), rows)
-    average = f"\n\n{glue['average_name']}: {100 * glue['average']:.1f}." if "average" in glue else ""
-    return f"\n\n## Fine-tuning\n\nProtocol: {glue['protocol']}.\n\n{table}{average}"
+    average = f"{glue['average_name']}: {100 * glue['average']:.1f}"
+    return f"\n\n## Fine-tuning\n\nProtocol: {glue['protocol']}.\n\n{table}\n\n{average}."
 
 
 def budget_table(budget: dict[str, Any]) -> str:

@@ -233,20 +233,14 @@ def freeze_sinusoids(model: nn.Module) -> None:
 
     They are scaled to the standard deviation the table was initialised with: stock models add it to token embeddings
     of that size, unscaled sinusoids would drown them (`attention_init` may scale them again, to the
-    words as they start). A checkpoint reloads the values, but as trainable weights.
+    words as they start). A stock class reloads the values of a checkpoint, but as weights that would train.
     """
     table = find_position_table(model)
     assert table is not None, "checked by load_config"
     sinusoids = make_sinusoids(*table.weight.shape)
     with torch.no_grad():
         table.weight.copy_(sinusoids * (table.weight.std() / sinusoids.std()))
-    freeze_positions(model)
-
-
-def freeze_positions(model: nn.Module) -> None:
-    """Stop the training of a table of sinusoids: a stock class loads its values, but as weights that would train."""
-    if getattr(model.config, "position_encoding", None) == "sinusoidal":
-        find_position_table(model).weight.requires_grad_(False)
+    table.weight.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module, without: str | None = None) -> tuple[int, int]:

@@ -112,6 +112,11 @@ def share_out(costs: Sequence[float], num_processes: int) -> list[list[int]]:
     return [sorted(part, key=lambda run: (-costs[run], run)) for part in parts]
 
 
+def take_run(own: list[int], parts: Sequence[list[int]], costs: Sequence[float]) -> int:
+    """The next run of a process, taken out: its own dearest, or the cheapest of whoever has most left."""
+    return own.pop(0) if own else max(parts, key=lambda part: sum(costs[run] for run in part)).pop()
+
+
 def map_in_processes(
     function: Callable[[Any, int], dict[str, Any]],
     shared: Any,
@@ -136,24 +141,16 @@ def map_in_processes(
     """
     workers: dict[Connection, BaseProcess] = {}
     parts, working = share_out(costs, min(num_processes, len(names))), {}
-    waiting: dict[Connection, list[int]] = {}
-
-    def take(worker: Connection) -> int | None:
-        """The next run of a process: its own, or the last of whoever has most left; None when all are begun."""
-        if waiting[worker]:
-            return waiting[worker].pop(0)
-        most = max(waiting.values(), key=lambda part: sum(costs[run] for run in part))
-        return most.pop() if most else None
-
     try:
         with ignored_interrupts():  # of the terminal's Ctrl-C they hear nothing: this process stops them
-            for part in parts:
+            for _ in parts:
                 ours, process = start_worker(function)
-                workers[ours], waiting[ours] = process, part
+                workers[ours] = process
+        shares = dict(zip(workers, parts))
         content = pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL)
         failure = None
         for worker in workers:
-            working[worker] = take(worker)
+            working[worker] = take_run(shares[worker], parts, costs)
             with refused_to_the_dead(names[working[worker]], workers[worker]):
                 worker.send_bytes(content)
                 worker.send(working[worker])
@@ -167,9 +164,9 @@ def map_in_processes(
                     try:
                         with refused_to_the_dead(name, workers[worker]):
                             outcome = worker.recv()
-                            if failure is None and "error" not in outcome and (following := take(worker)) is not None:
-                                working[worker] = following
-                                worker.send(following)
+                            if failure is None and "error" not in outcome and any(parts):
+                                working[worker] = take_run(shares[worker], parts, costs)
+                                worker.send(working[worker])
                         if "error" in outcome:
                             raise RunError(name, outcome["error"])
                     except RunError as error:
