@@ -13,6 +13,7 @@ import sys
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
 from oneday.benchmarks.throughput import expand_grid
-from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, median_match
+from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, find_baselines, median_match
 from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
 from oneday.comparison import time_to_match
@@ -596,3 +597,12 @@ def test_a_record_of_a_machine_of_another_speed_does_not_stand():
     assert find_speed_difference(record, 4.5e11) is None
     assert find_speed_difference(record, None) is None
     assert find_speed_difference(record, 7.6e11) == "the machine's peak was 0.40 TFLOP/s, now 0.76"
+
+
+@pytest.mark.parametrize("objective", ["mlm_nsp", "plm", "rtd"])
+def test_versus_stock_refuses_objectives_that_stock_has_no_loss_of(objective):
+    plan = SimpleNamespace(settings={"objective": objective}, text=SimpleNamespace(kind="encoder"))
+    with pytest.raises(
+        SettingError, match=f"objective {objective} has its own; set it to one of mlm, clm, word_order"
+    ):
+        find_baselines(plan, VersusStockArguments())
