@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import Checkpoint, PreparedTask, build_classifier, silence_libraries
+from oneday.dropout import hasten_dropout
 from oneday.glue import Task, score_predictions
 from oneday.glue_protocol import (
     FinetuneArguments,
@@ -119,7 +120,9 @@ def train_classifier(
 ) -> Trainer:
     """The trainer after its last step; it holds the model."""
     model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
-    trainer = build_trainer(restrict_training(model, args), checkpoint, prepared, args, seed)
+    model = restrict_training(model, args)
+    hasten_dropout(model)
+    trainer = build_trainer(model, checkpoint, prepared, args, seed)
     trainer.train()
     return trainer
 
