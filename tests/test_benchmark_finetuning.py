@@ -10,7 +10,7 @@ from test_benchmark import run_benchmark  # noqa: F401
 from test_finetune import bert, data_dir, gpt, make_args  # noqa: F401
 from transformers import AutoTokenizer
 
-from oneday.benchmarks.finetuning import describe_number
+from oneday.benchmarks.finetuning import compare_seconds, describe_number
 from oneday.benchmarks.stock_glue import load_rows, run_glue, tokenize
 from oneday.glue_protocol import complete_arguments
 
@@ -56,8 +56,10 @@ def test_from_start_to_table(run_benchmark, bert, data_dir, tmp_path, monkeypatc
         assert {"date", "environment", "seed", "settings", "peak_flops_measured"} <= record.keys()
         assert str(tmp_path.parent) not in json.dumps(record), "no path of this machine"
     assert sum(stock["phase_seconds"].values()) < stock["seconds"], "starting the process counts"
-    assert summary["seconds"] == {"ours": ours["seconds"], "stock": stock["seconds"]}
+    assert summary["seconds"] == pytest.approx({"ours": ours["seconds"], "stock": stock["seconds"]})
     assert summary["seconds_ratio"] == pytest.approx(stock["seconds"] / ours["seconds"])
+    tokenising = stock["phase_seconds"]["tokenise"]
+    assert summary["turn_ratios"] == [pytest.approx((stock["seconds"] - tokenising) / ours["seconds"])]
     assert f"{summary['seconds_ratio']:.2f} x" in table
     assert summary["rows"][0]["scores"] == {"ours": ours["scores"]["sst2"], "stock": stock["scores"]["sst2"]}
     assert run_benchmark(*argv)[1] == table, "from the records"
@@ -74,3 +76,17 @@ def test_medians_and_spreads_by_hand():
     row = describe_number("rte", sides)
     assert row["medians"] == {"ours": 0.6, "stock": 0.5} and row["metric"] == "accuracy"
     assert row["scores"]["stock"] == [0.4, 0.6]
+
+
+def test_seconds_of_turns_by_hand():
+    def stock(seconds, tokenise):
+        return {"seconds": seconds, "phase_seconds": {"tokenise": tokenise}}
+
+    turns = [
+        ({"seconds": 10.0}, [stock(21.0, 1.0), stock(32.0, 2.0)]),
+        ({"seconds": 20.0}, [stock(31.0, 1.0), stock(52.0, 2.0)]),
+    ]
+    seconds, ratios = compare_seconds(turns)
+    # Both seeds without tokenising (50 and 80), which the example does once (3).
+    assert seconds == {"ours": 15.0, "stock": 133.0}
+    assert ratios == [10.0, 8.0]
