@@ -33,7 +33,9 @@ from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
-from oneday.benchmarks.throughput import expand_grid
+from oneday.benchmarks.throughput import expand_grid, measure_throughput, pick_figures
+from oneday.benchmarks.throughput import format_table as format_grid
+from oneday.benchmarks.throughput import make_job as make_throughput_job
 from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, find_baselines, median_match
 from oneday.budget import Budget, BudgetClock
 from oneday.collators import CausalCollator, MaskedCollator
@@ -45,6 +47,7 @@ from oneday.objectives import EVALUATION_SEED, find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.preparation import PreparedData
 from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
+from oneday.trainer import BudgetTrainer
 
 ROOT = Path(__file__).parent.parent
 TINY_BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
@@ -238,13 +241,16 @@ def test_paired_difference_by_hand():
 @pytest.mark.parametrize(
     ("difference", "error", "seeds", "verdict"),
     [
-        (-0.2, 0.09, 3, "better"),
-        (0.2, 0.09, 3, "worse"),
-        (-0.2, 0.11, 3, "not clear"),
+        (-0.2, 0.2 / 4.31, 3, "better"),
+        (0.2, 0.2 / 4.31, 3, "worse"),
+        (-0.2, 0.2 / 4.30, 3, "not clear"),
+        (-0.2, 0.2 / 2.79, 5, "better"),
+        (-0.2, 0.2 / 2.77, 5, "not clear"),
+        (math.nan, 0.01, 3, "not clear"),
         (-0.2, 0.01, 2, "needs 3 seeds"),
     ],
 )
-def test_verdict_only_beyond_two_standard_errors(difference, error, seeds, verdict):
+def test_verdict_only_outside_students_95_percent(difference, error, seeds, verdict):
     assert find_verdict(difference, error, seeds) == verdict
 
 
@@ -361,7 +367,7 @@ def test_the_best_learning_rate_is_taken(tmp_path):
     config.write_text(json.dumps(TINY_BERT))
     settings = complete_settings((BudgetTrainingArguments,), {"max_seq_length": 32})
     plan = Plan("tiny", settings, RecordStore(tmp_path, ENVIRONMENT))
-    plan.__dict__["text"] = Text("f", "h", "texts", "encoder", "eval_mlm_loss")
+    plan.__dict__["text"] = Text("f", "h", "m", "texts", "encoder", "eval_mlm_loss")
     args = VersusStockArguments(
         learning_rates=[3e-4, 1e-3, 3e-3], stock_rows=[8, 32], screen_minutes=2.0, sides=["ours"]
     )
@@ -523,9 +529,45 @@ def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, reci
     steps = record["step_seconds"]
     assert steps["data"] + steps["forward_backward"] + steps["optimizer"] == pytest.approx(steps["step"], rel=0.3)
     assert 8 * record["num_parameters"] == pytest.approx(record["optimizer_state_bytes"], rel=0.01), "two moments"
+    assert record["batch_size_tokens"] == record["micro_batch_tokens"] == 512
     summary = json.loads((records / "throughput-mini-pretrain.json").read_text())
     assert [row["point"]["optim"] for row in summary["rows"]] == ["adamw", "adamw_9bit"]
     assert summary["environment"]["packages"]["torch"] == metadata.version("torch")
+
+
+def make_point(recipe, tmp_path, **point):
+    plan = Plan("tiny", complete_settings(CLASSES, yaml.safe_load(recipe.read_text())), RecordStore(tmp_path, {}))
+    return make_throughput_job(plan, point, 0.2)
+
+
+def test_throughput_says_what_micro_batch_ran(recipe, tmp_path, monkeypatch):
+    """A batch of 512 tokens caps it; a memory that does not hold it makes the point one that cannot run."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    job = make_point(recipe, tmp_path, micro_batch_tokens=4096)
+    record = measure_throughput(job) | {"name": job.name, "seed": 1}
+    assert (record["batch_size_tokens"], record["micro_batch_tokens"]) == (512, 512)
+    row = {"point": {"micro_batch_tokens": 4096}} | pick_figures(record)
+    assert "ran in micro-batches of 512 tokens" in format_grid(SimpleNamespace(
+        name="tiny", store=SimpleNamespace(environment=record["environment"])), [row], [record])  # fmt: skip
+
+    def refuse(trainer, model, batch, counts, backward=BudgetTrainer.backward):
+        if batch.inputs["input_ids"].numel() > 128:
+            raise torch.OutOfMemoryError("injected")
+        return backward(trainer, model, batch, counts)
+
+    monkeypatch.setattr(BudgetTrainer, "backward", refuse)
+    assert measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=128))["micro_batch_tokens"] == 128
+    with pytest.raises(SettingError, match="does not hold a micro-batch of 256 tokens; 128 it held"):
+        measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=256))
+
+
+def test_rows_that_grow_are_measured_at_their_full_length(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    job = make_point(recipe, tmp_path, max_seq_length_start=ROW_LENGTH // 2)
+    assert job.recipe["max_seq_length_start"] == ROW_LENGTH // 2, "asked for by name"
+    settings = yaml.safe_load(recipe.read_text()) | {"max_seq_length_start": ROW_LENGTH // 2}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert make_point(recipe, tmp_path).recipe["max_seq_length_start"] is None
 
 
 def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
@@ -568,6 +610,9 @@ BAD = [
     (("versus-stock", "--baselines", "GPT2"), "baselines has 'gpt2', which has no AutoModelForMaskedLM"),
     (("versus-stock", "--budget_steps", "5"), "one wall clock"),
     (("versus-stock", "--budget_minutes", "0"), "budget_minutes is 0"),
+    (("versus-stock", "--streaming", "true"), "streaming is True, and versus-stock cuts the whole text"),
+    (("versus-stock",), "baselines is empty, and stock bert has .* name config JSONs of its size"),
+    (("versus-stock", "--baselines", "RIVAL"), "screen_minutes is 2.5, and the budget 0.05 minutes"),
     (("ablate",), "No change is given"),
     (("ablate", "--change", "linear"), "change is 'linear'; write NAME=VALUE"),
     (("ablate", "--change", "lr_shap=linear"), "unknown setting 'lr_shap'; the nearest is 'lr_shape'"),
@@ -578,7 +623,7 @@ BAD = [
 @pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv) or "nothing" for argv, _ in BAD])
 def test_bad_input_gets_one_sentence(run_benchmark, recipe, tmp_path, argv, words):
     (tmp_path / "file").write_text("mine")
-    places = {"FILE": str(tmp_path / "file"), "GPT2": str(tmp_path / "gpt2.json")}
+    places = {"FILE": str(tmp_path / "file")} | {name.upper(): f"{tmp_path / name}.json" for name in ("gpt2", "rival")}
     argv = [places.get(word, word) for word in argv]
     if argv and argv[0] != "speed":
         argv.insert(1, str(recipe))

@@ -41,3 +41,14 @@ def test_pretraining_and_fine_tuning_decide_alike_on_bfloat16(monkeypatch, name)
     fast = has_fast_bf16(torch.device("cpu"))
     assert fast == (name != "avx2") == choose_bf16(FinetuneArguments(use_cpu=True))
     assert choose_bf16(FinetuneArguments(use_cpu=True, bf16=not fast)) != fast
+
+
+def test_the_peak_of_memory_is_the_processes_own():
+    """`ru_maxrss` goes from a process to the one it becomes: a small child of a large parent would have it."""
+    report = (
+        "import torch; from oneday.throughput import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    )
+    plain = int(subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout)
+    large = f"import subprocess, sys; b = b'1' * 2**30; subprocess.run([sys.executable, '-c', {report!r}], check=True)"
+    child = int(subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True).stdout)
+    assert plain > 2**26 and child < 1.2 * plain

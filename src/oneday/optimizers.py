@@ -223,11 +223,12 @@ def build_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> Composit
 
 
 def count_state_bytes(optimizers: Iterable[Optimizer]) -> int:
-    """Bytes that the optimizers' states hold."""
-    return sum(
-        value.numel() * value.element_size()
+    """Bytes that the optimizers' states hold; a tensor that several share (bitsandbytes' code books) counts once."""
+    held = {
+        id(value): value.numel() * value.element_size()
         for optimizer in optimizers
         for state in optimizer.state.values()
         for value in state.values()
         if torch.is_tensor(value)
-    )
+    }
+    return sum(held.values())

@@ -14,7 +14,8 @@ class ThroughputArguments:
     grid: list[str] | None = setting(
         None,
         "NAME=VALUE,VALUE ... of any recipe setting; given several times, all combinations are measured. Empty: "
-        "optim=muon,adamw,adamw_8bit packing_strategy=best_fit,padded torch_compile=false,true.",
+        "optim=muon,muon_8bit,adamw,adamw_8bit packing_strategy=best_fit,padded torch_compile=false,true, and the "
+        "recipe's micro_batch_tokens beside half of it.",
         repeatable=True,
     )
     measure_seconds: float = setting(10.0, "Seconds of training steps measured at each point, after the warm-up.")
@@ -95,7 +96,7 @@ class KeepArguments:
 class RecordArguments:
     """Records: every finished run is kept as a JSON file and used again while it stands."""
 
-    records_dir: str = setting("recipes/benchmarks", "Where records, tables and pictures are kept.")
+    records_dir: str = setting("runs/benchmarks", "Where records, tables and pictures are kept.")
     reuse_ours: bool = setting(False, "Use records of our side also when this project's code has changed since.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Time of point i of n is budget * (i / n)^this.
 DENSER_EARLY = 1.7
+HASHED_ROWS = 64
 
 
 def point_times(budget_seconds: float, num_points: int) -> list[float]:
@@ -38,6 +40,18 @@ def point_times(budget_seconds: float, num_points: int) -> list[float]:
 def name_measure(objective: Objective) -> str:
     """The held-out loss that recipes and stock are compared by: encoders at 15 % masks, whatever they train with."""
     return "eval_mlm_loss" if "eval_mlm_loss" in objective.evaluation_collators(0) else "eval_loss"
+
+
+def hash_held_out(objective: Objective, dataset: PackedDataset) -> str:
+    """16 hex digits of the first held-out rows as they are scored: inputs, predicted positions and their labels."""
+    indices = np.arange(min(HASHED_ROWS, len(dataset)))
+    rows, lengths = dataset.get_rows(indices)
+    batch = objective.evaluation_collators(0)[name_measure(objective)](rows, lengths, indices)
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**batch.inputs, "positions": batch.positions, "labels": batch.labels}.items()):
+        if torch.is_tensor(tensor):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class HeldOut:
@@ -165,6 +179,7 @@ def describe_result(
     """
     parameters, without_embeddings = count_parameters(model, COMPANION)
     seconds = curve.place["clock_seconds"]
+    memory = peak_memory_bytes(device)  # before the products, which take their own
     peak_flops = max(peak_flops, measure_peak_flops.__wrapped__(device, bf16))
     return {
         "curve": curve.points,
@@ -178,7 +193,7 @@ def describe_result(
         "flops_per_second": clock.flops / seconds,
         "mfu": clock.flops / seconds / peak_flops,
         "peak_flops_measured": peak_flops,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": memory,
         "num_parameters": parameters,
         "num_parameters_without_embeddings": without_embeddings,
         "environment": describe_environment(device),

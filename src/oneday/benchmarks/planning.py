@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import KeepArguments, RecordArguments
-from oneday.benchmarks.heldout import name_measure
+from oneday.benchmarks.heldout import hash_held_out, name_measure
 from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.records import Job, RecordStore, hash_source, make_folder, normalise
 from oneday.benchmarks.stock import run_stock
@@ -31,6 +32,10 @@ from oneday.recipe import (
 )
 from oneday.throughput import describe_environment, has_fast_bf16, measure_peak_flops
 
+# What a recipe sets for its own model, and a stock one may not have.
+OF_OUR_MODEL = ("attention_init", "position_encoding")
+# Characters of a label in a file's name.
+LONGEST_LABEL = 100
 # A benchmark's own choices over the recipe: only the final evaluation, as on the other side, and no trackers.
 QUIET = {"num_evaluations": 1, "eval_steps": None, "eval_on_start": False, "report_to": "none"}
 # Settings that decide nothing, and those that stand in the record as what they give: text, tokenizer, model.
@@ -47,6 +52,7 @@ class Text:
     Attributes:
         fingerprint: Of the text under its tokenizer.
         held_out: Key of the packed held-out rows.
+        masks: Of a batch of them as it is scored: what is hidden, and what is to be predicted.
         corpus: Its public name.
         kind: `encoder` or `decoder`.
         measure: Name of the held-out loss.
@@ -54,6 +60,7 @@ class Text:
 
     fingerprint: str
     held_out: str
+    masks: str
     corpus: str
     kind: str
     measure: str
@@ -140,7 +147,10 @@ class Plan:
         budget_seconds: float,
         num_points: int,
     ) -> Job:
-        """A run of a stock model. Of the recipe only the text counts, so that its records outlive changes of it."""
+        """A run of a stock model, a screen where it has one point.
+
+        Of the recipe only the text counts, so that its records outlive changes of it.
+        """
         details = {
             "recipe": self.name,
             "baseline": baseline,
@@ -160,8 +170,9 @@ class Plan:
             "method": hash_source("benchmarks/stock.py", "benchmarks/heldout.py"),
         }
         budget = name_budget(Budget(seconds=budget_seconds))
-        name = f"stock-{self.name}-{baseline}-{rows}rows-lr{learning_rate:g}-{budget}-seed{seed}"
-        recipe = {**self.settings, "model_config": config, "seed": seed}
+        kind = "screen" if num_points == 1 else "stock"
+        name = f"{kind}-{self.name}-{baseline}-{rows}rows-lr{learning_rate:g}-{budget}-seed{seed}"
+        recipe = {**self.settings, **dict.fromkeys(OF_OUR_MODEL), "model_config": config, "seed": seed}
         return Job("stock", name, run_stock, recipe, details, normalise(settings))
 
 
@@ -205,12 +216,19 @@ def read_text(settings: Settings) -> Text:
     """Prepare the text that settings ask for, and name it."""
     _, data_args, args = build_arguments(CLASSES, settings)
     objective, data = prepare_objective(data_args, args)
-    return Text(data.fingerprint, data.validation.index.key, data.corpus.name, objective.kind, name_measure(objective))
+    return Text(
+        fingerprint=data.fingerprint,
+        held_out=data.validation.index.key,
+        masks=hash_held_out(objective, data.validation),
+        corpus=data.corpus.name,
+        kind=objective.kind,
+        measure=name_measure(objective),
+    )
 
 
 def describe_text(text: Text) -> Settings:
     """What a record says of its text."""
-    return {"corpus": text.corpus, "corpus_hash": text.fingerprint, "held_out": text.held_out}
+    return {"corpus": text.corpus, "corpus_hash": text.fingerprint, "held_out": text.held_out, "masks": text.masks}
 
 
 def describe_settings(settings: Settings) -> Settings:
@@ -256,5 +274,8 @@ def name_budget(budget: Budget) -> str:
 
 
 def slug(label: str) -> str:
-    """A label with only what every file system takes."""
-    return re.sub(r"[^\w.=+-]+", "_", label).strip("_")
+    """A label with only what every file system takes; the end of a long one is a hash of it."""
+    name = re.sub(r"[^\w.=+-]+", "_", label).strip("_")
+    if len(name) <= LONGEST_LABEL:
+        return name
+    return f"{name[:LONGEST_LABEL]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"

@@ -22,13 +22,16 @@ from oneday.recipe import Settings, build_arguments
 from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
 from oneday.trainer import BudgetTrainer
 
-DEFAULT_GRID = ("optim=muon,adamw,adamw_8bit", "packing_strategy=best_fit,padded", "torch_compile=false,true")
+DEFAULT_GRID = (
+    "optim=muon,muon_8bit,adamw,adamw_8bit", "packing_strategy=best_fit,padded", "torch_compile=false,true",
+)  # fmt: skip
 WARMUP_STEPS = 3
 # A budget that does not end, so that the steps are those of a run's beginning, at the full batch.
 ENDLESS = {
     **dict.fromkeys(("budget_minutes", "budget_tokens", "budget_flops", "budget_steps", "budget_usd", "budget_kwh")),
     "budget_hours": 1e6,
     "batch_size_tokens_start": None,
+    "max_seq_length_start": None,
     "save_minutes": 1e6,
     "save_steps": None,
 }
@@ -110,6 +113,13 @@ def measure_throughput(job: Job) -> Record:
         trainer.add_callback(timer)
         trainer.signals = []
         trainer.train()
+        if trainer.micro_batch_limit is not None:
+            raise SettingError(
+                f"the memory does not hold a micro-batch of {args.micro_batch_tokens} tokens; "
+                f"{trainer.micro_batch_limit} it held."
+            )
+        plan, row_length = trainer.step_record.plan, data.train.row_length
+        memory = peak_memory_bytes(args.device)  # before the products, which take their own
         # The machine may be slower at one time than at another: the better of before and after is its peak.
         peak_after = measure_peak_flops.__wrapped__(args.device, trainer.bf16)
         peak_flops = max(trainer.peak_flops, peak_after)
@@ -122,9 +132,11 @@ def measure_throughput(job: Job) -> Record:
             "peak_flops_measured": peak_flops,
             "precision": trainer.describe_precision(),
             "num_steps": len(timer.steps),
+            "batch_size_tokens": plan.num_rows * row_length,
+            "micro_batch_tokens": plan.micro_rows * row_length,
             "step_seconds": {key: median(step[key] for step in timer.steps) for key in timer.steps[0]},
             "compile_seconds": measure_compile_seconds(timer) if args.use_compile else None,
-            "peak_memory_bytes": peak_memory_bytes(args.device),
+            "peak_memory_bytes": memory,
             "optimizer_state_bytes": count_state_bytes(optimizer.optimizers),
             "packing_efficiency": data.train.packing_efficiency,
             "num_parameters": count_parameters(trainer.model, COMPANION)[0],
@@ -144,7 +156,7 @@ def run_throughput(plan: Plan, args: ThroughputArguments) -> str:
     Raises:
         SettingError: When the grid names no setting; a point that cannot run is a row instead.
     """
-    points = expand_grid(args.grid or DEFAULT_GRID)
+    points = expand_grid(args.grid or [*DEFAULT_GRID, halve_micro_batch(plan.settings)])
     jobs = [make_job(plan, point, args.measure_seconds) for point in points]
     reasons: dict[str, str] = {}
     found = plan.store.obtain(jobs, reasons)
@@ -162,8 +174,15 @@ def run_throughput(plan: Plan, args: ThroughputArguments) -> str:
 
 def pick_figures(record: Record) -> dict[str, Any]:
     """What the table shows of a record."""
-    names = ("tokens_per_second", "mfu", "step_seconds", "compile_seconds", "peak_memory_bytes")
+    names = ("tokens_per_second", "mfu", "step_seconds", "compile_seconds", "peak_memory_bytes", "micro_batch_tokens")
     return {name: record[name] for name in (*names, "optimizer_state_bytes")}
+
+
+def halve_micro_batch(settings: Settings) -> str:
+    """The axis of the recipe's micro-batch and half of it, in whole rows."""
+    tokens = min(settings["micro_batch_tokens"], settings["batch_size_tokens"])
+    row = settings["max_seq_length"]
+    return f"micro_batch_tokens={','.join(str(size) for size in sorted({max(row, tokens // 2), tokens}))}"
 
 
 def expand_grid(grid: tuple[str, ...] | list[str]) -> list[Settings]:
@@ -209,6 +228,9 @@ def format_table(plan: Plan, rows: list[dict[str, Any]], records: list[Record]) 
         if "reason" in row:
             lines += textwrap.wrap(f"cannot run: {row['reason']}", 78, initial_indent="  ", subsequent_indent="  ")
             continue
+        ran, asked = row["micro_batch_tokens"], row["point"].get("micro_batch_tokens")
+        if asked is not None and ran != asked:
+            lines.append(f"  ran in micro-batches of {ran} tokens")
         steps, compiling = row["step_seconds"], row["compile_seconds"]
         parts = [f"{1000 * steps[key]:.1f}" for key in ("data", "forward_backward", "optimizer", "step")]
         lines.append(
