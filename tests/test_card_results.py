@@ -45,7 +45,9 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
 def test_a_run_without_other_scores_has_its_held_out_loss_and_language(tmp_path):
     (tmp_path / "recipe.yaml").write_text("dataset_name: python-docs\n")
     metadata = card_metadata(tmp_path, RESULTS | {"bits_per_byte": 1.5, "objective": "clm"})
-    assert metadata["language"] == "en"
+    assert (metadata["language"], metadata["license"]) == ("en", "apache-2.0")
+    (tmp_path / "recipe.yaml").write_text("dataset_name: a.txt\nhub_license: cc-by-sa-3.0\n")
+    assert card_metadata(tmp_path, RESULTS)["license"] == "cc-by-sa-3.0"
     (index,) = metadata["model-index"]
     values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
     assert values == {"loss": 4.125, "bits_per_byte": 1.5}

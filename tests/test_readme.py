@@ -15,7 +15,9 @@ from oneday.arguments import (
     ModelArguments,
     ShardArguments,
 )
+from oneday.benchmarks.arguments import AblationArguments, RecordArguments, ThroughputArguments
 from oneday.glue_protocol import FinetuneArguments
+from oneday.ladder import LadderArguments
 from oneday.recipe import fields_of
 from oneday.zero_shot_results import EvaluateArguments
 
@@ -44,8 +46,9 @@ def test_make_targets_exist(target):
 def test_settings_in_commands_are_known():
     known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
     known |= fields_of((EvaluateArguments,)) | fields_of((ShardArguments, ExecutorArguments))
+    known |= fields_of((ThroughputArguments, AblationArguments, RecordArguments, LadderArguments))
     # Of accelerate, and of programs with settings of their own.
-    outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for", "last_checkpoint"}
+    outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for", "mfu", "ladder_dirs", "last_checkpoint"}
     named = set(re.findall(r"--([a-z_]+)", README)) - outside
     assert not [name for name in named if name not in known and name != "help"]
 

@@ -270,6 +270,9 @@ class BudgetTrainingArguments(TrainingArguments):
         "What is pushed before the end: checkpoint (the newest, to the branch checkpoints), all_checkpoints, "
         "every_save (the model alone, to main) or end (nothing).",
     )
+    hub_license: str = setting(
+        "apache-2.0", "Licence that the model card states, by the Hub's name of it (your text may ask for another)."
+    )
     hub_private_repo: bool | None = setting(None, "Make a new repository private.")
     resume_from_hub: str | None = setting(
         None, "user/name: go on with the last checkpoint that was pushed there, where output_dir holds no run."

@@ -18,6 +18,9 @@ from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
 from oneday.text_files import is_local
 from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
 
+# Of runs from before there was a setting for it.
+LICENSE = "apache-2.0"
+
 
 def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[dict[str, Any]]:
     """All scores of a run directory.
@@ -31,14 +34,15 @@ def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[di
     return eval_results_to_model_index(folder.name, scores)
 
 
-def describe_corpus(folder: Path) -> dict[str, Any]:
-    """Hub ids of what it was trained on as `datasets`; the language where it is known."""
+def describe_origin(folder: Path) -> dict[str, Any]:
+    """The licence; Hub ids of what it was trained on as `datasets`; the language where it is known."""
     recipe = folder / rundir.RECIPE
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
     names = split_names(settings.get("dataset_name") or "")
     ids = [name for name in names if re.fullmatch(r"[\w-]+/[\w-]+(\.\d[\w.-]*)?", name) and not is_local(name)]
+    origin = {"license": settings.get("hub_license") or LICENSE}
     language = {"language": "en"} if names == [PYTHON_DOCS] else {}
-    return language | ({"datasets": ids} if ids else {})
+    return origin | language | ({"datasets": ids} if ids else {})
 
 
 def held_out(results: dict[str, Any], pipeline: str) -> list[EvalResult]:

@@ -11,7 +11,7 @@ import yaml
 
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
-from oneday.card_results import describe_corpus, model_index, subset_mark, zero_shot_section
+from oneday.card_results import describe_origin, model_index, subset_mark, zero_shot_section
 from oneday.curves import draw_curve
 from oneday.durable_files import write_whole
 from oneday.modeling import count_parameters
@@ -146,8 +146,7 @@ def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "library_name": "transformers",
         "pipeline_tag": task,
-        "license": "apache-2.0",
-        **describe_corpus(folder),
+        **describe_origin(folder),
         "tags": ["oneday", "pretrained-from-scratch", results["objective"]],
         "model-index": model_index(folder, results, task),
     }

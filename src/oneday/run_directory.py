@@ -33,7 +33,7 @@ FREE_SETTINGS = {
     "output_dir", "save_minutes", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm",
     "run_name", "cache_dir", "extend",
     "num_threads", "log_level", "micro_batch_tokens",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "resume_from_hub",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_license", "hub_private_repo", "resume_from_hub",
 }  # fmt: skip
 
 
