@@ -5,12 +5,15 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl
 
+from oneday.benchmarks.throughput import StepTimer, measure_compile_seconds
 from oneday.glue_protocol import FinetuneArguments, choose_bf16
-from oneday.throughput import has_fast_bf16
+from oneday.throughput import has_fast_bf16, measure_peak_flops
 
 # Resident memory in MiB that is left after 8 blocks of 24 MiB came and went.
 PROGRAM = """
@@ -52,3 +55,38 @@ def test_the_peak_of_memory_is_the_processes_own():
     large = f"import subprocess, sys; b = b'1' * 2**30; subprocess.run([sys.executable, '-c', {report!r}], check=True)"
     child = int(subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, check=True).stdout)
     assert plain > 2**26 and child < 1.2 * plain
+
+
+@pytest.mark.parametrize(("rate", "size"), [(1e12, 2048), (1e10, 1024), (1e6, 256)])
+def test_the_peak_is_of_a_product_that_takes_no_longer_than_a_second(monkeypatch, rate, size):
+    """Two operations for each of n^3; a side of 2048 where the machine is fast enough, else half of it, and so on."""
+    seen = []
+
+    def take(side, device, dtype, seconds=0.0):
+        seen.append(side)
+        return 2 * side**3 / rate
+
+    monkeypatch.setattr("oneday.throughput.time_products", take)
+    assert measure_peak_flops.__wrapped__(torch.device("cpu"), False) == pytest.approx(rate)
+    assert seen[-1] == size and (size == 256 or 2 * size**3 / rate <= 2.0)
+
+
+def test_steps_are_timed_after_the_warm_up():
+    """Three steps of 5 s warm up; then two of 2 s, each 0.25 s of data and 1.5 s to the gradients, fill 4 s."""
+    clock = SimpleNamespace(time=0.0, ledger={"data": 0.0}, now=lambda: clock.time)
+    trainer = SimpleNamespace(clock=clock, step_record=None)
+    timer, args, control = StepTimer(trainer, 4.0), SimpleNamespace(device=torch.device("cpu")), TrainerControl()
+    for step, seconds in enumerate([5.0, 5.0, 5.0, 2.0, 2.0]):
+        assert not control.should_training_stop
+        begun = clock.time
+        clock.ledger["data"] += 0.25
+        timer.on_step_begin(args, None, control)
+        trainer.step_record = SimpleNamespace(begun=begun + 0.25, tokens=100 + step, flops=1e6)
+        clock.time = begun + 1.75
+        timer.on_pre_optimizer_step(args, None, control)
+        clock.time = begun + seconds
+        timer.on_step_end(args, None, control)
+    assert control.should_training_stop
+    assert timer.warmup == [5.0, 5.0, 5.0] and (timer.tokens, timer.flops) == (103 + 104, 2e6)
+    assert timer.steps == [{"step": 2.0, "data": 0.25, "forward_backward": 1.5, "optimizer": 0.25}] * 2
+    assert measure_compile_seconds(timer) == 15.0 - 3 * 2.0
