@@ -8,16 +8,33 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from oneday.arguments import SettingError
+from oneday import hub_texts
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
 from oneday.callbacks import HubCallback, leave_on_signals
 from oneday.extension import extend_run
 from oneday.hub import HubPusher, fetch_run
-from oneday.model_card import write_reports
-from oneday.recipe import Settings, build_arguments, complete_settings, resolve_settings, run_program
+from oneday.model_card import write_json, write_reports
+from oneday.recipe import (
+    Settings,
+    build_arguments,
+    complete_settings,
+    is_first_process,
+    resolve_settings,
+    run_program,
+)
 from oneday.replay import read_replayed_settings
-from oneday.run_directory import RECIPE, create_run, discard_run, inspect_run, lock_run
+from oneday.run_directory import (
+    RECIPE,
+    SOURCES,
+    create_run,
+    discard_run,
+    inspect_run,
+    lock_run,
+    read_json,
+    refresh_recipe,
+)
 from oneday.trainer import BudgetTrainer
 
 DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
@@ -38,13 +55,14 @@ def main() -> int:
     model_args, data_args, args = build_arguments(CLASSES, settings)
     budget = check_settings(model_args, args)
     if inspect_run(args.output_dir, settings) == "finished":
-        return say_finished(args.output_dir)
+        return say_finished(args)
     with ExitStack() as held:
         held.enter_context(leave_on_signals(INTERRUPTED))
+        hub_texts.REVISIONS.update(read_json(Path(args.output_dir) / SOURCES))
         trainer, data = assemble_trainer(model_args, data_args, args)
         state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
-            code = say_finished(args.output_dir)
+            code = say_finished(args)
         else:
             code = train(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
     trainer.ranks.close()
@@ -56,7 +74,7 @@ def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]]
     pusher = start_pushing(trainer)
     try:
         metrics = trainer.run(resume=state != "new")
-    except SettingError:
+    except Exception:
         if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
             discard_run(trainer.args.output_dir)
         raise
@@ -65,6 +83,7 @@ def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]]
             pusher.wait(PUSH_SECONDS)
         return say_interrupted(trainer)
     write(metrics)
+    trainer.ranks.close()  # a push may take longer than the others would wait
     if pusher:
         pusher.push_final()
     return 0
@@ -86,6 +105,10 @@ def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerpri
         create_run(folder, settings)
     elif state == "extended":
         extend_run(folder, settings, budget, data_fingerprint)
+    elif state == "resumed":
+        refresh_recipe(folder, settings)
+    if hub_texts.REVISIONS and not (Path(folder) / SOURCES).exists():
+        write_json(Path(folder) / SOURCES, hub_texts.REVISIONS)
     return state
 
 
@@ -94,14 +117,21 @@ def start_pushing(trainer: BudgetTrainer) -> HubPusher | None:
     args = trainer.args
     if not args.is_pushed or not trainer.ranks.is_first:
         return None
-    pusher = HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
+    pusher = make_pusher(args)
     trainer.add_callback(HubCallback(trainer, pusher))
     return pusher
 
 
-def say_finished(output_dir: str) -> int:
-    """There is nothing to do."""
-    logger.info("The run in %s is finished; name another output_dir to train again.", output_dir)
+def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
+    """What sends this run to the Hub."""
+    return HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
+
+
+def say_finished(args: BudgetTrainingArguments) -> int:
+    """There is nothing to train; a push that was cut off is done again."""
+    logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
+    if args.is_pushed and is_first_process():
+        make_pusher(args).push_final()
     return 0
 
 

@@ -148,6 +148,20 @@ def test_progress_starts_after_the_preparation_and_still_ends_with_the_budget():
     assert clock.fits_seconds(29.9) and not clock.fits_seconds(30.1)
 
 
+def test_a_resumed_process_knows_what_a_step_takes():
+    """600 s, steps of 20 s, 5 s kept for the end: at 580 s no other step fits, whatever process asks."""
+    clock = BudgetClock(Budget(seconds=600.0), now=lambda: now[0], reserve_seconds=5.0)
+    now = [0.0]
+    clock.start()
+    for _ in range(29):
+        now[0] += 20.0
+        clock.count_step(100, 1.0, 20.0)
+    assert not clock.fits(100, 1.0)
+    resumed = BudgetClock(Budget(seconds=600.0), now=lambda: now[0])
+    resumed.load_state_dict(json.loads(json.dumps(clock.state_dict())))
+    assert resumed.slow_step_seconds == 20.0 and not resumed.fits(100, 1.0)
+
+
 def test_a_pause_costs_nothing():
     time = FakeTime()
     clock = BudgetClock(Budget(seconds=100.0), now=time)

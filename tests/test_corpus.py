@@ -9,19 +9,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from oneday import hub_texts
 from oneday.arguments import DataArguments, SettingError
 from oneday.corpus import (
     Corpus,
     count_bytes,
+    hash_corpus,
     hash_documents,
     load_corpus,
     mix,
+    name_path,
     resolve_cache_dir,
     split_stream,
 )
@@ -197,6 +201,47 @@ def test_stream_holds_first_documents_out_with_every_copy_of_them():
 def test_name_shows_no_folder_of_the_machine(tmp_path):
     write_texts("a.jsonl")
     assert load(str(tmp_path / "a.jsonl")).name == f"{tmp_path.name}/a.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/data/wikipedia/train-*.parquet", "wikipedia/train-*.parquet"),
+        ("/home/alice.smith/*.txt", "*.txt"),
+        ("/Users/alice/a.txt", "a.txt"),
+        ("~/a.txt", "a.txt"),
+        ("/home/alice/texts/a.txt", "texts/a.txt"),
+        ("a.txt", "a.txt"),
+    ],
+)
+def test_name_shows_nobodys_home(path, shown):
+    assert name_path(Path(path)) == shown
+
+
+def test_what_one_file_of_a_mixture_holds_out_no_other_is_trained_on():
+    """The few documents of the one are all in the other, which alone would not hold them out."""
+    texts = [f"text {number}" for number in range(800)]
+    write_texts("few.jsonl", texts[:20])
+    write_texts("many.jsonl", texts)
+    corpus = load("few.jsonl,many.jsonl")
+    assert corpus.validation["text"] and not set(corpus.validation["text"]) & set(corpus.train["text"])
+
+
+def test_a_stream_stays_at_the_commit_that_its_run_began_with(monkeypatch):
+    commits = iter(["first", "second"])
+    monkeypatch.setattr("oneday.hub_texts.REVISIONS", {})
+    monkeypatch.setattr(
+        "oneday.hub_texts.HfApi",
+        lambda: SimpleNamespace(dataset_info=lambda repo, revision: SimpleNamespace(sha=next(commits))),
+    )
+    assert [hub_texts.find_revision("ann/texts") for _ in "ab"] == ["first", "first"]
+    hub_texts.REVISIONS.clear()
+    hub_texts.REVISIONS.update({"ann/texts": "first"})  # as a resumed process reads it from the run directory
+    assert hub_texts.find_revision("ann/texts") == "first"
+    validation, args = datasets.Dataset.from_dict({"text": ["held out"]}), DataArguments(streaming=True)
+    hub_texts.REVISIONS["ann/texts@first"] = "first"
+    hashes = {hash_corpus(stream_of(["a"]), validation, [name], [], args) for name in ("ann/texts", "ann/texts@first")}
+    assert len(hashes) == 1, "the same text under either name"
 
 
 def test_count_bytes_counts_utf8():

@@ -17,7 +17,7 @@ from test_programs import ROOT, SMALL, run_script  # noqa: F401
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.hub import COPIES, HubPusher, describe_failure, hide_paths, stage_checkpoint
+from oneday.hub import COPIES, HubPusher, describe_command, describe_failure, hide_paths, read_step, stage_checkpoint
 from oneday.run_directory import read_json, read_metrics
 
 SECRET = "hf_good"
@@ -143,6 +143,10 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     for path, body, _ in hub.received:
         for secret in (str(tmp_path), "secret place", SECRET, str(ROOT), os.path.expanduser("~") + "/"):
             assert secret.encode() not in body, f"{secret} was sent to {path}"
+    del branches["main"]["model.safetensors"]  # as if the last push had been cut off
+    code, said = program("pretrain", output_dir=here, **settings)
+    assert code == 0 and "is finished" in said and "The model is on the Hub: " in said, said
+    assert "model.safetensors" in branches["main"]
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,16 @@ def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch)
     pusher.push_newest()
     pusher.wait(60)
     assert sent[2:] == ["checkpoint-5"]
+
+
+def test_of_two_kinds_of_checkpoints_the_one_of_most_steps_comes_back(tmp_path):
+    for name, step in (("last-checkpoint", 4), ("checkpoint-6", 6), ("checkpoint-10", 10)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-12").mkdir()
+    folders = sorted(tmp_path.iterdir())
+    assert max(folders, key=read_step).name == "checkpoint-10" and read_step(tmp_path / "checkpoint-12") == -1
+    assert "--run_dir '/a b/run'" in describe_command("/a b/run", "ann/tiny")
 
 
 def test_what_cannot_be_brought_back(hub, program, tmp_path):

@@ -16,12 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.recipe import run_program
+from oneday.run_directory import create_run, refresh_recipe
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -298,6 +300,31 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, t
     assert not out.exists()
     assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_those_of_now(run_script, tmp_path):
+    run = tmp_path / "run"
+    create_run(
+        run, {"seed": 1, "resume_from_hub": "ann/tiny", "extend": True, "push_to_hub": True, "save_minutes": 20}
+    )
+    assert yaml.safe_load((run / "recipe.yaml").read_text()) == {
+        "seed": 1, "resume_from_hub": None, "extend": False, "push_to_hub": False, "save_minutes": 20,
+    }  # fmt: skip
+    refresh_recipe(run, {"seed": 2, "hub_license": "cc-by-sa-3.0", "push_to_hub": True})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert (recipe["seed"], recipe["hub_license"], recipe["push_to_hub"]) == (1, "cc-by-sa-3.0", False)
+    assert recipe["save_minutes"] == 20
+
+
+def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch):
+    def fail(trainer, *args, **kwargs):
+        (Path(trainer.args.output_dir) / "tensorboard").mkdir()
+        raise ZeroDivisionError("within a library")
+
+    monkeypatch.setattr("oneday.trainer.BudgetTrainer.run", fail)
+    with pytest.raises(ZeroDivisionError):
+        run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_directory_is_refused(run_script, text_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import pytest
@@ -46,6 +47,27 @@ def test_null_unsets(tmp_path):
     recipe = write(tmp_path / "r.yaml", "budget_minutes: 5\nbudget_steps: 7\n")
     _, _, args = parse_recipe(CLASSES, [recipe, "--budget_minutes", "null", "--output_dir", str(tmp_path / "o")])
     assert (args.budget_minutes, args.budget_steps) == (None, 7)
+
+
+def test_words_that_yaml_takes_for_truth_values_stay_words():
+    settings = resolve_settings(CLASSES, ["--dataset_config_name", "no", "--text_column", "on", "--streaming", "yes"])
+    assert settings == {"dataset_config_name": "no", "text_column": "on", "streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001; it must be above zero"),
+        ({"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0; it must be above zero"),
+        ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be from 0 to below 1"),
+        ({"seed": -1}, "seed is -1; it must not be below zero"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; it must not be below zero"),
+        ({"hub_strategy": "sometimes"}, "hub_strategy is 'sometimes'; it must be one of end, every_save"),
+    ],
+)
+def test_values_that_no_optimizer_takes_are_refused_at_once(tmp_path, settings, words):
+    with pytest.raises(SettingError, match=re.escape(words)):
+        build_arguments((BudgetTrainingArguments,), {"output_dir": str(tmp_path), "budget_steps": 1, **settings})
 
 
 def test_one_budget_spelling_replaces_the_other(tmp_path):

@@ -138,6 +138,10 @@ REFUSED_SETTINGS = {
             "dataloader_num_workers", "dataloader_drop_last", "dataloader_pin_memory", "dataloader_prefetch_factor",
             "dataloader_persistent_workers", "do_train", "do_eval", "do_predict", "prediction_loss_only",
             "train_sampling_strategy", "remove_unused_columns", "ignore_data_skip", "fp16", "logging_nan_inf_filter",
+            "torch_empty_cache_steps", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+            "length_column_name", "average_tokens_across_devices", "ddp_bucket_cap_mb", "ddp_static_graph",
+            "ddp_find_unused_parameters", "ddp_broadcast_buffers", "bf16_full_eval", "fp16_full_eval",
+            "enable_jit_checkpoint", "save_on_each_node",
         ),
         NO_EFFECT,
     ),
@@ -145,8 +149,11 @@ REFUSED_SETTINGS = {
 POSITIVE_SETTINGS = (
     "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
     "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads", "max_seq_length_start",
-    "max_bad_steps", "discriminator_weight",
+    "max_bad_steps", "discriminator_weight", "learning_rate", "muon_learning_rate", "adam_epsilon",
 )  # fmt: skip
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+NOT_NEGATIVE_SETTINGS = ("seed", "data_seed", "weight_decay", "max_grad_norm")
+BETWEEN_0_AND_1 = ("adam_beta1", "adam_beta2")
 
 
 @dataclass
@@ -289,12 +296,22 @@ class BudgetTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"The setting {name} is {value}; it must be above zero.")
+        for name in NOT_NEGATIVE_SETTINGS:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise SettingError(f"The setting {name} is {value}; it must not be below zero.")
+        for name in BETWEEN_0_AND_1:
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be from 0 to below 1.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             self.use_cpu = True  # accelerate, finding no GPU, would take each process for a run of its own
         self.optimizer_name = self.optim
         self.use_bf16 = self.bf16
         self.use_compile = self.torch_compile
         self.is_pushed, self.push_to_hub = self.push_to_hub, False
+        if self.hub_strategy not in HUB_STRATEGIES:
+            names = ", ".join(HUB_STRATEGIES)
+            raise SettingError(f"The setting hub_strategy is {self.hub_strategy!r}; it must be one of {names}.")
         if self.is_pushed and not self.hub_model_id:
             raise SettingError("push_to_hub is true and hub_model_id is empty; name a repository, say you/my-model.")
         self.optim, self.bf16, self.torch_compile = "adamw_torch", False, False

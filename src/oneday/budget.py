@@ -332,6 +332,7 @@ class BudgetClock:
             "steps_taken": self.steps_taken,
             "origin": dict(self.origin),
             "ledger": dict(self.ledger),
+            "step_seconds": list(self._step_seconds),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -347,6 +348,7 @@ class BudgetClock:
         self.carried_kwh = max(self.carried_kwh, state["metered_kwh"])
         self.ledger.update(state["ledger"])
         self.ledger["lost"] += lost
+        self._step_seconds.extend(state.get("step_seconds", ()))  # or the first step would look as if it took no time
 
     def rewind(self, state: dict[str, Any]) -> None:
         """Count tokens, FLOPs and steps from a checkpoint's `state_dict` again; time and progress go on."""

@@ -19,6 +19,9 @@ from oneday.stream_files import TablePart
 from oneday.text_files import is_local, load_files
 from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
+# Folders of homes.
+HOMES = ("home", "users")
+
 logger = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs"
@@ -95,7 +98,7 @@ def load_corpus(args: DataArguments) -> Corpus:
         pairs = [hold_out(name, part, args) for name, part in zip(names, parts)]
         trains = [train for train, _ in pairs]
         validation = datasets.concatenate_datasets([held_out for _, held_out in pairs])
-        if any(isinstance(train, TextStream) for train in trains):  # a document may be held out of one part alone
+        if len(trains) > 1 or isinstance(trains[0], TextStream):  # a document may be held out of one part alone
             trains = [drop_held_out(train, validation) for train in trains]
     validation = keep_bytes(validation, args.max_validation_bytes)
     on_disk = [corpus_hash(train) for train in trains if len(trains) > 1 and isinstance(train, datasets.Dataset)]
@@ -295,11 +298,19 @@ def name_corpus(names: list[str], args: DataArguments) -> str:
     shown = []
     for name in names:
         if is_local(name):
-            name = "/".join(part for part in Path(name).parts[-2:] if part not in ("/", "~", "..", "."))
+            name = name_path(Path(name))
         elif name != PYTHON_DOCS and args.dataset_config_name:
             name = f"{name} ({args.dataset_config_name})"
         shown.append(name)
     return ", ".join(shown)
+
+
+def name_path(path: Path) -> str:
+    """The last two parts of a path, the last alone where the one before is somebody's home."""
+    folder = path.parent
+    is_home = folder.parent.name.lower() in HOMES or folder.expanduser() == Path.home()
+    parts = path.parts[-1:] if is_home else path.parts[-2:]
+    return "/".join(part for part in parts if part not in ("/", "~", "..", "."))
 
 
 def hash_corpus(
@@ -308,8 +319,9 @@ def hash_corpus(
     """The hash that `Corpus.corpus_hash` describes; `on_disk`: those of a mixture's parts that are no streams."""
     if isinstance(train, datasets.Dataset):
         return corpus_hash(train, validation)
-    hub_names = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
-    revisions = [hub_texts.find_revision(name) for name in hub_names]
+    streams = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
+    revisions = [hub_texts.find_revision(name) for name in streams]
+    hub_names = [hub_texts.split_revision(name)[0] for name in streams]
     settings = (
         args.dataset_config_name,
         args.dataset_split,

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import threading
@@ -32,7 +33,6 @@ from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
-STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 # What a directory with the copies that are sent begins with.
 COPIES = ".hub-"
 # A pickle of every setting, paths included, which nothing reads when a run goes on.
@@ -41,7 +41,7 @@ UNSENT = {"training_args.bin", rundir.LOCK}
 WAITS_SECONDS, MOST_SECONDS = (2.0, 8.0, 30.0), 120.0
 # A push at the end that takes longer is given up.
 STILL_SECONDS = 1800.0
-RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS)
+RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES)
 # `/a/b`, `~/a`, `../a/b` and `C:\a\b`, and the same after `file://`; never a word of a sentence with one slash.
 PATH_START = r"(?:file://)?(?:~|\.\.|[A-Za-z]:)?"
 LOCAL_PATH = re.compile(rf"(?<![\w/.\\]){PATH_START}(?:[/\\][^/\\\s,'\"`]+){{2,}}[/\\]?|(?<![\w/.])~[/\\][^\s,'\"`]+")
@@ -219,7 +219,7 @@ def describe_failure(error: BaseException) -> str:
 
 def describe_command(run_dir: str | Path, repo_id: str) -> str:
     """The command that pushes a run."""
-    return f"python scripts/push_to_hub.py --run_dir {run_dir} --hub_model_id {repo_id}"
+    return f"python scripts/push_to_hub.py --run_dir {shlex.quote(str(run_dir))} --hub_model_id {repo_id}"
 
 
 def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | None = None) -> str:
@@ -249,16 +249,11 @@ class HubPusher:
     Args:
         run_dir: The run directory.
         repo_id: `user/name`.
-        strategy: One of `STRATEGIES`.
+        strategy: One of `HUB_STRATEGIES`.
         private: Whether a new repository is.
-
-    Raises:
-        SettingError: On an unknown strategy.
     """
 
     def __init__(self, run_dir: str | Path, repo_id: str, strategy: str, private: bool | None = None) -> None:
-        if strategy not in STRATEGIES:
-            raise SettingError(f"The setting hub_strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}.")
         self.run_dir, self.repo_id, self.strategy, self.private = Path(run_dir), repo_id, strategy, private
         self.api = HfApi(library_name="oneday")
         self.thread: threading.Thread | None = None
@@ -347,7 +342,8 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
                 f"{describe_failure(error)}."
             ) from None
         found = Path(temporary)
-        newest = next(iter([*found.glob(LAST_CHECKPOINT), *reversed(list_checkpoints(found))]), None)
+        # One strategy after another may have left both kinds.
+        newest = max([*found.glob(LAST_CHECKPOINT), *list_checkpoints(found)], key=read_step, default=None)
         if newest is None or not (found / rundir.RECIPE).is_file():
             raise SettingError(f"The setting resume_from_hub is {repo_id!r}, which holds no checkpoint of a run.")
         fault = find_fault(newest)
@@ -360,9 +356,16 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
                 f"The run in resume_from_hub {repo_id} has other settings ({', '.join(differing)}); give the same "
                 "settings to go on with it."
             )
-        step = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(newest, folder / f"{PREFIX}{step}")
-        for name in (rundir.BUDGET, rundir.METRICS):
-            if (found / name).is_file():
-                shutil.copyfile(found / name, folder / name)
+        rundir.create_run(folder, settings)  # first: a directory with files and without it would hold no run
+        with rundir.refuse_full_disk(folder):
+            for name in (rundir.BUDGET, rundir.METRICS, rundir.SOURCES):
+                if (found / name).is_file():
+                    shutil.copyfile(found / name, folder / name)
+            with rundir.staging(folder, newest.name) as staged:
+                shutil.copytree(newest, staged, dirs_exist_ok=True)
+                staged.rename(folder / f"{PREFIX}{read_step(newest)}")
+
+
+def read_step(checkpoint: Path) -> int:
+    """Steps in a checkpoint's weights; of a damaged one -1."""
+    return rundir.read_json(checkpoint / "trainer_state.json").get("global_step", -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import datasets
@@ -14,6 +13,10 @@ from oneday.text_files import describe_missing_column
 from oneday.text_streams import FileStream
 
 logger = logging.getLogger(__name__)
+
+# Names of data sets that are streamed -> commits; `run_directory.SOURCES` keeps them, so that a run goes on with the
+# same text whatever its publisher does meanwhile.
+REVISIONS: dict[str, str] = {}
 
 
 def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | FileStream:
@@ -62,10 +65,10 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-@functools.cache
 def find_revision(name: str) -> str:
-    """The commit that a data set of the Hub has now: what a stream reads, so that its hash says what was read."""
-    repo, revision = split_revision(name)
-    commit = HfApi().dataset_info(repo, revision=revision).sha
-    logger.info("%s is read at commit %s.", repo, commit)
-    return commit
+    """The commit at which a data set of the Hub is read: the one it has now, or had when the run began."""
+    if name not in REVISIONS:
+        repo, revision = split_revision(name)
+        REVISIONS[name] = HfApi().dataset_info(repo, revision=revision).sha
+        logger.info("%s is read at commit %s.", repo, REVISIONS[name])
+    return REVISIONS[name]

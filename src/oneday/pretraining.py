@@ -183,8 +183,7 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     if state["data"] != trainer.data_fingerprint:
         raise SettingError(
             f"The text or tokenizer of dataset_name is not what {trainer.args.output_dir} was trained on so far; "
-            "bring the same text back (of a stream that its publisher has changed, as NAME@COMMIT), or name another "
-            "output_dir."
+            "bring the same text back, or name another output_dir."
         )
     trainer.clock.load_state_dict(state["clock"])
     trainer.loader.load_state_dict(state["loader"])

@@ -247,7 +247,7 @@ class Ranks:
 
     def close(self) -> None:
         """Wait for all at the end of a run: one that left early would end under the messages of the others."""
-        if self.size > 1:
+        if self.size > 1 and dist.is_initialized():
             dist.barrier(self.group)
             dist.destroy_process_group()
 

@@ -32,6 +32,9 @@ from oneday.arguments import SettingError
 # Two spellings of one budget: given in one layer, either replaces the other from the layers below.
 SAME_KIND = (("budget_hours", "budget_minutes"),)
 
+# Words that YAML takes for truth values: they are left as they are where a text is asked for.
+TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
+
 # So long after process 0 has ended with an error, its launcher has ended the others.
 ALONE_SECONDS = 5.0
 
@@ -142,7 +145,10 @@ def read_value(key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    return text if isinstance(value, (dict,)) and not text.lstrip().startswith("{") else value
+    is_sentence = isinstance(value, dict) and not text.lstrip().startswith("{")
+    # To YAML `no`, `on` and `y` are truth values, and to Hub data sets a language, a column, a split.
+    is_word = isinstance(value, bool) and text.strip().lower() not in ("true", "false")
+    return text if is_sentence or is_word else value
 
 
 def read_layers(path: str) -> list[tuple[str, Settings]]:
@@ -229,6 +235,7 @@ def coerce_one(value: Any, kind: Any) -> Any:
         (item_kind,) = typing.get_args(kind)
         return [coerce_one(item.strip() if isinstance(item, str) else item, item_kind) for item in items]
     if kind is bool:
+        value = TRUTHS.get(value.strip().lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool):
             raise ValueError(value)
         return value

@@ -20,8 +20,10 @@ from oneday.arguments import SettingError
 from oneday.durable_files import synchronize_path, write_whole
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
+SOURCES = "sources.json"  # commits of the data sets that are streamed
 ENVIRONMENT, CARD, CURVE = "environment.json", "README.md", "training_curve.png"
 STAGING, LOCK = ".staging", ".lock"
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # What writing a file with Python, torch or safetensors may raise.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 NO_SPACE_BYTES = 2**20
@@ -35,6 +37,8 @@ FREE_SETTINGS = {
     "num_threads", "log_level", "micro_batch_tokens",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_license", "hub_private_repo", "resume_from_hub",
 }  # fmt: skip
+# Those of them that are of one call, by their defaults.
+ONCE = {"resume_from_hub": None, "extend": False, "push_to_hub": False}
 
 
 def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
@@ -77,9 +81,24 @@ def create_run(output_dir: str | Path, settings: dict[str, Any]) -> None:
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RECIPE, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+        write_recipe(folder, settings)
     except OSError as error:
         raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
+
+
+def write_recipe(folder: Path, settings: dict[str, Any]) -> None:
+    """Write recipe.yaml; of what was asked for once (where it came from, whether it is pushed) it has the default."""
+    write_whole(folder / RECIPE, yaml.safe_dump({**settings, **ONCE}, sort_keys=True, allow_unicode=True))
+
+
+def refresh_recipe(output_dir: str | Path, settings: dict[str, Any]) -> None:
+    """Enter the present values of the settings that may change when a run goes on."""
+    folder = Path(output_dir)
+    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    free = {name: value for name, value in settings.items() if name in FREE_SETTINGS}
+    if {**before, **free, **ONCE} != before:
+        with refuse_full_disk(folder):
+            write_recipe(folder, {**before, **free})
 
 
 def lock_run(output_dir: str | Path) -> IO[str]:
@@ -109,8 +128,10 @@ def lock_run(output_dir: str | Path) -> IO[str]:
 
 def discard_run(output_dir: str | Path) -> None:
     """Take back a run that took no step, so that its directory can be used with other settings."""
-    for name in (RECIPE, METRICS, BUDGET, LOCK):
+    for name in (RECIPE, METRICS, BUDGET, SOURCES, LOCK):
         (Path(output_dir) / name).unlink(missing_ok=True)
+    for name in TRACKERS:
+        shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
     if not any(Path(output_dir).iterdir()):
         Path(output_dir).rmdir()
 
