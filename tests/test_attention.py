@@ -69,12 +69,18 @@ DECODERS = {
     "nanochat": GROUPED,
     "modernbert-decoder": {**MODERN, **LOCAL, "local_attention": 8},
 }  # fmt: skip
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+           "shared_expert_intermediate_size": 16}  # fmt: skip
 REFUSED = {
     "xlnet": {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24},
     "deberta-v2": {**BASE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "roformer": {**BASE, "embedding_size": 16},
     "gemma2": {**GROUPED, "sliding_window": 3, "query_pre_attn_scalar": 4},
     "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+    # Windows and chunks that these have in their masks alone, and longer than the documents that are tried.
+    "qwen2_moe": {**GROUPED, **EXPERTS, **LOCAL, "sliding_window": 6, "use_sliding_window": True},
+    "phimoe": {**GROUPED, "num_local_experts": 2, "sliding_window": 6},
+    "llama4_text": {**GROUPED, "num_local_experts": 2, "intermediate_size_mlp": 24, "attention_chunk_size": 6},
 }
 
 
@@ -264,6 +270,12 @@ def test_probe_refuses(name):
     with pytest.raises(SettingError, match="packing_strategy"):
         probe_packing(model)
     assert not supports_packing(model)
+
+
+def test_a_window_that_is_not_used_refuses_nothing():
+    settings = {**REFUSED["qwen2_moe"], "use_sliding_window": False, "layer_types": ["full_attention"] * 2}
+    config = AutoConfig.for_model("qwen2_moe", **settings)
+    probe_packing(AutoModelForCausalLM.from_config(config, attn_implementation=PACKED))
 
 
 def test_probe_finds_wrong_positions(monkeypatch):

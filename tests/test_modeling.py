@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DECODERS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -285,3 +286,18 @@ def test_readme_table():
     text = (CONFIGS / "README.md").read_text()
     assert text.split(begin)[1].split(end)[0].strip() == format_config_table(FILES).strip()
     assert "write_config_table('model_configs/README.md')" in text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "nanochat"])
+def test_a_start_token_that_also_pads_is_learnt(name):
+    """Qwen's tokenizers start with their end token, and pad with it, too: a stock table holds that row at zero."""
+    config = AutoConfig.for_model(name, **DECODERS[name] | {"vocab_size": 64, "pad_token_id": 7, "eos_token_id": 7})
+    config.bos_token_id = None
+    torch.manual_seed(0)
+    model = build_model(config)
+    table = model.get_input_embeddings().weight.detach()
+    assert 0.5 < float(table[7].std() / table.std()) < 2
+    model(input_ids=torch.tensor([[7, 1, 2]])).logits.square().sum().backward()
+    assert model.get_input_embeddings().weight.grad[7].abs().sum() > 0
+    config.bos_token_id = 3
+    assert not build_model(config).get_input_embeddings().weight[7].any(), "what only pads stays as it is"

@@ -142,5 +142,8 @@ def test_rows_are_cut_with_their_documents():
     assert [piece.tolist() for piece in pieces] == [[3, 1], [2, 1], [2]]
     assert samples.tolist() == [20, 21, 8], "what holds only padding is left out"
     assert sum(int(piece.sum()) for piece in pieces) == sum(int(length.sum()) for length in lengths)
+    on_disk = cut_rows(rows, [part.astype(np.uint16) for part in lengths], np.array([10, 4]), 4)[1]
+    assert all(np.issubdtype(piece.dtype, np.signedinteger) for piece in on_disk), "they are places in a row"
+    assert [piece.tolist() for piece in on_disk] == [piece.tolist() for piece in pieces]
     same = cut_rows(rows, lengths, np.array([10, 4]), 8)
     assert same[0].tolist() == rows.tolist() and same[2].tolist() == [10, 4]

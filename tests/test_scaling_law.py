@@ -149,3 +149,5 @@ def test_a_law_is_not_mixed_of_runs_that_start_otherwise():
     )
     assert old == without != with_it
     assert "neighbours" in str(with_it) and "neighbours" not in str(old)
+    others = [family_of({"settings": settings | more}) for more in ({"weight_decay": 1.0}, {"embedding_init": "x"})]
+    assert old not in others and "decay 1" in str(others[0]) and others[0] != others[1]

@@ -57,6 +57,14 @@ def test_whole_words_fit_into_the_count():
     assert not choose_words(words, draws, 0).any()
 
 
+def test_a_word_without_an_end_is_cut():
+    """Twenty tokens that all go on: words of 8, 8 and 4, of which three fill no more than what was asked for."""
+    continues = np.ones((1, 20), dtype=bool)
+    words = number_words(np.ones((1, 20), dtype=bool), continues)
+    assert words.tolist() == [[0] * 8 + [1] * 8 + [2] * 4]
+    assert choose_words(words[0], np.linspace(0, 0.9, 20), 9).sum() == 8
+
+
 def test_runs_are_shuffled_in_their_place():
     generator = np.random.default_rng(0)
     tokens = np.arange(200).reshape(4, 50)

@@ -365,6 +365,12 @@ def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, ma
     argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
     assert "reads in no fixed order" in run_script("evaluate", *argv)[2]
     make_model("bert").save_pretrained(folder)
+    model = make_model("bert")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(torch.nan)
+    model.save_pretrained(folder)
+    code, _, stderr = run_script("evaluate", *argv)
+    assert code == 1 and "not finite" in stderr and "Traceback" not in stderr
     (folder / "model.safetensors").write_bytes(b"broken")
     code, _, stderr = run_script("evaluate", *argv)
     assert code == 1 and "cannot be loaded" in stderr and "Traceback" not in stderr

@@ -255,6 +255,8 @@ def mask_packed(
     right; `forward_packed` refuses a mask together with `cu_seq_lens` instead of dropping it.
     """
     if attention_mask is None and q_length == kv_length and not use_vmap:
+        if _CALLS is not None and kwargs.get("local_size"):
+            _WINDOWS.append(kwargs["local_size"])
         return None
     return sdpa_mask(
         q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs
@@ -264,6 +266,8 @@ def mask_packed(
 AttentionInterface.register(PACKED, forward_packed)
 AttentionMaskInterface.register(PACKED, mask_packed)
 _CALLS: list[AttentionCall] | None = None
+# Windows and chunks of the masks that were asked for meanwhile: a layer must bring its own to `forward_packed`.
+_WINDOWS: list[int] = []
 
 
 @contextmanager
@@ -271,6 +275,7 @@ def record_attention_calls() -> Iterator[list[AttentionCall]]:
     """Collects what each call of the packed attention computed, in order. Not for use inside a compiled model."""
     global _CALLS
     _CALLS = []
+    _WINDOWS.clear()
     try:
         yield _CALLS
     finally:
@@ -326,6 +331,10 @@ def find_packing_fault(model: PreTrainedModel, lengths: tuple[int, int]) -> str 
         logits, gradients = compute_influence(model, ids, lengths)
     if not calls:
         return "bypasses transformers' attention interface and cannot be packed"
+    # A mask may be made for layers that there are none of.
+    has_local = set(getattr(model.config, "layer_types", None) or ["local"]) != {"full_attention"}
+    if _WINDOWS and has_local and not any(call.sliding_window for call in calls):
+        return f"has its window of {_WINDOWS[0]} tokens in a mask alone, which packed rows do without"
     if gradients[0][:, lengths[0] :].any() or gradients[1][:, : lengths[0]].any():
         return "lets the documents of a packed row see each other"
     model.set_attn_implementation("eager")

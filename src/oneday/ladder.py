@@ -45,24 +45,29 @@ class LadderArguments:
 
 @dataclass(frozen=True)
 class Family:
-    """Runs whose losses follow one law: the same kind of model, task, vocabulary and start; of a text of their own."""
+    """Runs whose losses follow one law: the same kind of model, task, vocabulary, start, decay; of one text each."""
 
     model_type: str
     objective: str
     vocab_size: int
     max_seq_length: int
     attention_init: str | None = None
+    embedding_init: str = "random"
+    weight_decay: float = 0.01
 
     @classmethod
     def of_settings(cls, settings: Settings, model_type: str) -> Family:
         """The family that a recipe's runs belong to."""
         names = ("objective", "vocab_size", "max_seq_length")
-        return cls(model_type, *(settings[name] for name in names), settings.get("attention_init"))
+        others = ("attention_init", "embedding_init", "weight_decay")  # of which old records may have none
+        given = {name: settings[name] for name in others if settings.get(name) is not None}
+        return cls(model_type, *(settings[name] for name in names), **given)
 
     def __str__(self) -> str:
+        start = ", ".join(name for name in (self.attention_init, self.embedding_init) if name not in (None, "random"))
         return (
             f"{self.model_type}, {self.objective}, {self.vocab_size:,} tokens of vocabulary, rows of "
-            f"{self.max_seq_length}{f', {self.attention_init}' if self.attention_init else ''}"
+            f"{self.max_seq_length}{f', {start}' if start else ''}, decay {self.weight_decay:g}"
         )
 
 

@@ -216,7 +216,18 @@ def build_model(config: PreTrainedConfig, auto_class: type | None = None, packed
         raise SettingError(f"model_config: {config.model_type} does not take packed attention ({error}).") from error
     if getattr(config, "position_encoding", None) == "sinusoidal":
         freeze_sinusoids(model)
+    wake_start_token(model)
     return model
+
+
+def wake_start_token(model: PreTrainedModel) -> None:
+    """Let a start token that also pads be learnt (as Qwen's do): stock tables hold the padding row at zero."""
+    table, config = model.get_input_embeddings(), model.config
+    start = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
+    if start is not None and model_kind(config) == "decoder" and getattr(table, "padding_idx", None) == start:
+        with torch.no_grad():
+            table.weight[start] = torch.randn_like(table.weight[start]) * table.weight.std()
+        table.padding_idx = None
 
 
 def make_sinusoids(num_positions: int, width: int) -> torch.Tensor:

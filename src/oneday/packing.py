@@ -210,7 +210,7 @@ def cut_rows(
     assert parts * length == rows.shape[1], (rows.shape, length)
     pieces, kept = [], []
     for row, lengths in enumerate(doc_lengths):
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)  # they are kept as uint16
         for part in range(parts):
             cuts = np.clip(np.concatenate([[0], ends]), part * length, (part + 1) * length)
             inside = np.diff(cuts)

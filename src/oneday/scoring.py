@@ -143,6 +143,8 @@ class Scorer:
                     nats[number] += loss
                     greedy[number] &= is_best
                 bar.update(len(part))
+        if not np.isfinite(nats).all():
+            raise SettingError("The model gives log-probabilities that are not finite; its weights are damaged.")
         return [Score(float(n), len(s.places), bool(g)) for n, s, g in zip(nats, sequences, greedy)]
 
     def spread(self, sequences: Sequence[TokenSequence]) -> list[tuple[int, list[int], list[int], list[int]]]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+# Tokens of a word that is masked whole.
+LONGEST_WORD = 8
 SENTENCE_ENDS = frozenset(".!?\u3002\uff01\uff1f\u2026")
 # Each segment of a pair has at least this many tokens.
 LEAST_SEGMENT = 3
@@ -54,11 +56,17 @@ def find_sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 def number_words(eligible: np.ndarray, continues: np.ndarray) -> np.ndarray:
     """(rows, row_length) int64: the word that each eligible token is of, counted in its row; -1 for the others.
 
+    A run of more than `LONGEST_WORD` tokens is cut into such words: byte-level tokens of a script without spaces go on
+    to the next mark.
+
     >>> number_words(np.array([[False, True, True, True, False]]), np.array([[False, False, True, False, False]]))
     array([[-1,  0,  0,  1, -1]])
     """
     before = np.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
     begins = eligible & ~(continues & before)
+    places = np.arange(eligible.shape[1])
+    inside = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+    begins |= eligible & (inside > 0) & (inside % LONGEST_WORD == 0)
     return np.where(eligible, np.cumsum(begins, axis=1) - 1, -1)
 
 
