@@ -57,12 +57,29 @@ def test_whole_words_fit_into_the_count():
     assert not choose_words(words, draws, 0).any()
 
 
+def test_long_words_are_hidden_as_often_as_short_ones():
+    """Rows of words of 1, 3 and 5 tokens, 15 % of them asked for: 15 % of each kind, and of all."""
+    generator = np.random.default_rng(0)
+    for row_length in (30, 126):
+        count, hidden, seen = round(0.15 * row_length), np.zeros(6), np.zeros(6)
+        for _ in range(3000):
+            sizes = generator.choice([1, 3, 5], row_length)
+            words = np.repeat(np.arange(row_length), sizes)[:row_length]
+            chosen, sizes = choose_words(words, generator.random(row_length), count), np.bincount(words)[words]
+            for size in (1, 3, 5):
+                hidden[size] += chosen[sizes == size].sum()
+                seen[size] += (sizes == size).sum()
+        assert hidden.sum() / seen.sum() == pytest.approx(0.15, abs=0.01 if row_length > 100 else 0.03)
+        rates = hidden[[1, 3, 5]] / seen[[1, 3, 5]]
+        assert rates.max() - rates.min() < (0.01 if row_length > 100 else 0.03), rates
+
+
 def test_a_word_without_an_end_is_cut():
-    """Twenty tokens that all go on: words of 8, 8 and 4, of which three fill no more than what was asked for."""
+    """Twenty tokens that all go on: words of 8, 8 and 4, so that not all of them are hidden where 8 are asked for."""
     continues = np.ones((1, 20), dtype=bool)
     words = number_words(np.ones((1, 20), dtype=bool), continues)
     assert words.tolist() == [[0] * 8 + [1] * 8 + [2] * 4]
-    assert choose_words(words[0], np.linspace(0, 0.9, 20), 9).sum() == 8
+    assert choose_words(words[0], np.linspace(0, 0.9, 20), 8).sum() == 8
 
 
 def test_runs_are_shuffled_in_their_place():

@@ -384,6 +384,15 @@ def test_a_text_is_cut_at_the_length_that_was_trained(make_model, tokenizers, te
     assert max(len(piece.ids) for piece in seen) == 20
 
 
+def test_a_context_is_cut_at_the_length_that_was_trained(make_model, tokenizers):
+    """Positions beyond it, of a model that has some, hold what they were initialised with."""
+    model, context = make_model("gpt2"), "ka lo mi " * 8
+    short, long = Scorer(model, tokenizers["decoder"], text_length=12), Scorer(model, tokenizers["decoder"])
+    (cut,), (whole,) = (scorer.encode([(context, " ka lo")]) for scorer in (short, long))
+    assert len(cut.ids) == 13 and len(whole.ids) > 13, "the last token is not fed"
+    assert cut.ids == whole.ids[-13:] and len(cut.places) == len(whole.places)
+
+
 def test_nothing_to_evaluate_is_refused():
     with pytest.raises(SettingError, match="Nothing is to be evaluated"):
         EvaluateArguments()

@@ -162,7 +162,7 @@ class MaskedCollator(PackedCollator):
         probability: Fraction of a row's tokens that are predicted.
         probability_end: The same at the end of the budget; None keeps it.
         replacement: `mask`: always the mask token; `bert`: 80 % mask, 10 % a random token, 10 % itself.
-        whole_words: All tokens of a word are hidden, or none; a row may then predict a few tokens less.
+        whole_words: All tokens of a word are hidden, or none; a row may then predict a few tokens more or less.
     """
 
     probability: float = 0.15

@@ -69,8 +69,8 @@ class Scorer:
         model: A stock model with a word head.
         tokenizer: Its tokenizer.
         batch_tokens: Most tokens of one forward pass, padding included.
-        text_length: Longest piece of a whole text, special tokens included: the length that the model was trained on.
-            None: all of its positions.
+        text_length: Longest text or context with its continuation, special tokens included: the length that the model
+            was trained on. None: all of its positions.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Scorer:
         for context, whole in zip(contexts, wholes):
             prefix = self.prefix if self.sets_start or not context else []
             # A causal model is not fed the last token, so that one more fits.
-            room = self.max_length - len(self.suffix) + (self.kind == "decoder")
+            room = self.text_length - len(self.suffix) + (self.kind == "decoder")
             kept = len(prefix) if self.kind == "encoder" else 0  # [CLS] stays, a start token may go
             cut = max(0, len(prefix) + len(whole) - room)
             ids = [*prefix[:kept], *[*prefix, *whole][kept + cut :]]

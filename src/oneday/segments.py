@@ -71,9 +71,10 @@ def number_words(eligible: np.ndarray, continues: np.ndarray) -> np.ndarray:
 
 
 def choose_words(words: np.ndarray, draws: np.ndarray, count: int) -> np.ndarray:
-    """(row_length,) bool: whole words, by the draw of their first token, as long as they fit into `count` tokens.
+    """(row_length,) bool: whole words, by the draw of their first token, until there are about `count` tokens.
 
-    The first word is taken whatever its length.
+    The last word, where it does not fit, is taken as often as the share of it that would: long words are chosen no
+    more rarely than short ones, and the tokens are `count` on average. There is one word at least.
 
     Args:
         words: (row_length,) from `number_words`.
@@ -85,12 +86,13 @@ def choose_words(words: np.ndarray, draws: np.ndarray, count: int) -> np.ndarray
     if not inside.any() or count == 0:
         return chosen
     _, first, sizes = np.unique(words[inside], return_index=True, return_counts=True)
-    order = np.argsort(draws[inside][first], kind="stable")
+    draws = draws[inside][first]
     taken, picked = 0, []
-    for word in order.tolist():
-        if taken + sizes[word] <= count or not picked:
+    for word in np.argsort(draws, kind="stable").tolist():
+        # The low bits of the draw: the high ones have brought the word here.
+        if not picked or (draws[word] * 2**20) % 1.0 * sizes[word] < count - taken:
             picked.append(word)
-            taken += sizes[word]
+        taken += sizes[word]
         if taken >= count:
             break
     chosen[inside] = np.isin(words[inside], picked)
