@@ -46,6 +46,7 @@ from oneday.modeling import FlopCounter
 from oneday.objectives import EVALUATION_SEED, find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.preparation import PreparedData
+from oneday.processes import RunError, attempt
 from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
 from oneday.trainer import BudgetTrainer
 
@@ -506,7 +507,20 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monke
     assert {path.name for path in kept.parent.iterdir()} == {kept.name}
 
 
-def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs of a benchmark without a process for each, which takes ten seconds to start; the test above has them."""
+
+    def run(function, job, name):
+        outcome = attempt(function, job)
+        if "error" in outcome:
+            raise RunError(name, outcome["error"])
+        return outcome["result"]
+
+    monkeypatch.setattr("oneday.benchmarks.records.run_in_fresh_process", run)
+
+
+def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch, in_this_process):
     monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
     settings, records = yaml.safe_load(recipe.read_text()), tmp_path / "ladder"
     made = run_ladder(str(recipe), settings, LadderArguments(tokens=[2048.0, 4096.0], records_dir=str(records)))
@@ -515,7 +529,7 @@ def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch):
     assert len(read_records([records])) == 2
 
 
-def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path):
+def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path, in_this_process):
     records = tmp_path / "records"
     code, table, stderr = run_benchmark(
         "throughput", recipe, "--grid", "optim=adamw,adamw_9bit", "--measure_seconds", 0.5, "--records_dir", records

@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from test_benchmark import run_benchmark  # noqa: F401
+from test_benchmark import in_this_process, run_benchmark  # noqa: F401
 from test_finetune import bert, data_dir, gpt, make_args  # noqa: F401
 from transformers import AutoTokenizer
 
@@ -37,7 +37,7 @@ def test_stock_takes_decoders_and_every_kind_of_task(gpt, data_dir, tmp_path, ta
     assert run_glue(settings)["scores"].keys() == {number}
 
 
-def test_from_start_to_table(run_benchmark, bert, data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_from_start_to_table(run_benchmark, bert, data_dir, tmp_path, monkeypatch, in_this_process):  # noqa: F811
     monkeypatch.setattr("oneday.benchmarks.records.SAME_SPEED", 100.0)  # other tests may run beside this one
     records = tmp_path / "records"
     argv = ["finetuning", "--model_name_or_path", bert, "--task_names", "sst2", "--task_data_dir", data_dir,
