@@ -658,6 +658,15 @@ def test_a_record_of_a_machine_of_another_speed_does_not_stand():
     assert find_speed_difference(record, 7.6e11) == "the machine's peak was 0.40 TFLOP/s, now 0.76"
 
 
+@pytest.mark.parametrize(
+    ("details", "stands"), [({}, False), ({"budget_seconds": 9.0}, False), ({"budget_seconds": None}, True)]
+)
+def test_a_run_of_so_many_tokens_stands_whatever_the_machines_speed(tmp_path, details, stands):
+    job = dataclasses.replace(make_job("stock"), details=details)
+    write_record(tmp_path, job, peak_flops_measured=4.0e11)
+    assert (RecordStore(tmp_path, ENVIRONMENT, peak_flops=7.6e11).find(job) is not None) == stands
+
+
 @pytest.mark.parametrize("objective", ["mlm_nsp", "plm", "rtd"])
 def test_versus_stock_refuses_objectives_that_stock_has_no_loss_of(objective):
     plan = SimpleNamespace(settings={"objective": objective}, text=SimpleNamespace(kind="encoder"))

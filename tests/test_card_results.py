@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from oneday.card_results import zero_shot_section
-from oneday.model_card import card_metadata, glue_section
+from oneday.model_card import card_metadata, glue_section, usage
 
 RESULTS = {"eval_loss": 4.125, "corpus": "python-docs", "objective": "mlm"}
 GLUE = {
@@ -40,6 +41,12 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     assert "rte (subset: 100 of 2,490" in glue_section(tmp_path) and "80.0 to 82.0" in glue_section(tmp_path)
     assert glue_section(tmp_path).endswith("\n\naverage of sst2, rte: 65.6.")
     assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)
+
+
+@pytest.mark.parametrize("mask", ["<mask>", {"content": "<mask>"}, None])
+def test_the_code_on_the_card_has_the_tokenizers_mask(tmp_path, mask):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": mask}))
+    assert f"returns a {'[MASK]' if mask is None else '<mask>'} of values" in usage(tmp_path, RESULTS)
 
 
 def test_a_run_without_other_scores_has_its_held_out_loss_and_language(tmp_path):

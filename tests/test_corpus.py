@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import lzma
@@ -242,6 +243,17 @@ def test_a_stream_stays_at_the_commit_that_its_run_began_with(monkeypatch):
     hub_texts.REVISIONS["ann/texts@first"] = "first"
     hashes = {hash_corpus(stream_of(["a"]), validation, [name], [], args) for name in ("ann/texts", "ann/texts@first")}
     assert len(hashes) == 1, "the same text under either name"
+
+
+@pytest.mark.parametrize(("form", "loader"), [("parquet", "load_dataset"), ("txt", "Dataset.from_generator")])
+def test_a_full_disk_is_not_called_a_damaged_file(form, loader, monkeypatch):
+    def fail(*args, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("while writing") from OSError(errno.ENOSPC, "No space left")
+
+    write_texts(f"a.{form}")
+    monkeypatch.setattr(f"datasets.{loader}", fail)
+    with pytest.raises(SettingError, match="The disk of cache_dir .* is full: free some space"):
+        load(f"a.{form}")
 
 
 def test_count_bytes_counts_utf8():

@@ -122,7 +122,7 @@ def format_card(folder: Path, results: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(card_metadata(folder, results), sort_keys=False)}---",
         f"# {folder.name}",
         describe_model(results),
-        "## How to use it\n\n" + usage(results),
+        "## How to use it\n\n" + usage(folder, results),
         "## Results\n\n" + results_table(results) + glue_section(folder) + zero_shot_section(folder),
         f"![Training curve]({rundir.CURVE})",
         "## Budget\n\n" + budget_table(budget),
@@ -168,10 +168,12 @@ def find_pipeline(objective: str) -> str:
     return OBJECTIVES.get(objective, Objective).pipeline
 
 
-def usage(results: dict[str, Any]) -> str:
-    """Code that loads the model."""
+def usage(folder: Path, results: dict[str, Any]) -> str:
+    """Code that loads the model; with the mask of its tokenizer, which may be one from elsewhere."""
     task = find_pipeline(results["objective"])
     name, call = PIPELINES[task]
+    mask = rundir.read_json(folder / "tokenizer_config.json").get("mask_token") or "[MASK]"
+    call = call.replace("[MASK]", mask["content"] if isinstance(mask, dict) else mask)
     return (
         "```python\n"
         f"from transformers import AutoTokenizer, {name}, pipeline\n\n"

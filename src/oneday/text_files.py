@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oneday.arguments import SettingError
+from oneday.run_directory import is_disk_full
 
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
@@ -105,6 +106,7 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
             "parquet", data_files=files, columns=[column], features=features, split="train", cache_dir=cache_dir
         )
     except (*READ_ERRORS, datasets.exceptions.DatasetGenerationError) as error:
+        refuse_full_cache(error, cache_dir)
         raise SettingError(describe_unreadable(files[0], error.__cause__ or error)) from error
     return texts if column == "text" else texts.rename_column(column, "text")
 
@@ -121,7 +123,14 @@ def _load_lines(files: list[str], column: str, cache_dir: str) -> datasets.Datas
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, SettingError):
             raise error.__cause__ from None
+        refuse_full_cache(error, cache_dir)
         raise
+
+
+def refuse_full_cache(error: BaseException, cache_dir: str) -> None:
+    """Raise SettingError where reading failed because what was read could not be kept."""
+    if is_disk_full(error.__cause__ or error, cache_dir):
+        raise SettingError(f"The disk of cache_dir {cache_dir} is full: free some space, or name another.") from None
 
 
 def generate_documents(files: tuple[tuple[str, int, int], ...], column: str, schema: int) -> Iterator[dict[str, str]]:

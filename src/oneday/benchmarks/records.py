@@ -71,7 +71,9 @@ class RecordStore:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             difference = find_difference(record, job, self.environment, self.reuse_ours)
-            difference = difference or find_speed_difference(record, self.peak_flops)
+            # What a budget of tokens or steps comes to does not follow from how fast the machine is.
+            if job.details.get("budget_seconds", True) is not None:
+                difference = difference or find_speed_difference(record, self.peak_flops)
         except OSError:
             return None
         except (ValueError, KeyError, TypeError):
