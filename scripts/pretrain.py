@@ -14,7 +14,7 @@ from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
 from oneday.callbacks import HubCallback, leave_on_signals
 from oneday.extension import extend_run
-from oneday.hub import HubPusher, fetch_run
+from oneday.hub import HubPusher, fetch_run, fetch_sources
 from oneday.model_card import write_json, write_reports
 from oneday.recipe import (
     Settings,
@@ -58,7 +58,7 @@ def main() -> int:
         return say_finished(args)
     with ExitStack() as held:
         held.enter_context(leave_on_signals(INTERRUPTED))
-        hub_texts.REVISIONS.update(read_json(Path(args.output_dir) / SOURCES))
+        pin_sources(args)
         trainer, data = assemble_trainer(model_args, data_args, args)
         state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
@@ -69,12 +69,20 @@ def main() -> int:
     return code
 
 
+def pin_sources(args: BudgetTrainingArguments) -> None:
+    """Streams are read at the commits with which the run began, here or elsewhere."""
+    sources = read_json(Path(args.output_dir) / SOURCES)
+    if not sources and args.resume_from_hub:
+        sources = fetch_sources(args.resume_from_hub)
+    hub_texts.REVISIONS.update(sources)
+
+
 def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]], None]) -> int:
     """The run in an opened directory, its reports (`write` makes them of the held-out losses) and what is pushed."""
     pusher = start_pushing(trainer)
     try:
         metrics = trainer.run(resume=state != "new")
-    except Exception:
+    except Exception:  # whatever it was: a directory without a step would refuse the corrected command
         if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
             discard_run(trainer.args.output_dir)
         raise

@@ -34,9 +34,10 @@ def attend(q, k, v, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 1), (3, 3), (4, 4), (5, 1), (6, 3), (8, 2), (12, 4)])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
+    ("dtype", "largest", "relative"),
+    [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-6), (torch.bfloat16, 0.03, 0.01)],
 )
-def test_packed_attention_is_the_formula(is_causal, heads, groups, dtype, tolerance):
+def test_packed_attention_is_the_formula(is_causal, heads, groups, dtype, largest, relative):
     """Forward and backward, document by document, the grouped heads repeated."""
     generator = torch.Generator().manual_seed(heads * 10 + groups)
     shapes = [(2, heads, 16, 8), (2, groups, 16, 8), (2, groups, 16, 8)]
@@ -56,8 +57,11 @@ def test_packed_attention_is_the_formula(is_causal, heads, groups, dtype, tolera
     weights = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     (out.double() * weights).sum().backward()
     (expected * weights).sum().backward()
+    assert (out.double() - expected).abs().max() < largest * 10 ** (dtype == torch.bfloat16)
+    for one, other in zip(ours, exact):
+        assert (one.grad.double() - other.grad).abs().max() < largest * 10
     for one, other in ((out, expected), *((one.grad, other.grad) for one, other in zip(ours, exact))):
-        assert (one.double() - other).norm() < tolerance * other.norm()
+        assert (one.double() - other).norm() < relative * other.norm()
 
 
 def test_the_future_changes_nothing_before_it(make_model):

@@ -12,12 +12,21 @@ import time
 
 import pandas as pd
 import pytest
-from hub_server import RETRY_AFTER_SECONDS, HubServer
+from hub_server import RETRY_AFTER_SECONDS, HubServer, commit_of
 from test_programs import ROOT, SMALL, run_script  # noqa: F401
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.hub import COPIES, HubPusher, describe_command, describe_failure, hide_paths, read_step, stage_checkpoint
+from oneday.hub import (
+    COPIES,
+    HubPusher,
+    describe_command,
+    describe_failure,
+    fetch_sources,
+    find_newest,
+    hide_paths,
+    stage_checkpoint,
+)
 from oneday.run_directory import read_json, read_metrics
 
 SECRET = "hf_good"
@@ -250,8 +259,11 @@ def test_of_two_kinds_of_checkpoints_the_one_of_most_steps_comes_back(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (tmp_path / "checkpoint-12").mkdir()
-    folders = sorted(tmp_path.iterdir())
-    assert max(folders, key=read_step).name == "checkpoint-10" and read_step(tmp_path / "checkpoint-12") == -1
+    assert find_newest(tmp_path).name == "checkpoint-10", "checkpoint-12 is damaged"
+    (tmp_path / "last-checkpoint" / "trainer_state.json").write_text(json.dumps({"global_step": 14}))
+    assert find_newest(tmp_path).name == "last-checkpoint"
+    (tmp_path / "none").mkdir()
+    assert find_newest(tmp_path / "none") is None
     assert "--run_dir '/a b/run'" in describe_command("/a b/run", "ann/tiny")
 
 
@@ -289,3 +301,26 @@ def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
     code, said = program("pretrain", **given)
     assert code == 0, said
     assert read_json(run / "results.json")["corpus"].startswith("ann/texts")
+    assert (run / "sources.json").exists() == (streaming == "true")
+    if streaming == "true":
+        # The publisher commits something else; the run is extended on what it began with.
+        began = hub.branches["ann/texts"]["main"]
+        hub.branches["ann/texts"] |= {
+            "old": began,
+            "main": {name: data for name, data in began.items() if "0-of" in name},
+        }
+        assert read_json(run / "sources.json") == {"ann/texts@main": commit_of(began)}
+        code, said = program("pretrain", **given, budget_steps=6, extend="true")
+        assert code == 0 and read_json(run / "results.json")["steps"] == 6, said
+
+
+def test_the_sources_of_a_pushed_run(tmp_path, monkeypatch):
+    (tmp_path / "sources.json").write_text(json.dumps({"ann/texts": "c0ffee"}))
+    monkeypatch.setattr("oneday.hub.hf_hub_download", lambda repo, name, revision: tmp_path / name)
+    assert fetch_sources("ann/tiny") == {"ann/texts": "c0ffee"}
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr("oneday.hub.hf_hub_download", refuse)
+    assert fetch_sources("ann/tiny") == {}

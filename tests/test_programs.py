@@ -218,9 +218,11 @@ def test_killed_by_a_signal_and_started_again(text_file, tmp_path):
     assert list_checkpoints(out)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(ROOT / "recipes/accelerate_configs/cpu.yaml"), "scripts/pretrain.py", *settings]
+    launch += ["--hub_license", "cc-by-sa-3.0"]  # it may change when a run goes on
     second = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert json.loads((out / "results.json").read_text())["steps"] == 80
+    assert "license: cc-by-sa-3.0" in (out / "README.md").read_text()
     report = rundir.read_json(out / "budget.json")
     assert report["ledger_seconds"]["lost"] > 1.0, "starting again takes seconds, and they count"
     assert sum(report["ledger_seconds"].values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)

@@ -11,15 +11,13 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from oneday import run_directory as rundir
+from oneday.arguments import BudgetTrainingArguments
 from oneday.corpus import PYTHON_DOCS, split_names
 from oneday.glue import GLUE_TASKS
 from oneday.glue_results import METRIC_TITLES
 from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
 from oneday.text_files import is_local
 from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
-
-# Of runs from before there was a setting for it.
-LICENSE = "apache-2.0"
 
 
 def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[dict[str, Any]]:
@@ -40,7 +38,7 @@ def describe_origin(folder: Path) -> dict[str, Any]:
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
     names = split_names(settings.get("dataset_name") or "")
     ids = [name for name in names if re.fullmatch(r"[\w-]+/[\w-]+(\.\d[\w.-]*)?", name) and not is_local(name)]
-    origin = {"license": settings.get("hub_license") or LICENSE}
+    origin = {"license": settings.get("hub_license") or BudgetTrainingArguments.hub_license}
     language = {"language": "en"} if names == [PYTHON_DOCS] else {}
     return origin | language | ({"datasets": ids} if ids else {})
 

@@ -19,9 +19,6 @@ from oneday.stream_files import TablePart
 from oneday.text_files import is_local, load_files
 from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
-# Folders of homes.
-HOMES = ("home", "users")
-
 logger = logging.getLogger(__name__)
 
 PYTHON_DOCS = "python-docs"
@@ -30,6 +27,9 @@ MIN_STREAM_VALIDATION_DOCUMENTS = 64
 STREAM_DOCUMENTS = 100_000
 # Mixtures are drawn with a seed of their own: the training seed does not change the corpus, nor what is cached of it.
 MIXTURE_SEED = 0
+
+# Folders of homes.
+HOMES = ("home", "users")
 
 Texts = datasets.Dataset | TextStream
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from oneday import run_directory as rundir
@@ -342,8 +342,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
                 f"{describe_failure(error)}."
             ) from None
         found = Path(temporary)
-        # One strategy after another may have left both kinds.
-        newest = max([*found.glob(LAST_CHECKPOINT), *list_checkpoints(found)], key=read_step, default=None)
+        newest = find_newest(found)
         if newest is None or not (found / rundir.RECIPE).is_file():
             raise SettingError(f"The setting resume_from_hub is {repo_id!r}, which holds no checkpoint of a run.")
         fault = find_fault(newest)
@@ -356,14 +355,26 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
                 f"The run in resume_from_hub {repo_id} has other settings ({', '.join(differing)}); give the same "
                 "settings to go on with it."
             )
-        rundir.create_run(folder, settings)  # first: a directory with files and without it would hold no run
-        with rundir.refuse_full_disk(folder):
+        # Killed while it copies, it leaves only what is staged, and the same command brings everything again.
+        with rundir.refuse_full_disk(folder), rundir.staging(folder, newest.name) as staged:
+            shutil.copytree(newest, staged, dirs_exist_ok=True)
+            staged.rename(folder / f"{PREFIX}{read_step(newest)}")
             for name in (rundir.BUDGET, rundir.METRICS, rundir.SOURCES):
                 if (found / name).is_file():
                     shutil.copyfile(found / name, folder / name)
-            with rundir.staging(folder, newest.name) as staged:
-                shutil.copytree(newest, staged, dirs_exist_ok=True)
-                staged.rename(folder / f"{PREFIX}{read_step(newest)}")
+
+
+def fetch_sources(repo_id: str) -> dict[str, str]:
+    """The commits of the streams of a pushed run; {}: it read none, or they cannot be had."""
+    try:
+        return rundir.read_json(hf_hub_download(repo_id, rundir.SOURCES, revision=CHECKPOINT_BRANCH))
+    except Exception:  # noqa: BLE001  # `fetch_run` says what is wrong with the repository
+        return {}
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The checkpoint of most steps: one strategy after another may have left both kinds."""
+    return max([*folder.glob(LAST_CHECKPOINT), *list_checkpoints(folder)], key=read_step, default=None)
 
 
 def read_step(checkpoint: Path) -> int:

@@ -52,7 +52,7 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
     if folder.exists() and not folder.is_dir():
         raise SettingError(f"The setting output_dir is {output_dir}, which is a file; name a directory.")
     if not recipe.exists():
-        if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        if folder.exists() and any(path.name not in (LOCK, STAGING) for path in folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
         return "new"
     before = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
