@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
+from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.recipe import run_program
 from oneday.run_directory import create_run, refresh_recipe
@@ -316,6 +317,14 @@ def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_thos
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (recipe["seed"], recipe["hub_license"], recipe["push_to_hub"]) == (1, "cc-by-sa-3.0", False)
     assert recipe["save_minutes"] == 20
+
+
+def test_what_a_killed_fetch_left_is_no_run(tmp_path):
+    (tmp_path / ".staging" / "checkpoint-4").mkdir(parents=True)
+    assert rundir.inspect_run(tmp_path, {}) == "new"
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(SettingError, match="is not empty and holds no run"):
+        rundir.inspect_run(tmp_path, {})
 
 
 def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch):
