@@ -257,6 +257,31 @@ def test_more_processes_than_rows_are_refused(launch):
     assert not folder.exists()
 
 
+ALONE = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from oneday.ranks import Ranks
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+ranks = Ranks(rank, 2, timeout_seconds=2)
+with ranks.first_alone():
+    if rank == 0:
+        time.sleep(5)
+        (folder / "prepared").touch()
+    assert (folder / "prepared").exists()
+assert ranks.gather(rank) == [0, 1]
+ranks.close()
+"""
+
+
+def test_the_others_wait_for_process_0_longer_than_the_timeout(tmp_path):
+    """As they do while it tokenises a large text, which takes longer than a lost process is waited for."""
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    started = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+
+
 @pytest.fixture
 def take_shared(texts, tokenizers, tmp_path):
     """Takes the same samples of a stream with so many processes; what each found."""

@@ -10,6 +10,7 @@ from oneday.modeling import build_model, check_config_file, load_config, read_sk
 from oneday.objectives import Objective, find_objective
 from oneday.position_init import check_attention_init
 from oneday.preparation import PreparedData, prepare_data
+from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
 from oneday.trackers import check_trackers
 from oneday.trainer import BudgetTrainer
@@ -49,7 +50,7 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
     for name, value in (("max_seq_length_start", args.max_seq_length_start), ("torch_compile", args.use_compile)):
         if not objective_class.is_packed and value:
             raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
-    with args.main_process_first(local=False, desc="preparing the data"):
+    with make_ranks(args).first_alone():
         data = prepare_data(
             data_args, objective_class.kind, args.data_seed if args.data_seed is not None else args.seed
         )

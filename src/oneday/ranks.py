@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # Gradients are summed in pieces of this many elements.
 BUCKET_ELEMENTS = 2**24
+# How often a process that works alone tells the others that it still does.
+BEAT_SECONDS = 60.0
 # How accelerate may start the processes. Under FSDP it says so in its environment alone.
 STRATEGIES = ("NO", "MULTI_CPU", "MULTI_GPU")
 # What an accelerate config may ask for and this project does not do.
@@ -108,7 +111,7 @@ class Ranks:
     holds_whole = True
 
     def __init__(self, rank: int = 0, size: int = 1, timeout_seconds: float = 1800) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds)) if size > 1 else None
 
     @property
@@ -160,6 +163,36 @@ class Ranks:
         if refusal is not None:
             raise SettingError(refusal)
         return result
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Inside, process 0 is alone; the others enter when it has left, however long that takes.
+
+        It tells them every minute that it is still at it, so that the timeout, after which a process counts as lost,
+        need not be as long as the work.
+        """
+        if self.size == 1:
+            yield
+            return
+        if not self.is_first:
+            while not self.decide(0)[0]:
+                pass
+            yield
+            return
+        has_left = threading.Event()
+
+        def tell_others() -> None:
+            while not has_left.wait(min(BEAT_SECONDS, self.timeout_seconds / 3)):
+                self.decide(False)
+            self.decide(True)
+
+        teller = threading.Thread(target=tell_others, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            has_left.set()
+            teller.join()
 
     def check_same_text(self, fingerprint: str) -> None:
         """Refuse processes that do not read the same.
