@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,26 +55,51 @@ def expected_embedding_std(name: str, model: PreTrainedModel) -> float:
     return EMBEDDING_STD if name == "cooccurrence" else float(model.get_input_embeddings().weight.detach().std())
 
 
-def initialize_embeddings(table: Tensor, dataset: PackedDataset, special_ids: Sequence[int], seed: int) -> None:
-    """Set the token embeddings of a model from its corpus; special tokens and words never seen keep random ones.
+class WordVectors(NamedTuple):
+    """Vectors of a vocabulary.
+
+    Attributes:
+        vectors: (vocab_size, width) float32; their elements have the standard deviation EMBEDDING_STD.
+        seen: (vocab_size,) which words have one.
+    """
+
+    vectors: Tensor
+    seen: Tensor
+
+
+def count_vectors(
+    shape: Sequence[int], device: torch.device, dataset: PackedDataset, special_ids: Sequence[int], seed: int
+) -> WordVectors:
+    """The word vectors of a corpus.
 
     Args:
-        table: (vocab_size, width) random embeddings, changed in place; a tied output projection changes with them.
+        shape: (vocab_size, width).
+        device: Where to factorise, and where they are needed.
         dataset: Packed training rows.
         special_ids: Tokens without meaning of their own ([CLS], [SEP], [MASK], padding).
         seed: Of the random sketch and rotation.
     """
-    generator = torch.Generator(table.device).manual_seed(seed)
-    counts = count_cooccurrences(dataset, table.shape[0], special_ids)
-    information = positive_pmi(counts.to(table.device))
+    generator = torch.Generator(device).manual_seed(seed)
+    counts = count_cooccurrences(dataset, shape[0], special_ids)
+    information = positive_pmi(counts.to(device))
     seen = information.any(1)
-    vectors = factorize(information, table.shape[1], generator)
+    vectors = factorize(information, shape[1], generator)
     # What all vectors share says nothing of a word and drowns the rest when a classifier reads the model (Mu &
     # Viswanath 2018, arXiv 1702.01417).
     vectors -= vectors[seen].mean(0)
-    with torch.no_grad():
-        table.mul_(EMBEDDING_STD / table.std())
-        table[seen] = (vectors * (EMBEDDING_STD / vectors[seen].std()))[seen]
+    return WordVectors(vectors * (EMBEDDING_STD / vectors[seen].std()), seen)
+
+
+@torch.no_grad()
+def set_embeddings(table: Tensor, words: WordVectors) -> None:
+    """Give a model's token embeddings their vectors; special tokens and words never seen keep random ones.
+
+    Args:
+        table: (vocab_size, width) random embeddings, changed in place; a tied output projection changes with them.
+        words: Of the same vocabulary.
+    """
+    table.mul_(EMBEDDING_STD / table.std())
+    table[words.seen] = words.vectors[words.seen]
 
 
 def count_cooccurrences(dataset: PackedDataset, vocab_size: int, special_ids: Sequence[int]) -> Tensor:

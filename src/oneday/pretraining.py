@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.callbacks import heartbeat, note_signals
 from oneday.checkpoints import read_state
-from oneday.initialization import initialize_embeddings
+from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
 from oneday.position_init import leave_room
 from oneday.recovery import are_finite
@@ -111,24 +112,33 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
 
 
 def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
-    """Set the embeddings of a new run from the corpus and compile, on the clock; progress starts after it."""
-    clock, args = trainer.clock, trainer.args
-    if is_new and args.embedding_init == "cooccurrence":
+    """Set the embeddings of a new run from the corpus and compile, on the clock; progress starts after it.
+
+    A thread counts the words meanwhile: the compiler is one program after the other, which leaves a core free.
+    """
+    clock, args, ranks = trainer.clock, trainer.args, trainer.ranks
+    table = trainer.model.get_input_embeddings().weight
+    is_counted = is_new and args.embedding_init == "cooccurrence"
+    if is_counted or args.use_compile:
         clock.start()
-        with clock.account("initialization"):
-            trainer.ranks.edit(trainer.model.get_input_embeddings().weight, lambda table: count_words(trainer, table))
-    if args.use_compile:
-        clock.start()
-        with clock.account("compilation"):
-            args.use_compile = trainer.rehearse_step()
+    with ThreadPoolExecutor(1) as executor:
+        if is_counted and ranks.is_first:
+            special_ids = trainer.processing_class.all_special_ids
+            rows = trainer.train_dataset
+            counted = executor.submit(count_vectors, table.shape, table.device, rows, special_ids, args.seed)
+        if args.use_compile:
+            with clock.account("compilation"):
+                args.use_compile = trainer.rehearse_step()
+        if is_counted:
+            with clock.account("initialization"):
+                ranks.edit(table, lambda table: place_vectors(trainer, table, counted.result()))
     if is_new:
         clock.start_progress()
 
 
-def count_words(trainer: BudgetTrainer, table: Tensor) -> None:
+def place_vectors(trainer: BudgetTrainer, table: Tensor, words: WordVectors) -> None:
     """The token embeddings from counts, changed in place; what belongs to the positions stays theirs."""
-    special_ids = trainer.processing_class.all_special_ids
-    initialize_embeddings(table, trainer.train_dataset, special_ids, trainer.args.seed)
+    set_embeddings(table, words)
     if trainer.args.attention_init is not None:
         leave_room(table, trainer.model)
 
