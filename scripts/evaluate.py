@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.classification import hash_weights
 from oneday.corpus import resolve_cache_dir
-from oneday.durable_files import write_whole
+from oneday.durable_files import write_json
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
@@ -50,14 +49,14 @@ def main() -> None:
         "kind": scorer.kind,
         "weights_hash": hash_weights(scorer.model.state_dict()),
         "tasks": run_tasks(scorer, args, logger.info),
-        "max_examples": args.max_examples,
         "environment": describe_environment(device),
     }
     if texts is not None:
-        results["text"] = {"name": Path(args.text_name).name, **scorer.score_texts(texts)}
+        name = Path(args.text_name).name
+        results["text"] = {"name": name, "max_examples": args.max_examples, **scorer.score_texts(texts)}
     results = keep_earlier(results, rundir.read_json(folder / RESULTS_FILE))
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
-    write_whole(folder / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    write_json(folder / RESULTS_FILE, results)
     refresh_card(folder)
     sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
 

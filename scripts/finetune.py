@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments, find_output_dir
@@ -33,11 +34,12 @@ def main() -> int:
     except KeyboardInterrupt:
         logger.info("Interrupted; finished runs are kept, and the same command goes on from there.")
         return INTERRUPTED
-    refresh_card(args.model_name_or_path)
     path = find_output_dir(args) / RESULTS_FILE
     beside = compare_with_full(results, read_earlier(path.parent.parent / "glue" / RESULTS_FILE))
     shown = "\n".join([format_results(results), *beside])
     sys.stdout.write(f"\n{shown}\n\nwritten to {path}\n")
+    if path.parent == Path(args.model_name_or_path) / "glue":  # whose scores the card shows
+        refresh_card(args.model_name_or_path)
     return 0
 
 

@@ -185,9 +185,18 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
     assert len(started) == 1, "the line after the cut one is whole"
     run_protocol(dataclasses.replace(args, learning_rate=1e-3))
     assert len(started) == 2
+    shutil.copytree(bert, tmp_path / "moved")
+    moved = dataclasses.replace(args, model_name_or_path=str(tmp_path / "moved"))
+    run_protocol(moved)
+    assert len(started) == 2, "the same model elsewhere"
+    tokenizer = json.loads((tmp_path / "moved" / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "moved" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    run_protocol(moved)
+    assert len(started) == 3, "the same words, read otherwise"
     monkeypatch.setattr("oneday.glue_results.choose_pad_multiple", lambda args: 8)  # as where there is a GPU
     run_protocol(args)
-    assert len(started) == 3, "other lengths draw other dropout"
+    assert len(started) == 4, "other lengths draw other dropout"
 
 
 def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, data_dir, tmp_path):
@@ -327,7 +336,7 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
         rows = [{"sentence": text, "label": label} for text, label in zip(texts, labels)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = make_args(bert, tmp_path / "tasks", tmp_path, max_eval_examples=50)
-    median = run_protocol(args)["tasks"]["sst2"]["median"]
+    median = run_protocol(dataclasses.replace(args, save_models=True))["tasks"]["sst2"]["median"]
     (path,) = (tmp_path / "out" / "runs").glob("*/validation.parquet")
     kept = pq.read_table(path).to_pydict()
     assert len(set(kept["row"])) == 50 and [truth[row] for row in kept["row"]] == kept["label"]
@@ -337,12 +346,20 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     assert counts.sum() == 50 and np.trace(counts) == sum(right)
     assert (tmp_path / "out" / "glue_results.png").stat().st_size > 10_000
     # The finished run has no answers to the test split yet: asked for these, it is run again.
-    entry = run_protocol(dataclasses.replace(args, write_submission=True))["tasks"]["sst2"]
+    asked = dataclasses.replace(args, write_submission=True, random_baseline=True)
+    entry = run_protocol(asked)["tasks"]["sst2"]
     assert entry["submission"] == {"seed": 0, "files": ["SST-2.tsv"]}
+    assert (path.parent / "model" / "config.json").exists(), "the model kept before"
+    (random,) = (tmp_path / "out" / "runs").glob("sst2-random-*")
+    assert [file.name for file in random.iterdir()] == ["validation.parquet"]
     lines = (tmp_path / "out" / "submission" / "SST-2.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(60))]
     answers = [int(line.split("\t")[1]) for line in lines[1:]]
     assert sum(answer == label for answer, label in zip(answers, truth)) / 60 > 0.9
+    # Other test rows under the same name are answered anew.
+    (folder / "test.jsonl").write_text(json.dumps({"sentence": texts[0], "label": -1}) + "\n")
+    run_protocol(asked)
+    assert (tmp_path / "out" / "submission" / "SST-2.tsv").read_text() == "\n".join(lines[:2]) + "\n"
 
 
 def test_a_task_without_test_rows_is_left_out_of_the_submission(bert, data_dir, tmp_path, caplog):
@@ -489,6 +506,12 @@ def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp
     (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
     own = run_protocol(make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), **shared))
     assert list(own["tasks"]) == ["sst2", "mine"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.csv").write_text("text,label\n" + "nice,1\nawful,0\n" * 20)
+    other = make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "other" / "mine.csv"), **shared)
+    with pytest.raises(SettingError, match="The scores of .*mine.csv are kept as mine.*set task_name"):
+        run_protocol(other)
+    assert list(run_protocol(dataclasses.replace(other, task_name="more"))["tasks"]) == ["sst2", "mine", "more"]
 
 
 def test_runs_that_diverge_are_counted(bert, data_dir, tmp_path, caplog):

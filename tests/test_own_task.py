@@ -66,6 +66,41 @@ def test_what_does_not_fit_gets_one_sentence(tmp_path, content, settings, words)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_classes_are_told_apart_by_their_exact_names(tmp_path):
+    """A number that is no class is not taken for the number of one; case counts; 2.0 is 2."""
+    (tmp_path / "v.csv").write_text("text,label\nx,2.0\n")
+    content = "text,label\nx,1\ny,2\nz,5\n"
+    _, data = load(tmp_path, content, validation_file=str(tmp_path / "v.csv"))
+    assert data["train"]["label"][:] == [0, 1, 2] and data["validation"]["label"][:] == [1]
+    (tmp_path / "v.csv").write_text("text,label\nx,0\n")
+    with pytest.raises(SettingError, match="'0'; it must be one of: 1, 2, 5"):
+        load(tmp_path, content, validation_file=str(tmp_path / "v.csv"))
+    (tmp_path / "v.csv").write_text("text,label\nx,a\ny,A\n")
+    _, data = load(tmp_path, "text,label\nx,A\ny,a\n", validation_file=str(tmp_path / "v.csv"))
+    assert data["train"]["label"][:] == [0, 1] and data["validation"]["label"][:] == [1, 0]
+
+
+def test_a_class_of_a_single_row_is_one_wherever_the_row_falls(tmp_path):
+    for place in range(10):
+        labels = ["rare" if row == place else "ab"[row % 2] for row in range(10)]
+        task, _ = load(tmp_path, "text,label\n" + "".join(f"x,{label}\n" for label in labels))
+        assert task.label_names == ("a", "b", "rare")
+
+
+def test_f1_is_of_the_class_that_is_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    content = "text,label\n" + "x,fraud\ny,legit\n" * 4
+    assert load(tmp_path, content, metric="f1")[0].label_names == ("fraud", "legit")
+    assert "f1 is that of 'legit'" in caplog.text
+    task, _ = load(tmp_path, content, metric="f1", positive_label="fraud", task_name="fraud")
+    assert (task.name, task.label_names) == ("fraud", ("legit", "fraud"))
+    for settings in ({"metric": "f1", "positive_label": "scam"}, {"positive_label": "fraud"}):
+        with pytest.raises(SettingError, match="must be one of fraud, legit, and metric f1"):
+            load(tmp_path, content, **settings)
+    with pytest.raises(SettingError, match="no slash"):
+        load(tmp_path, content, task_name="a/b")
+
+
 def test_a_validation_label_that_training_never_saw(tmp_path):
     (tmp_path / "v.csv").write_text("text,label\nx,maybe\ny,yes\n")
     with pytest.raises(SettingError, match="'maybe'; it must be one of: no, yes"):

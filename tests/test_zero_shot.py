@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneday.arguments import SettingError
 from oneday.scoring import CPU_TOKENS, Scorer
+from oneday.tokenization import train_tokenizer
 from oneday.zero_shot import Question, list_local_tasks, load_task
 from oneday.zero_shot_results import EvaluateArguments, evaluate_task, format_zero_shot, is_right
 
@@ -104,6 +105,9 @@ def test_text_is_measured_in_nats_and_bits(make_model, tokenizers, texts, anyone
     assert measures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
     num_bytes = sum(len(text.encode()) for text in long)
     assert measures["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
+    # Lower-cased words without accents are fewer bits than the text's bytes.
+    lossy = train_tokenizer(texts, "wordpiece", 150, objective_kind="decoder")
+    assert "bits_per_byte" not in Scorer(model, lossy).score_texts(long)
 
 
 LAYOUTS = {
@@ -166,10 +170,31 @@ def test_files_are_found_in_either_form(tmp_path):
         handle.write(row * 10)
     (tmp_path / "mine" / "mine_validation.jsonl").write_text(row)
     (tmp_path / "yours.jsonl").write_text(row)
-    assert {name: path.name for name, path in list_local_tasks(tmp_path).items()} == {
-        "mine": "mine.jsonl.xz", "yours": "yours.jsonl",
+    (tmp_path / "blimp").mkdir()
+    for number, name in enumerate(("adjunct_island", "wh_island"), start=1):
+        (tmp_path / "blimp" / f"{name}.jsonl").write_text(row * number)
+    assert {name: [path.name for path in paths] for name, paths in list_local_tasks(tmp_path).items()} == {
+        "mine": ["mine.jsonl.xz"], "yours": ["yours.jsonl"], "blimp": ["adjunct_island.jsonl", "wh_island.jsonl"],
     }  # fmt: skip
     assert len(load_task("mine", str(tmp_path))) == 10 and len(load_task("mine", str(tmp_path), 4)) == 4
+    assert len(load_task("blimp", str(tmp_path))) == 3
+    (tmp_path / "blimp" / "train.jsonl").write_text(row)
+    with pytest.raises(SettingError, match="several files in .*blimp, train.jsonl among them.*blimp.jsonl"):
+        load_task("blimp", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt"),
+    [
+        ("Question: Why?\n", "Question: Why?\nAnswer:"),
+        ("Passage: It is so.\nQuestion: is it so?\n", "Passage: It is so.\nQuestion: is it so?\nAnswer:"),
+        ("Question: Who?\nChoices:\nA. one\nB. two\nAnswer:", "Question: Who?\nChoices:\nA. one\nB. two\nAnswer:"),
+        ("The weather is ", "The weather is"),
+    ],
+)
+def test_a_query_is_asked_once(tmp_path, query, prompt):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"query": query, "choices": ["x", "y"], "gold": 1}))
+    assert load_task("mine", str(tmp_path)) == [Question(((prompt, " x"), (prompt, " y")), 1)]
 
 
 BAD = [
@@ -327,10 +352,11 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     assert format_zero_shot(results) in shown
     assert max(map(len, shown.splitlines()[:-1])) <= 80
     (tmp_path / "more.jsonl").write_text(json.dumps({"text": texts[2]}) + "\n")
-    assert run_script("evaluate", *argv[:-1], "more")[0] == 0
+    assert run_script("evaluate", *argv[:-1], "more", "--max_examples", "5")[0] == 0
     later = json.loads((folder / "zero_shot_results.json").read_text())
     assert list(later["tasks"]) == ["order", "words", "more"] and later["text"] == results["text"]
     assert later["tasks"]["order"] == results["tasks"]["order"]
+    assert [later["tasks"][task]["max_examples"] for task in ("order", "more")] == [None, 5]
     other = anyone(make_model(name))
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.01)

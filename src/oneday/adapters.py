@@ -76,7 +76,9 @@ def add_adapters(model: PreTrainedModel, args: FinetuneArguments) -> PeftModel:
         use_dora=args.peft == "dora",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    model.name_or_path = args.model_name_or_path  # peft writes it beside the adapter
+    local = Path(args.model_name_or_path)
+    # peft writes it beside the adapter, which is loaded from anywhere.
+    model.name_or_path = str(local.resolve()) if local.is_dir() else args.model_name_or_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers renames
         return peft.get_peft_model(model, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
-from oneday.corpus import PYTHON_DOCS, split_names
-from oneday.glue import GLUE_TASKS
+from oneday.corpus import PYTHON_DOCS
+from oneday.glue import TASKS
 from oneday.glue_results import METRIC_TITLES
 from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
-from oneday.text_files import is_local
+from oneday.zero_shot import HUB_SETS
 from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
+from oneday.zero_shot_results import name_measure
 
 
 def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[dict[str, Any]]:
@@ -32,14 +32,13 @@ def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[di
     return eval_results_to_model_index(folder.name, scores)
 
 
-def describe_origin(folder: Path) -> dict[str, Any]:
+def describe_origin(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The licence; Hub ids of what it was trained on as `datasets`; the language where it is known."""
     recipe = folder / rundir.RECIPE
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
-    names = split_names(settings.get("dataset_name") or "")
-    ids = [name for name in names if re.fullmatch(r"[\w-]+/[\w-]+(\.\d[\w.-]*)?", name) and not is_local(name)]
     origin = {"license": settings.get("hub_license") or BudgetTrainingArguments.hub_license}
-    language = {"language": "en"} if names == [PYTHON_DOCS] else {}
+    language = {"language": "en"} if results["corpus"] == PYTHON_DOCS else {}
+    ids = results.get("hub_datasets")
     return origin | language | ({"datasets": ids} if ids else {})
 
 
@@ -60,7 +59,7 @@ def fine_tuned(folder: Path) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-classification",
-            dataset_type="nyu-mll/glue" if task["task"] in (*GLUE_TASKS, "wnli") else task["task"],
+            dataset_type=TASKS[task["task"]].hub_id if task["task"] in TASKS else task["task"],
             dataset_name=name + subset_mark(task),
             dataset_config=task["task"],
             dataset_split=task["split"],
@@ -82,14 +81,15 @@ def subset_mark(task: dict[str, Any]) -> str:
 
 def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
     """Accuracies without training."""
+    measure = name_measure(rundir.read_json(folder / ZERO_SHOT_RESULTS))
     return [
         EvalResult(
             task_type=pipeline,
-            dataset_type=name,
+            dataset_type=HUB_SETS[name][0] if name in HUB_SETS else name,
             dataset_name=name + part,
             metric_type="accuracy",
             metric_value=round(task["accuracy"], 4),
-            metric_name=f"zero-shot accuracy over {task['num_questions']:,} questions",
+            metric_name=f"zero-shot accuracy over {task['num_questions']:,} questions, by {measure}",
         )
         for name, task, part in zero_shot_tasks(folder)
     ]
@@ -108,9 +108,9 @@ def zero_shot_section(folder: Path) -> str:
 
 def zero_shot_tasks(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
     """(name, scores, mark of a subset) of each zero-shot task in a run directory."""
-    report = rundir.read_json(folder / ZERO_SHOT_RESULTS)
-    limit = report.get("max_examples")
+    tasks = rundir.read_json(folder / ZERO_SHOT_RESULTS).get("tasks", {})
+    limits = {name: task.get("max_examples") for name, task in tasks.items()}
     return [
-        (name, task, f" (subset: {limit:,} questions)" if limit and task["num_questions"] >= limit else "")
-        for name, task in report.get("tasks", {}).items()
+        (name, task, f" (subset: {limits[name]:,} questions)" if task["num_questions"] == limits[name] else "")
+        for name, task in tasks.items()
     ]

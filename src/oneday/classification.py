@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +30,12 @@ from transformers import (
 from oneday.arguments import SettingError
 from oneday.glue import Task, name_labels
 from oneday.modeling import freeze_sinusoids
+from oneday.tokenization import hash_tokenizer
 
 logger = logging.getLogger(__name__)
+
+# What a configuration says of where it was read and what wrote it.
+ORIGIN = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Checkpoint:
 class PreparedTask:
     """A task, tokenised once for all its runs; `label`, `row` and `length` (tokens) ride beside the model's inputs.
 
-    `row` is a row's `idx` on the Hub, or its place in the file. `test_splits` are answered and not scored. `num_rows`
+    `row` is a row's `idx` on the Hub, or its place in the file. `test_splits` are answered and not scored; `test_hash`
+    is of their rows. `num_rows`
     of each split were there before `max_train_examples` and `max_eval_examples`.
     """
 
@@ -63,11 +70,17 @@ class PreparedTask:
     splits: dict[str, Dataset]
     data_hash: str
     test_splits: dict[str, Dataset] = field(default_factory=dict)
+    test_hash: str = ""
     num_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def scored_splits(self) -> list[str]:
         return [split for split in self.splits if split != "train"]
+
+    @functools.cached_property
+    def without_tests(self) -> PreparedTask:
+        """The same without test rows; one object, whose rows processes are handed once."""
+        return dataclasses.replace(self, test_splits={}) if self.test_splits else self
 
     @functools.cached_property
     def train_lengths(self) -> list[int]:
@@ -124,8 +137,16 @@ def load_checkpoint(name: str) -> Checkpoint:
     if not weights:
         raise SettingError(f"No weight in model_name_or_path {name} fits its own config.json; save the model again.")
     logger.info("%s: %d tensors loaded, %d new ones for the task: %s", name, len(weights), len(new), sorted(new))
-    architecture = config.to_json_string(use_diff=False) + repr(sorted(tokenizer.get_vocab().items()))
-    return Checkpoint(name, config, tokenizer, weights, hash_weights(weights), hash_text(architecture))
+    return Checkpoint(name, config, tokenizer, weights, hash_weights(weights), hash_architecture(config, tokenizer))
+
+
+def hash_architecture(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hexadecimal digits of configuration and tokenizer, wherever they lie and whatever wrote them."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ORIGIN}
+    # Where there is no fast tokenizer, of its words.
+    is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+    ids = hash_tokenizer(tokenizer) if is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    return hash_text(json.dumps(settings, sort_keys=True, default=str) + ids)
 
 
 def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 from datasets import DatasetDict
@@ -18,6 +19,7 @@ from oneday.classification import (
     silence_libraries,
     tokenize_split,
 )
+from oneday.durable_files import write_json
 from oneday.finetuning_processes import obtain_runs
 from oneday.finetuning_run import (
     WEIGHTS,
@@ -31,7 +33,7 @@ from oneday.finetuning_run import (
 from oneday.glue import Task, complete_task, find_task, load_task, take_examples
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import TUNED, FinetuneArguments, check_arguments, complete_arguments, find_output_dir
-from oneday.glue_results import RESULTS_FILE, read_earlier, summarize_runs, write_json
+from oneday.glue_results import RESULTS_FILE, read_earlier, summarize_runs
 from oneday.own_task import load_own_task
 from oneday.predictions import read_test_splits, write_submission
 from oneday.throughput import keep_freed_memory, set_threads
@@ -65,6 +67,8 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     check_test_splits(args, prepared)
     output_dir = find_output_dir(args)
+    if args.task_file:
+        check_name_is_free(args, prepared[0], read_earlier(output_dir / RESULTS_FILE))
     output_dir.mkdir(parents=True, exist_ok=True)
     kinds = (False, True) if args.random_baseline else (False,)
     plan = [(task, from_random) for task in prepared for from_random in kinds]
@@ -101,6 +105,19 @@ def choose_settings(
     found = [choose_setting(args, trials[task.task.name], points, part) for (task, _), part in zip(plan, parts)]
     names = [(task.task.name, WEIGHTS[from_random]) for task, from_random in plan]
     return [chosen for chosen, _ in found], dict(zip(names, (record for _, record in found)))
+
+
+def check_name_is_free(args: FinetuneArguments, prepared: PreparedTask, earlier: dict) -> None:
+    """Raise SettingError where the scores of another file stand under this task's name."""
+    name = prepared.task.name
+    entry = earlier.get("tasks", {}).get(name)
+    if entry is None or entry["data_hash"] == prepared.data_hash:
+        return
+    other = entry.get("own_task", {}).get("task_file", "another data set")
+    if Path(other).resolve() != Path(args.task_file).resolve():
+        raise SettingError(
+            f"The scores of {other} are kept as {name}, as those of {args.task_file} would be; set task_name."
+        )
 
 
 def check_test_splits(args: FinetuneArguments, prepared: list[PreparedTask]) -> None:
@@ -146,8 +163,9 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
         encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
         splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
+        test_hash = hash_rows(tests) if tests else ""
         tests = {file: tokenize_split(rows, encode) for file, rows in tests.items()}
-    return PreparedTask(task, splits, data_hash, tests, num_rows)
+    return PreparedTask(task, splits, data_hash, tests, test_hash, num_rows)
 
 
 def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:

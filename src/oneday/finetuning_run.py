@@ -30,7 +30,7 @@ from oneday.glue_protocol import (
 )
 from oneday.glue_results import hash_run
 from oneday.graphed_loss import MAX_PARAMETERS, GraphedLoss
-from oneday.predictions import decide, write_predictions
+from oneday.predictions import are_answered, decide, write_predictions
 from oneday.throughput import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -71,16 +71,26 @@ class PlannedRun:
     @property
     def is_kept(self) -> bool:
         """Whether its answers, and its model where that is asked for, are there."""
-        is_whole = self.args.peft is None or self.args.merge_adapters
-        wanted = [f"{split}.parquet" for split in (*self.task.scored_splits, *self.task.test_splits)]
-        wanted += [f"model/{'config.json' if is_whole else 'adapter_config.json'}"] * self.args.save_models
-        return all((self.folder / file).exists() for file in wanted)
+        wanted = [f"{split}.parquet" for split in self.task.scored_splits]
+        wanted += [f"model/{self.model_file}"] * self.saves_model
+        return all((self.folder / file).exists() for file in wanted) and are_answered(self.folder, self.task)
+
+    @property
+    def saves_model(self) -> bool:
+        """Whether its model is to be kept: of random weights there is none that anyone would load."""
+        return self.args.save_models and not self.from_random
+
+    @property
+    def model_file(self) -> str:
+        """By which a kept model is known: a whole one, or an adapter."""
+        return "config.json" if self.args.peft is None or self.args.merge_adapters else "adapter_config.json"
 
 
 def plan_run(
     checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
 ) -> PlannedRun:
-    """A run with its key."""
+    """A run with its key; only one of pretrained weights answers test rows."""
+    task = task.without_tests if from_random else task
     return PlannedRun(task, args, seed, from_random, hash_run(checkpoint, task, args, seed, from_random))
 
 
@@ -105,7 +115,7 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         new = run.folder.with_name(f".{run.name}")
         shutil.rmtree(new, ignore_errors=True)
         write_predictions(new, task, logits)
-        if args.save_models:
+        if run.saves_model or (run.folder / "model" / run.model_file).exists():  # one kept before is not taken away
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
         shutil.rmtree(run.folder, ignore_errors=True)
         new.rename(run.folder)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 GLUE_HUB = "nyu-mll/glue"
 # The repository itself may still hold a loading script, which datasets >= 4 refuses; its parquet export does not.
+SUPERGLUE_HUB = "aps/super_glue"
 SUPERGLUE_FILES = "hf://datasets/aps/super_glue@refs%2Fconvert%2Fparquet/{task}/{split}/*.parquet"
 METRIC_DIR = Path(__file__).parent / "metrics" / "glue_metric"
 FILE_KINDS = (".parquet", ".jsonl", ".tsv")
@@ -65,6 +66,13 @@ class Task:
     num_first_columns: int = 1
     train_task: str | None = None
     hub_files: str | None = None
+
+    @property
+    def hub_id(self) -> str:
+        """The data set's id on the Hub; of a built-in task its name."""
+        if self.name.startswith("docs-"):
+            return self.name
+        return GLUE_HUB if self.hub_files is None else SUPERGLUE_HUB
 
     def name_number(self, split: str) -> str:
         """The name of a split's score: `rte`, but `mnli_matched` and `mnli_mismatched`."""

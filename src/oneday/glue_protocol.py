@@ -1,7 +1,8 @@
 """The fine-tuning protocol: its settings, what is checked of them, and when a result may carry its name.
 
 The defaults are the protocol of "Cramming" (arXiv 2212.14034, section 5; its `GLUE_sane.yaml`): one setting for all
-tasks, last epoch, validation split, median of 5 seeds. Results of another setting never carry its name.
+tasks, last epoch, validation split, median of 5 seeds. Results of another setting never carry its name. One thing is
+not as there: rows of like length share a batch, which saves padding; there they are drawn at random.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class FinetuneArguments:
     validation_file: str | None = setting(None, "Rows that are scored; empty: a tenth of task_file is held out.")
     text_columns: list[str] = setting(["text"], "Of task_file: the column of the text, or two for pairs.")
     label_column: str = setting("label", "Of task_file: words or numbers.")
+    task_name: str | None = setting(None, "Of task_file: what its scores are called; empty: the file's name.")
+    positive_label: str | None = setting(
+        None, "Of task_file with metric f1: the class that f1 is of; empty: the second one in order."
+    )
     metric: str = setting(
         "accuracy", "Of task_file: accuracy, f1, f1_macro, matthews_correlation, pearson, spearmanr."
     )
@@ -89,7 +94,9 @@ class FinetuneArguments:
     write_submission: bool = setting(
         False, "Also answer the test splits and write GLUE's submission files, by the run with the median score."
     )
-    save_models: bool = setting(False, "Keep each run's model (with peft its adapter) in output_dir/runs.")
+    save_models: bool = setting(
+        False, "Keep the model of each run, with peft its adapter, in output_dir/runs; of random weights none."
+    )
     merge_adapters: bool = setting(False, "Add the adapter to the weights before saving: a stock model.")
     max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
     max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
@@ -125,7 +132,7 @@ RUN_SETTINGS = (
     "max_eval_examples",
 )
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
-OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_column", "metric")
+OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_column", "metric", "positive_label")
 TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
 CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
 POSITIVE_SETTINGS = (

@@ -166,8 +166,10 @@ def format_results(results: dict) -> str:
         lines.append(f"{mark:17}{title:10}{100 * row['majority']:9.1f}{random}{spread:>24}{100 * gain:+8.1f}")
         if row["diverged_runs"]:
             notes.append(f"{name}: {row['diverged_runs']} of its runs diverged; a lower learning_rate may help")
-        if gain <= 0:
+        if gain <= 0 and "random_weights" in row:
             notes.append(f"{name}: pretraining does not help here")
+        elif gain <= 0:
+            notes.append(f"{name}: no better than the commonest answer")
         if "tuning" in row:
             tuning = row["tuning"]["pretrained"]
             epochs = tuning["chosen"]["num_train_epochs"]
@@ -259,10 +261,3 @@ def append_run(path: Path, run: dict) -> None:
             file.seek(-1, os.SEEK_END)
             is_cut = file.read(1) != b"\n"
         file.write(b"\n" * is_cut + json.dumps(run).encode() + b"\n")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file so that it is never seen half-written."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

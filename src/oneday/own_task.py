@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,8 +26,8 @@ MAX_CLASSES = 1000
 def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
     """The row of `task_file` and its splits, as `glue.load_task` gives them for a named task.
 
-    Classes are the distinct labels of the training rows, in order; labels may be words or numbers. Without a
-    `validation_file` a tenth of the rows, the same ones for every seed, is held out.
+    Classes are the distinct labels of `task_file`, in order; labels may be words or numbers. Without a
+    `validation_file` a tenth of its rows, the same ones for every seed, is held out.
 
     Raises:
         SettingError: When a file, a column, a label or the metric does not fit.
@@ -40,14 +41,34 @@ def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
     train = read_columns(args.task_file, args)
     if len(train) < 2:
         raise SettingError(f"The task file {args.task_file} has {len(train)} rows; it needs two at least.")
+    task = describe_task(args, list(train["label"]))
     if args.validation_file:
         splits = {"train": train, "validation": read_columns(args.validation_file, args)}
     else:
         parts = train.train_test_split(max(1, int(HELD_OUT_FRACTION * len(train))), seed=0)
         splits = {"train": parts["train"], "validation": parts["test"]}
         logger.info("no validation_file: %d of %d rows are held out", len(parts["test"]), len(train))
-    task = describe_task(args, list(splits["train"]["label"]))
+    splits = {split: number_classes(task, split, rows) for split, rows in splits.items()}
     return task, DatasetDict({split: normalize_split(task, split, rows) for split, rows in splits.items()})
+
+
+def number_classes(task: Task, split: str, rows: Dataset) -> Dataset:
+    """Labels as the numbers of their classes, by their exact names; those of a regression as they are.
+
+    Raises:
+        SettingError: On a label that is no class.
+    """
+    if task.num_labels == 1:
+        return rows
+    numbers = {name: number for number, name in enumerate(task.label_names)}
+    labels = list(rows["label"])
+    unknown = next((label for label in labels if label not in numbers), None)
+    if unknown is not None:
+        names = ", ".join(task.label_names)
+        raise SettingError(
+            f"The task {task.name} has in its split {split} the label {unknown!r}; it must be one of: {names}."
+        )
+    return rows.remove_columns("label").add_column("label", [numbers[label] for label in labels])
 
 
 def read_columns(path: str, args: FinetuneArguments) -> Dataset:
@@ -83,16 +104,18 @@ def read_table(path: Path, args: FinetuneArguments) -> Dataset:
 
 
 def spell_label(label: object) -> str | None:
-    """A label as text, whatever its type: `1`, `1.0` and `"1"` are one; None where it is missing."""
+    """A label as text, whatever its type: `1`, `1.0`, `"1"` and `"1.0"` are one; None where it is missing."""
     if label is None or label != label or not str(label).strip():
         return None
     is_whole = isinstance(label, (bool, int)) or (isinstance(label, float) and label.is_integer())
-    return str(int(label)) if is_whole else str(label).strip()
+    return str(int(label)) if is_whole else re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip())
 
 
 def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
-    """The task's row, its classes read from the training labels and shown."""
-    name, columns = Path(args.task_file).stem, tuple(args.text_columns)
+    """The task's row, its classes read from the labels and shown."""
+    name, columns = args.task_name or Path(args.task_file).stem, tuple(args.text_columns)
+    if "/" in name:
+        raise SettingError(f"task_name is {name!r}; it must have no slash, for files are called by it.")
     if name in TASKS or name in GLUE_NUMBERS:
         name += " (own)"
     if args.metric in REGRESSION_METRICS:
@@ -107,7 +130,15 @@ def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
         raise SettingError(
             f"metric is {args.metric!r}, which is of two classes, and there are {len(names)}; take f1_macro."
         )
+    if args.positive_label is not None and (args.metric not in BINARY_METRICS or args.positive_label not in names):
+        raise SettingError(
+            f"positive_label is {args.positive_label!r}; it must be one of {', '.join(names)}, and metric "
+            f"{' or '.join(BINARY_METRICS)}."
+        )
+    names.sort(key=lambda name: name == args.positive_label)
     logger.info("%s: %d classes: %s", name, len(names), dict(enumerate(names)))
+    if args.metric in BINARY_METRICS:
+        logger.info("%s: %s is that of %r; positive_label names the other", name, args.metric, names[1])
     return Task(name, columns, len(names), (args.metric,), args.metric, tuple(names))
 
 

@@ -31,6 +31,8 @@ SUBMISSION_FILES = {
 }
 WORD_TASKS = ("mnli", "qnli", "rte")
 SUBMISSION_DIR = "submission"
+# In a file of answers to test rows: the hash of these rows, which a run's key does not hold.
+ROWS_HASH = "rows_hash"
 
 
 def read_test_splits(name: str, task_data_dir: str | None, cache_dir: str | None) -> dict[str, Dataset]:
@@ -78,7 +80,17 @@ def write_predictions(folder: Path, prepared: PreparedTask, logits: dict[str, np
         if split in prepared.test_splits:
             del columns["label"]
         columns |= {"prediction": decide(prepared.task, outputs), "logits": list(outputs.astype(np.float32))}
-        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+        table = pa.table(columns)
+        if split in prepared.test_splits:
+            table = table.replace_schema_metadata({ROWS_HASH: prepared.test_hash})
+        pq.write_table(table, folder / f"{split}.parquet")
+
+
+def are_answered(folder: Path, prepared: PreparedTask) -> bool:
+    """Whether the answers to a task's test rows, as these are now, lie in a run's folder."""
+    paths = [folder / f"{split}.parquet" for split in prepared.test_splits]
+    hashes = [(pq.read_schema(path).metadata or {}).get(ROWS_HASH.encode()) for path in paths if path.exists()]
+    return hashes == [prepared.test_hash.encode()] * len(paths)
 
 
 def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[dict, Path]]) -> dict[str, object]:

@@ -36,6 +36,8 @@ from oneday.arguments import SettingError
 Row = dict[str, Any]
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
+# Names of parts of a set, which are not to be scored as one.
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 # Sets that the Hub has as parquet: (id, configuration, split).
 HUB_SETS = {
     "lambada_openai": ("EleutherAI/lambada_openai", "default", "test"),
@@ -77,9 +79,10 @@ def read_minimal_pair(row: Row) -> Question:
 
 
 def read_choices(row: Row) -> Question:
-    """A query that opens with `Question:` is followed by `Answer:`, any other one by the choice itself."""
-    query = row["query"].rstrip("\n")
-    prompt = f"{query}\nAnswer:" if query.startswith("Question:") else query.rstrip()
+    """A query that opens or ends with a line `Question: ...` is followed by `Answer:`, any other by the choice."""
+    query = row["query"].rstrip()
+    asks = any(line.startswith("Question:") for line in (query, query.rpartition("\n")[2]))
+    prompt = f"{query}\nAnswer:" if asks and not query.endswith("Answer:") else query
     return build_choices(prompt, row["choices"], int(row["gold"]))
 
 
@@ -155,17 +158,23 @@ LAYOUTS: tuple[tuple[set[str], Callable[[Row], Question]], ...] = (
 )
 
 
-def list_local_tasks(folder: Path) -> dict[str, Path]:
-    """Task -> file, of the files `TASK.jsonl` and the directories `TASK/` with one, also as .gz and .xz."""
-    found: dict[str, Path] = {}
+def list_local_tasks(folder: Path) -> dict[str, list[Path]]:
+    """Task -> files: `TASK.jsonl`, else `TASK/TASK.jsonl`, else all `TASK/*.jsonl`; also as .gz and .xz."""
+    ranked: dict[str, dict[int, list[Path]]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        name = next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+        name = name_file(path)
         if name is None or not path.is_file():
             continue
         task = name if path.parent == folder else path.parent.name
-        if task not in found or name == task:
-            found[task] = path
-    return found
+        rank = 0 if path.parent == folder else 1 if name == task else 2
+        ranked.setdefault(task, {}).setdefault(rank, []).append(path)
+    # Of one file in two compressions the first counts.
+    return {task: files[min(files)][: None if min(files) == 2 else 1] for task, files in ranked.items()}
+
+
+def name_file(path: Path) -> str | None:
+    """A task file's name without its ending; None: it is none."""
+    return next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), None)
 
 
 def load_task(name: str, folder: str | None, limit: int | None = None) -> list[Question]:
@@ -194,16 +203,22 @@ def read_local(name: str, folder: Path) -> Iterator[Row]:
         near = difflib.get_close_matches(name, tasks, 1, 0.4)
         hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(tasks) or 'none'}"
         raise SettingError(f"The setting task_names has {name!r}, of which {folder} has no file; {hint}.")
-    path = tasks[name]
-    try:
-        with OPENERS[path.suffix](path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+    splits = [path.name for path in tasks[name] if name_file(path) in SPLITS]
+    if splits and len(tasks[name]) > 1:
         raise SettingError(
-            f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())})."
-        ) from None
+            f"The task {name} of task_names has several files in {tasks[name][0].parent}, {splits[0]} among them, "
+            f"which names a part of a set; call the one that is to be scored {name}.jsonl."
+        )
+    for path in tasks[name]:
+        try:
+            with OPENERS[path.suffix](path, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
+            raise SettingError(
+                f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())})."
+            ) from None
 
 
 def read_hub(name: str) -> Iterable[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from oneday.arguments import SettingError, setting
 from oneday.scoring import Score, Scorer
 from oneday.zero_shot import Question, load_task
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "zero_shot_results.json"
 
@@ -104,23 +107,31 @@ def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], Non
     results = {}
     for name, questions in tasks.items():
         tell(f"{name}: {len(questions):,} questions")
-        results[name] = evaluate_task(scorer, questions)
+        results[name] = {**evaluate_task(scorer, questions), "max_examples": args.max_examples}
     return results
 
 
 def keep_earlier(results: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """The results with what the file held before, if that is of the same weights and as many questions."""
-    shared = ("weights_hash", "max_examples")
-    if any(earlier.get(name) != results[name] for name in shared):
+    """The results with those of other tasks that the file held before, if these are of the same weights."""
+    if earlier.get("weights_hash") != results["weights_hash"]:
+        if earlier:
+            logger.info(
+                "The file held scores of other weights, %s: replaced.", ", ".join(earlier["tasks"]) or "a text"
+            )
         return results
     text = {"text": earlier["text"]} if "text" in earlier else {}
     return text | results | {"tasks": earlier["tasks"] | results["tasks"]}
 
 
+def name_measure(results: dict[str, Any]) -> str:
+    """By what choices were compared."""
+    return "pseudo-log-likelihood" if results.get("kind") == "encoder" else "log-likelihood"
+
+
 def format_zero_shot(results: dict[str, Any]) -> str:
     """The table, in 80 columns."""
     lines = [
-        f"{results['model']}, {'pseudo-' if results['kind'] == 'encoder' else ''}log-likelihood",
+        f"{results['model']}, {name_measure(results)}",
         f"{'task':24}{'questions':>10}{'chance':>9}{'accuracy':>10}{'+-':>6}{'a character':>16}",
         "-" * 78,
     ]
