@@ -13,9 +13,10 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
 from oneday.callbacks import HubCallback, leave_on_signals
+from oneday.durable_files import write_json
 from oneday.extension import extend_run
 from oneday.hub import HubPusher, fetch_run, fetch_sources
-from oneday.model_card import write_json, write_reports
+from oneday.model_card import refresh_card, write_reports
 from oneday.recipe import (
     Settings,
     build_arguments,
@@ -55,14 +56,14 @@ def main() -> int:
     model_args, data_args, args = build_arguments(CLASSES, settings)
     budget = check_settings(model_args, args)
     if inspect_run(args.output_dir, settings) == "finished":
-        return say_finished(args)
+        return say_finished(args, settings)
     with ExitStack() as held:
         held.enter_context(leave_on_signals(INTERRUPTED))
         pin_sources(args)
         trainer, data = assemble_trainer(model_args, data_args, args)
         state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
         if state == "finished":
-            code = say_finished(args)
+            code = say_finished(args, settings)
         else:
             code = train(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
     trainer.ranks.close()
@@ -135,10 +136,12 @@ def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
     return HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
 
 
-def say_finished(args: BudgetTrainingArguments) -> int:
-    """There is nothing to train; a push that was cut off is done again."""
+def say_finished(args: BudgetTrainingArguments, settings: Settings) -> int:
+    """There is nothing to train; a push that was cut off is done again, with what the card is to say now."""
     logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
     if args.is_pushed and is_first_process():
+        refresh_recipe(args.output_dir, settings)
+        refresh_card(args.output_dir)
         make_pusher(args).push_final()
     return 0
 

@@ -23,6 +23,7 @@ class PushArguments:
 
     run_dir: str = setting("runs/quickstart-bert", "A finished run directory; its checkpoints stay here.")
     hub_model_id: str = setting("", "Repository on the Hub, user/name; made when it is not there.")
+    hub_license: str | None = setting(None, "Licence that the card states; empty: the one of the run's recipe.")
     hub_private_repo: bool = setting(False, "Make a new repository private.")
     last_checkpoint: bool = setting(
         False, "Push the last checkpoint, for resume_from_hub elsewhere, not the model; the run need not be finished."
@@ -63,6 +64,8 @@ def prepare_push(args: PushArguments) -> Callable[[HfApi], str]:
         return lambda api: push_checkpoint(api, checkpoint, name, "checkpoint", private)
     if not (Path(args.run_dir) / rundir.RESULTS).is_file():
         raise SettingError(f"run_dir {args.run_dir} holds no finished run; finish it, or name another.")
+    if args.hub_license is not None:
+        rundir.refresh_recipe(args.run_dir, {"hub_license": args.hub_license})
     refresh_card(args.run_dir)
     return lambda api: push_model(api, args.run_dir, name, private)
 

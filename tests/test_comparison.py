@@ -12,14 +12,14 @@ from oneday import comparison
 from oneday.comparison import format_comparison, name_runs, read_evaluations, time_to_match
 
 
-def write_run(folder, losses, corpus="c", bits=False):
+def write_run(folder, losses, bits=False):
     folder.mkdir()
     lines = [{"event": "eval", "step": 0, "taken": 0, "tokens": 0, "budget_seconds": 0.0, "eval_loss": 9.0}]
     for number, loss in enumerate(losses, start=1):
         event = {"event": "eval", "step": number, "taken": number, "tokens": 1000 * number, "eval_loss": loss}
         lines.append({**event, "budget_seconds": 60.0 * number, **({"eval_bits_per_byte": loss / 2} if bits else {})})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "results.json").write_text(json.dumps({"corpus_hash": corpus}))
+    (folder / "results.json").write_text(json.dumps({"validation_hash": "v"}))
 
 
 def test_the_time_to_match_by_hand(tmp_path):
@@ -29,14 +29,32 @@ def test_the_time_to_match_by_hand(tmp_path):
     runs = {name: read_evaluations(tmp_path / name) for name in ("slow", "fast")}
     match = time_to_match(runs["fast"], 4.0, 180.0, "eval_loss", "budget_seconds")
     assert match.ratio == pytest.approx(2.0) and not match.is_bound
-    table = format_comparison(runs, {name: {"corpus_hash": "c"} for name in runs})
+    table = format_comparison(runs, {"slow": {"validation_hash": "v"}, "fast": {}})
     assert table.splitlines()[3].startswith("slow") and table.splitlines()[3].endswith("2.00 x")
     assert "do not compare" not in table
-    for key in ("corpus_hash", "objective"):
+    for key in ("validation_hash", "tokenizer_hash", "objective"):
         assert "do not compare" in format_comparison(runs, {name: {key: name} for name in runs})
     write_run(tmp_path / "poor", [8.0])
     runs["poor"] = read_evaluations(tmp_path / "poor")
     assert "> 1.00 x" in format_comparison(runs, {name: {} for name in runs}), "passed before the first evaluation"
+
+
+def test_runs_are_compared_by_what_they_share():
+    """Bits a byte across tokenizers; the loss at 15 % masks, whatever each was trained with, across objectives."""
+    event = {"tokens": 1000, "budget_seconds": 60.0}
+    runs = {
+        "a": [{**event, "eval_loss": 3.0, "eval_mlm_loss": 4.0}],
+        "b": [{**event, "eval_loss": 5.0, "eval_mlm_loss": 2.0}],
+    }
+    different = {name: {"objective": name} for name in runs}
+    table = format_comparison(runs, different)
+    assert "at 15 % masks" in table and "do not compare" not in table and table.splitlines()[2].startswith("b")
+    assert "different tokenizers" in format_comparison(runs, {name: {"tokenizer_hash": name} for name in runs})
+    del runs["a"][0]["eval_mlm_loss"]
+    table = format_comparison(runs, different)
+    assert "different objectives" in table and table.splitlines()[2].startswith("a")
+    bits = {name: [{**event, "eval_loss": 3.0, "eval_bits_per_byte": 1.0}] for name in runs}
+    assert "do not compare" not in format_comparison(bits, {name: {"tokenizer_hash": name} for name in runs})
 
 
 def test_names_are_short_where_they_can_be():

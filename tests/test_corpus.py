@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -24,10 +25,14 @@ from oneday.corpus import (
     count_bytes,
     hash_corpus,
     hash_documents,
+    list_hub_ids,
     load_corpus,
     mix,
+    name_corpus,
     name_path,
     resolve_cache_dir,
+    sample_bytes,
+    shuffle_together,
     split_stream,
 )
 from oneday.hub_texts import load_hub
@@ -172,6 +177,22 @@ def test_mixture_uses_every_document_once_without_weights():
     corpus = load("a.jsonl,b.jsonl")
     assert sorted(list_texts(corpus)) == sorted(TEXTS)
     assert corpus.train["text"][:] == load("a.jsonl,b.jsonl").train["text"][:]
+    texts = {"a": [f"a{i}" for i in range(300)], "b": [f"b{i}" for i in range(60)]}
+    parts = [datasets.Dataset.from_dict({"text": part}) for part in texts.values()]
+    mixed = shuffle_together(parts)["text"][:]
+    for name, part in texts.items():
+        assert [text for text in mixed if text.startswith(name)] == part
+    assert 20 < sum(text.startswith("b") for text in mixed[:180]) < 40, "spread over the whole"
+
+
+def test_a_tokenizer_is_trained_on_text_from_everywhere():
+    """Of a corpus that is larger than what it takes; a smaller one it takes whole, in its order."""
+    texts = datasets.Dataset.from_dict({"text": ["ö" * 50] * 500 + ["b" * 100] * 500})
+    taken = list(sample_bytes(texts, 20_000))
+    assert sum(map(count_bytes, [[text] for text in taken])) == 20_000
+    assert 70 < sum(text[0] == "b" for text in taken) < 130
+    assert list(sample_bytes(texts, 100_000)) == texts["text"][:]
+    assert list(sample_bytes(stream_of(texts["text"][:]), 20_000)) == ["ö" * 50] * 200
 
 
 def test_mixture_follows_its_weights_and_repeats_nothing():
@@ -197,6 +218,21 @@ def test_stream_holds_first_documents_out_with_every_copy_of_them():
     assert len(split_stream(stream_of(texts), 0.1, 200)[1]) == 64
     with pytest.raises(SettingError, match="streams only 300 documents, too few to hold 500 out"):
         split_stream(stream_of(texts), 0.5, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("ann/texts", ("ann/texts", None, None)),
+        ("ann/texts@v1", ("ann/texts", None, "v1")),
+        ("ann/texts:20231101.en", ("ann/texts", "20231101.en", None)),
+        ("ann/texts:small@v1", ("ann/texts", "small", "v1")),
+    ],
+)
+def test_a_name_on_the_hub_has_its_configuration_and_revision(name, parts):
+    assert hub_texts.split_name(name) == parts
+    assert list_hub_ids(f"{name},python-docs") == ["ann/texts"]
+    assert name_corpus([name], DataArguments(dataset_config_name="all")) == name + " (all)" * (parts[1] is None)
 
 
 def test_name_shows_no_folder_of_the_machine(tmp_path):
@@ -391,6 +427,16 @@ def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
     assert isinstance(texts, FileStream) == streaming
     assert sorted(row["text"] for row in texts if row["text"].strip()) == sorted(TEXTS)
     assert len(list(texts)) == (40 if streaming else 43)
+    write_texts(f"hub/validation-0{form}", TEXTS[:9], column="body")
+    split = dataclasses.replace(
+        args, dataset_name="hub", validation_name="hub", validation_fraction=0.1, max_validation_bytes=100
+    )
+    monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
+    corpus = load_corpus(split)
+    held_out, read = corpus.validation["text"][:], [row["text"] for row in corpus.train]
+    assert set(held_out) <= set(TEXTS[:9]) and not set(held_out) & set(read)
+    with pytest.raises(SettingError, match="trained on too"):
+        load_corpus(dataclasses.replace(split, dataset_split="validation"))
     if streaming:
         assert {type(file) for file in texts.files} == {ParquetPart if form == ".parquet" else StreamShard}
     with pytest.raises(SettingError, match=r"text_column 'bodi' is not in 'hub'.*\(.*body.*\)"):

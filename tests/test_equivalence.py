@@ -101,6 +101,8 @@ def test_bits_per_byte_counts_every_byte_of_the_text(make_trainer, texts):
     num_bytes = sum(len(text.encode()) for text in texts[270:])
     nats = metrics["eval_loss"] * predicted
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-6)
+    trainer.objective.keeps_text = False
+    assert "eval_bits_per_byte" not in trainer.measure_held_out(), "some of the text is not in the ids"
 
 
 def build_batches(model):

@@ -31,9 +31,11 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     folder = finish(make_trainer("bert", budget_steps=20, **settings), settings | {"budget_steps": 20})
     kept = [path for path in list_checkpoints(folder) if read_state(path)["is_kept"]]
     assert [path.name for path in kept] == ["checkpoint-12"]
-    longer = settings | {"budget_steps": 40, "extend": True}
+    longer = settings | {"budget_steps": 40, "extend": True, "push_to_hub": True}
     assert inspect_run(folder, longer) == "extended"
     extend_run(folder, longer, Budget(steps=40), "")
+    once = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert not once["extend"] and not once["push_to_hub"], "who runs the recipe again did not ask for these"
     assert inspect_run(folder, longer) == "resumed"
     extended = make_trainer("bert", budget_steps=40, **settings)
     extended.run(resume=True)

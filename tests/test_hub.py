@@ -26,6 +26,7 @@ from oneday.hub import (
     find_newest,
     hide_paths,
     stage_checkpoint,
+    stage_saved_model,
 )
 from oneday.run_directory import read_json, read_metrics
 
@@ -152,10 +153,15 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     for path, body, _ in hub.received:
         for secret in (str(tmp_path), "secret place", SECRET, str(ROOT), os.path.expanduser("~") + "/"):
             assert secret.encode() not in body, f"{secret} was sent to {path}"
+    card = branches["main"]["README.md"].decode()
+    assert 'from_pretrained("ann/tiny")' in card and "license: apache-2.0" in card
     del branches["main"]["model.safetensors"]  # as if the last push had been cut off
-    code, said = program("pretrain", output_dir=here, **settings)
+    code, said = program("pretrain", output_dir=here, **settings, hub_license="cc-by-sa-3.0")
     assert code == 0 and "is finished" in said and "The model is on the Hub: " in said, said
-    assert "model.safetensors" in branches["main"]
+    assert "model.safetensors" in branches["main"] and b"license: cc-by-sa-3.0" in branches["main"]["README.md"]
+    assert "push_to_hub: false" in (here / "recipe.yaml").read_text()
+    code, said = program("push_to_hub", run_dir=here, hub_model_id="ann/tiny", hub_license="mit")
+    assert code == 0 and b"license: mit" in branches["main"]["README.md"], said
 
 
 @pytest.mark.parametrize(
@@ -185,6 +191,14 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, errors, reaso
     code, said = program("push_to_hub", run_dir=run, hub_model_id="ann/tiny")
     assert code == 0, said
     assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
+
+
+def test_a_generator_is_not_sent_with_its_model(tmp_path):
+    for name in ("model.safetensors", "companion.safetensors", "config.json", "optimizer.pt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "sent").mkdir()
+    stage_saved_model(tmp_path, tmp_path / "sent")
+    assert sorted(path.name for path in (tmp_path / "sent").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_checkpoint_goes_out_as_one_of_a_run_that_goes_on(tmp_path):

@@ -6,28 +6,41 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROW_LENGTH
 from torch import nn
 
+from oneday import throughput
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES
 from oneday.budget import Budget
 from oneday.machines import CARDS, Machine, find_card
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
-from oneday.plan_rows import choose_row, count_tokens, largest_micro_batch, make_row, memory_bytes
+from oneday.plan_rows import (
+    choose_row,
+    count_tokens,
+    largest_micro_batch,
+    make_row,
+    mean_batch_tokens,
+    memory_bytes,
+)
 from oneday.plan_table import format_plan
 from oneday.planning import PlanArguments, plan_budget
 from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element
 from oneday.recipe import parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
+from oneday.schedules import interpolate
 
 ROOT = Path(__file__).parent.parent
 PROBE = Probe(4_000_000, 2_000_000, 1e7, 50_000_000, 10_000.0, {"muon": 30_000_000, "muon_8bit": 20_000_000})
 MACHINE = Machine("machine", 100e6, 1e12, 200.0, None)
-SETTINGS = {"batch_size_tokens": 4096, "micro_batch_tokens": 4096, "max_seq_length": 128, "optim": "muon"}
+SETTINGS = {
+    "batch_size_tokens": 4096, "batch_size_tokens_start": None, "batch_ramp_fraction": 0.6, "micro_batch_tokens": 4096,
+    "max_seq_length": 128, "optim": "muon",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon", "muon_8bit", "lion_8bit", "ademamix_8bit"])
@@ -59,15 +72,30 @@ def test_tokens_of_a_budget_by_hand():
     """4,096 tokens take 4,096 x 1e-4 + 0.1 s; of 60 s ten go to compiling."""
     pace = Pace(1e-4, 0.1, fixed_seconds=10.0)
     per_second = 4096 / (0.4096 + 0.1)
-    assert count_tokens(PROBE, pace, Budget(seconds=60.0), None, 4096) == pytest.approx(50 * per_second)
-    assert count_tokens(PROBE, pace, Budget(seconds=60.0, tokens=1000.0), None, 4096) == 1000
-    assert count_tokens(PROBE, pace, Budget(flops=1e12), None, 4096) == pytest.approx(1e5)
-    assert count_tokens(PROBE, pace, Budget(steps=3), None, 4096) == 3 * 4096
+    assert count_tokens(PROBE, pace, Budget(seconds=60.0), None, 4096, 3000) == pytest.approx(50 * per_second)
+    assert count_tokens(PROBE, pace, Budget(seconds=60.0, tokens=1000.0), None, 4096, 3000) == 1000
+    assert count_tokens(PROBE, pace, Budget(flops=1e12), None, 4096, 3000) == pytest.approx(1e5)
+    assert count_tokens(PROBE, pace, Budget(steps=3), None, 4096, 3000) == 3 * 3000
     usd = Budget(usd=1.0, usd_per_hour=60.0)
-    assert count_tokens(PROBE, pace, usd, None, 4096) == pytest.approx(50 * per_second)
-    assert count_tokens(PROBE, pace, Budget(kwh=0.01), 600.0, 4096) == pytest.approx(50 * per_second)
+    assert count_tokens(PROBE, pace, usd, None, 4096, 3000) == pytest.approx(50 * per_second)
+    assert count_tokens(PROBE, pace, Budget(kwh=0.01), 600.0, 4096, 3000) == pytest.approx(50 * per_second)
     with pytest.raises(SettingError, match="stated_watts"):
-        count_tokens(PROBE, pace, Budget(kwh=0.01), None, 4096)
+        count_tokens(PROBE, pace, Budget(kwh=0.01), None, 4096, 3000)
+
+
+@pytest.mark.parametrize("start", [None, 1024])
+def test_tokens_of_a_step_on_average_are_those_of_the_run(start):
+    settings = {"batch_size_tokens_start": start, "batch_size_tokens": 4096, "batch_ramp_fraction": 0.6}
+    run = [interpolate(start, 4096, step / 10_000, 0.6) for step in range(10_000)]
+    assert mean_batch_tokens(settings) == pytest.approx(np.mean(run), rel=1e-3)
+
+
+def test_memory_of_a_container_is_what_it_may_take(monkeypatch):
+    limit = {"text": "max\n"}
+    monkeypatch.setattr(throughput.Path, "read_text", lambda path: limit["text"])
+    whole = throughput.total_memory_bytes()
+    limit["text"] = f"{10**9}\n"
+    assert (whole > 10**9, throughput.total_memory_bytes()) == (True, 10**9)
 
 
 def test_the_largest_micro_batch_that_fits():

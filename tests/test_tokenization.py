@@ -23,6 +23,7 @@ from oneday.arguments import SettingError
 from oneday.tokenization import (
     encode_documents,
     hash_tokenizer,
+    keeps_text,
     load_tokenizer,
     special_layout,
     train_tokenizer,
@@ -77,6 +78,11 @@ def decode(tokenizer, ids):
 def assert_round_trip(tokenizer, text):
     tokens, _ = encode_documents(tokenizer, [text])
     assert decode(tokenizer, tokens.tolist()) == text
+
+
+@pytest.mark.parametrize(("kind", "is_whole"), [("bpe", True), ("unigram", True), ("wordpiece", False)])
+def test_which_tokenizers_keep_a_text(kind, is_whole):
+    assert keeps_text(train(kind)) == is_whole
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

@@ -45,7 +45,9 @@ class DataArguments:
     dataset_weights: list[float] | None = setting(
         None, "Weights of a mixture, comma-separated, by documents; empty: in proportion to size."
     )
-    dataset_config_name: str | None = setting(None, "Configuration of a Hub data set, say 20231101.en.")
+    dataset_config_name: str | None = setting(
+        None, "Configuration of Hub data sets, say 20231101.en; of one alone: user/name:20231101.en."
+    )
     dataset_split: str = setting("train", "Split of a Hub data set to train on.")
     text_column: str = setting("text", "Column that holds the text.")
     streaming: bool = setting(False, "Read a Hub data set as a stream instead of downloading it first.")
@@ -54,7 +56,11 @@ class DataArguments:
     validation_name: str | None = setting(
         None, "Held-out text, in the same forms as dataset_name; empty: a part of dataset_name is held out."
     )
-    validation_fraction: float = setting(0.005, "Fraction of documents held out when validation_name is empty.")
+    validation_fraction: float = setting(
+        0.005,
+        "Fraction of documents held out when validation_name is empty; of a stream that of max_train_documents, or of "
+        "100,000.",
+    )
     tokenizer_name: str | None = setting(
         None, "An existing tokenizer (directory or Hub id); empty: one is trained on the corpus."
     )
@@ -63,7 +69,9 @@ class DataArguments:
     )
     vocab_size: int = setting(8192, "Vocabulary of the tokenizer to train, in tokens.")
     lowercase: bool = setting(True, "Lower-case and strip accents (wordpiece only).")
-    tokenizer_train_bytes: int = setting(50_000_000, "Train the tokenizer on at most this many bytes of text.")
+    tokenizer_train_bytes: int = setting(
+        50_000_000, "Train the tokenizer on at most this many bytes, drawn from all the text; of a stream the first."
+    )
     max_seq_length: int = setting(128, "Length of a packed row, in tokens; longer documents are split.")
     packing_strategy: str = setting(
         "best_fit", "best_fit (best-fit-decreasing; documents never see each other) or padded (one document a row)."

@@ -6,7 +6,6 @@ energy at a stated power are one clock read in different units; tokens, FLOPs, s
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.durable_files import write_whole
+from oneday.durable_files import write_json
 from oneday.energy import EnergyMeter, open_energy_meter
 
 JOULES_PER_KWH = 3.6e6
@@ -384,7 +383,7 @@ class BudgetClock:
             "ledger_seconds": self.balanced_ledger(),
             **facts,
         }
-        write_whole(path, json.dumps(report, indent=2) + "\n", is_durable)
+        write_json(path, report, is_durable)
 
 
 def open_meter(budget: Budget, device: torch.device, num_processes: int = 1) -> EnergyMeter | None:

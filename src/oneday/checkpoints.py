@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from oneday.durable_files import synchronize_path, write_whole
+from oneday.durable_files import synchronize_path, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def seal_checkpoint(folder: Path) -> None:
     """Write `checksums.json`: path -> bytes and SHA-256 of every file in the directory."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     seal = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
-    write_whole(folder / SEAL, json.dumps(seal, indent=1) + "\n")
+    write_json(folder / SEAL, seal)
 
 
 def find_fault(checkpoint: Path) -> str | None:

@@ -16,7 +16,18 @@ import matplotlib.pyplot as plt  # noqa: E402
 from oneday import run_directory as rundir  # noqa: E402
 from oneday.arguments import SettingError  # noqa: E402
 
-MEASURES = {"eval_loss": "held-out loss (nats / predicted token)", "eval_bits_per_byte": "bits / byte"}
+# The first that every run has is what they are compared by.
+MEASURES = {
+    "eval_bits_per_byte": "bits / byte",
+    "eval_mlm_loss": "held-out loss at 15 % masks (nats / masked token)",
+    "eval_loss": "held-out loss (nats / predicted token)",
+}
+# Key in results.json -> of what the runs are different, and the measures that this leaves without a comparison.
+DIFFERENCES = {
+    "validation_hash": ("held-out texts", tuple(MEASURES)),
+    "tokenizer_hash": ("tokenizers", ("eval_mlm_loss", "eval_loss")),
+    "objective": ("objectives", ("eval_loss",)),
+}
 AXES = {"budget_seconds": (1 / 60, "budget time (minutes)"), "tokens": (1e-6, "tokens seen (millions)")}
 
 
@@ -33,9 +44,9 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def choose_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Bits a byte where every run has it, which compares across tokenizers, else each objective's own loss."""
-    has_bits = all("eval_bits_per_byte" in event for events in runs.values() for event in events)
-    return "eval_bits_per_byte" if has_bits else "eval_loss"
+    """Bits a byte where every run has it, else the loss at 15 % masks, else each its own."""
+    shared = set.intersection(*[set(event) for events in runs.values() for event in events])
+    return next(measure for measure in MEASURES if measure in shared)
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, di
 
     Args:
         runs: Name -> evaluations.
-        facts: Name -> results.json, whose corpus and objective say whether losses compare.
+        facts: Name -> results.json, which says whether losses compare; empty of a run that is not finished.
     """
     measure = choose_measure(runs)
     best = min(runs, key=lambda name: runs[name][-1][measure])
@@ -108,9 +119,8 @@ def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, di
         amounts = f"{end['tokens'] / 1e6:>8.2f} M{end['budget_seconds'] / 60:>9.1f}{end[measure]:>9.4f}"
         lines.append(f"{name[:29]:30}{amounts}  {ratio}".rstrip())
     lines += ["-" * 78, f"final: {MEASURES[measure]}"]
-    for key, words in (("corpus_hash", "corpora"), ("objective", "objectives")):
-        differs = len({str(results.get(key)) for results in facts.values()}) > 1
-        if differs and (key == "corpus_hash" or measure == "eval_loss"):
+    for key, (words, measures) in DIFFERENCES.items():
+        if measure in measures and len({results[key] for results in facts.values() if key in results}) > 1:
             lines.append(f"The runs are of different {words}: their losses do not compare.")
     return "\n".join(lines)
 

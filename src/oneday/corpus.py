@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,10 @@ MIN_STREAM_VALIDATION_DOCUMENTS = 64
 STREAM_DOCUMENTS = 100_000
 # Mixtures are drawn with a seed of their own: the training seed does not change the corpus, nor what is cached of it.
 MIXTURE_SEED = 0
+# Of the documents that a tokenizer is trained on.
+SAMPLE_SEED = 0
+# What is read of a data set of the Hub that `validation_name` names.
+VALIDATION_SPLIT = "validation"
 
 # Folders of homes.
 HOMES = ("home", "users")
@@ -133,6 +137,8 @@ def check_data(args: DataArguments, names: list[str]) -> None:
     if not args.validation_name and not 0 < args.validation_fraction < 1:
         raise SettingError(f"validation_fraction {args.validation_fraction} must lie between 0 and 1.")
     both = set(names) & set(split_names(args.validation_name or "")) - {PYTHON_DOCS}
+    if args.dataset_split != VALIDATION_SPLIT:  # of a data set of the Hub it is another split
+        both = {name for name in both if is_local(name)}
     if both:
         raise SettingError(f"validation_name {min(both)!r} is trained on too: leave it empty to hold a part out.")
 
@@ -233,16 +239,47 @@ def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
 
 
 def load_validation(args: DataArguments) -> datasets.Dataset:
-    """Loads what `validation_name` names; of a Hub data set its split "validation", never as a stream."""
+    """Loads what `validation_name` names; of a Hub data set its split "validation", of a stream what is needed."""
     assert args.validation_name
-    whole = DataArguments(
-        text_column=args.text_column, dataset_config_name=args.dataset_config_name, cache_dir=args.cache_dir
-    )
     try:
-        parts = [load_part(name, whole, split="validation") for name in split_names(args.validation_name)]
+        parts = [load_part(name, args, split=VALIDATION_SPLIT) for name in split_names(args.validation_name)]
+        return datasets.concatenate_datasets([read_first(part, args.max_validation_bytes) for part in parts])
     except SettingError as error:
         raise SettingError(str(error).replace("dataset_name", "validation_name")) from error
-    return datasets.concatenate_datasets(parts)
+
+
+def read_first(texts: Texts, num_bytes: int) -> datasets.Dataset:
+    """The first documents of a stream, up to so many bytes of them; texts on disk as they are."""
+    if isinstance(texts, datasets.Dataset):
+        return texts
+    return datasets.Dataset.from_dict({"text": list(take_bytes(texts, num_bytes))})
+
+
+def take_bytes(texts: Iterable[dict[str, str]], limit: int) -> Iterator[str]:
+    """Texts from the start until `limit` bytes of UTF-8 are given."""
+    given = 0
+    for row in texts:
+        yield row["text"]
+        given += count_bytes([row["text"]])
+        if given >= limit:
+            return
+
+
+def sample_bytes(texts: Texts, limit: int) -> Iterator[str]:
+    """Texts of about `limit` bytes, or all: drawn from everywhere; of a stream the first."""
+    if isinstance(texts, datasets.Dataset) and exceeds_bytes(texts, limit):
+        texts = texts.select(np.random.default_rng(SAMPLE_SEED).permutation(len(texts)))
+    return take_bytes(texts, limit)
+
+
+def exceeds_bytes(texts: datasets.Dataset, limit: int) -> bool:
+    """Whether the documents are of more than so many bytes of UTF-8; read up to there."""
+    num_bytes = 0
+    for batch in texts.with_format("arrow").iter(batch_size=1000):
+        num_bytes += pc.sum(pc.binary_length(batch["text"])).as_py() or 0
+        if num_bytes > limit:
+            return True
+    return False
 
 
 def drop_held_out(train: Texts, validation: datasets.Dataset) -> Texts:
@@ -271,12 +308,21 @@ def mix(trains: list[Texts], args: DataArguments) -> Texts:
     shares = (shares / shares.sum()).tolist()
     if is_stream:
         return MixedStream([as_stream(train, args.stream_files) for train in trains], shares)
+    if weights is None:
+        return shuffle_together(trains)
     return datasets.interleave_datasets(
-        trains,
-        probabilities=shares,
-        seed=MIXTURE_SEED,
-        stopping_strategy="first_exhausted" if weights is not None else "all_exhausted_without_replacement",
+        trains, probabilities=shares, seed=MIXTURE_SEED, stopping_strategy="first_exhausted"
     )
+
+
+def shuffle_together(trains: list[datasets.Dataset]) -> datasets.Dataset:
+    """Every document of every part once, each part in its order, all of them spread over the whole."""
+    lengths = [len(train) for train in trains]
+    part_of = np.random.default_rng(MIXTURE_SEED).permutation(np.repeat(np.arange(len(trains)), lengths))
+    # Stable: the k-th place of a part gets its k-th document.
+    rows = np.empty(len(part_of), np.int64)
+    rows[np.argsort(part_of, kind="stable")] = np.arange(len(part_of))
+    return datasets.concatenate_datasets(trains).select(rows)
 
 
 def as_stream(texts: Texts, files_at_once: int) -> TextStream:
@@ -299,10 +345,16 @@ def name_corpus(names: list[str], args: DataArguments) -> str:
     for name in names:
         if is_local(name):
             name = name_path(Path(name))
-        elif name != PYTHON_DOCS and args.dataset_config_name:
+        elif name != PYTHON_DOCS and args.dataset_config_name and hub_texts.split_name(name)[1] is None:
             name = f"{name} ({args.dataset_config_name})"
         shown.append(name)
     return ", ".join(shown)
+
+
+def list_hub_ids(names: str | list[str]) -> list[str]:
+    """The Hub ids among the parts of `dataset_name`."""
+    others = [name for name in split_names(names) if name != PYTHON_DOCS and not is_local(name)]
+    return [hub_texts.split_name(name)[0] for name in others]
 
 
 def name_path(path: Path) -> str:
@@ -321,7 +373,7 @@ def hash_corpus(
         return corpus_hash(train, validation)
     streams = [name for name in names if name != PYTHON_DOCS and not is_local(name)]
     revisions = [hub_texts.find_revision(name) for name in streams]
-    hub_names = [hub_texts.split_revision(name)[0] for name in streams]
+    hub_names = [name.partition("@")[0] for name in streams]
     settings = (
         args.dataset_config_name,
         args.dataset_split,

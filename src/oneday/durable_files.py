@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from oneday.arguments import SettingError
 
@@ -22,6 +24,11 @@ def write_whole(path: str | Path, text: str, is_durable: bool = True) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any, is_durable: bool = True) -> None:
+    """Write a JSON file whole, as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=2) + "\n", is_durable)
 
 
 def synchronize_path(path: Path) -> None:

@@ -94,7 +94,8 @@ def add_totals(shares: Sequence[Totals]) -> Totals:
 def name_losses(objective: Objective, totals: Totals, dataset: PackedDataset) -> dict[str, float]:
     """Mean held-out losses, in nats, under each collator.
 
-    Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes.
+    Decoders also get `eval_bits_per_byte`: all nats of the held-out text, in bits, over its UTF-8 bytes. Not where the
+    tokenizer loses some of the text: what it does not predict would count as known.
 
     Args:
         objective: Weighs the terms.
@@ -104,7 +105,7 @@ def name_losses(objective: Objective, totals: Totals, dataset: PackedDataset) ->
     metrics: dict[str, float] = {}
     for name, terms in totals.items():
         metrics |= name_metrics(objective, name, terms)
-        if objective.kind == "decoder":
+        if objective.kind == "decoder" and objective.keeps_text:
             metrics["eval_bits_per_byte"] = terms["loss"][0] / math.log(2) / dataset.num_bytes_text
     return metrics
 

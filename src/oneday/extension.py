@@ -6,20 +6,17 @@ The others (linear, cosine, triangle) have decayed all along: they go on from th
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state
-from oneday.durable_files import write_whole
+from oneday.durable_files import write_json
 from oneday.schedules import find_plateau_end
 
 logger = logging.getLogger(__name__)
@@ -59,11 +56,11 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
             "restart_at": state["steps_taken"] if is_falling else None,
             "spent": {**report["spent"], "seconds": state["elapsed_seconds"], **energy},
         }
-        write_whole(folder / rundir.BUDGET, json.dumps(report, indent=2) + "\n")
+        write_json(folder / rundir.BUDGET, report)
     for checkpoint in list_checkpoints(folder):
         if read_state(checkpoint)["clock"]["steps_taken"] > state["steps_taken"]:
             shutil.rmtree(checkpoint)
-    write_whole(folder / rundir.RECIPE, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+    rundir.write_recipe(folder, settings)
     os.replace(folder / rundir.RESULTS, folder / f"results-{report['spent']['steps']:.0f}-steps.json")
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
 

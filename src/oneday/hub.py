@@ -29,6 +29,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
+from oneday.durable_files import write_json
+from oneday.saving import COMPANION_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,8 @@ def stage_model(run_dir: Path, folder: Path) -> None:
 def stage_saved_model(checkpoint: Path, folder: Path) -> None:
     """Copies of what a checkpoint holds of the model and its tokenizer, without what only resuming needs."""
     for path in sorted(checkpoint.iterdir()):
+        if path.name == COMPANION_FILE:
+            continue
         if path.suffix == ".safetensors" or "config" in path.name or path.name.startswith("tokenizer"):
             copy_publicly(path, folder / path.name)
 
@@ -143,7 +147,7 @@ def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
     # The run may have ended meanwhile; where a checkpoint comes back without the final model, it has not.
     if (folder / rundir.BUDGET).is_file():
         report = {**rundir.read_json(folder / rundir.BUDGET), "status": "interrupted"}
-        (folder / rundir.BUDGET).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / rundir.BUDGET, report)
 
 
 def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, private: bool | None = None) -> str:
@@ -226,6 +230,9 @@ def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | No
     """Send a finished run to main; returns the commit's address."""
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=COPIES) as folder:
         stage_model(Path(run_dir), Path(folder))
+        card = Path(folder) / rundir.CARD
+        if card.is_file():
+            card.write_text(card.read_text(encoding="utf-8").replace(rundir.PLACEHOLDER, repo_id), encoding="utf-8")
         return send(api, repo_id, Path(folder), "main", f"Push {Path(run_dir).name}", private)
 
 

@@ -23,20 +23,21 @@ def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | F
     """Loads a data set of the Hub, whole or as a stream; a stream stays at the commit that it has now.
 
     Args:
-        name: `user/name`, or `user/name@REVISION` for a commit, tag or branch.
+        name: `user/name`, also with `:CONFIGURATION` of its own, and with `@REVISION`, a commit, tag or branch.
         split: Of the data set.
         args: Configuration, column, and how a stream is read.
 
     Raises:
         SettingError: It cannot be had, or has no such column of text.
     """
-    repo, revision = split_revision(name)
+    repo, config, revision = split_name(name)
+    config = config or args.dataset_config_name
     try:
         if args.streaming:
-            builder = datasets.load_dataset_builder(repo, args.dataset_config_name, revision=find_revision(name))
+            builder = datasets.load_dataset_builder(repo, config, revision=find_revision(name))
             texts = builder.as_streaming_dataset(split)
         else:
-            texts = datasets.load_dataset(repo, args.dataset_config_name, split=split, revision=revision)
+            texts = datasets.load_dataset(repo, config, split=split, revision=revision)
         columns = texts.column_names or list(next(iter(texts)))
     except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
         reason = " ".join(str(error).split())[:200]
@@ -56,19 +57,21 @@ def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | F
             list_stream_files(builder, texts, split, args.text_column, args.stream_files), args.stream_files
         )
     texts = texts.select_columns(args.text_column)
-    return texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
+    texts = texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
+    return texts.cast_column("text", datasets.Value("string"))  # of several kinds of text a mixture cannot be made
 
 
-def split_revision(name: str) -> tuple[str, str | None]:
-    """`ann/texts@v1` -> `("ann/texts", "v1")`; without a revision None."""
-    repo, _, revision = name.partition("@")
-    return repo, revision or None
+def split_name(name: str) -> tuple[str, str | None, str | None]:
+    """`ann/texts:small@v1` -> `("ann/texts", "small", "v1")`; what is left out is None."""
+    rest, _, revision = name.partition("@")
+    repo, _, config = rest.partition(":")
+    return repo, config or None, revision or None
 
 
 def find_revision(name: str) -> str:
     """The commit at which a data set of the Hub is read: the one it has now, or had when the run began."""
     if name not in REVISIONS:
-        repo, revision = split_revision(name)
+        repo, _, revision = split_name(name)
         REVISIONS[name] = HfApi().dataset_info(repo, revision=revision).sha
         logger.info("%s is read at commit %s.", repo, REVISIONS[name])
     return REVISIONS[name]

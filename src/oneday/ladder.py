@@ -54,20 +54,22 @@ class Family:
     attention_init: str | None = None
     embedding_init: str = "random"
     weight_decay: float = 0.01
+    optim: str = "muon"
 
     @classmethod
     def of_settings(cls, settings: Settings, model_type: str) -> Family:
         """The family that a recipe's runs belong to."""
         names = ("objective", "vocab_size", "max_seq_length")
-        others = ("attention_init", "embedding_init", "weight_decay")  # of which old records may have none
+        others = ("attention_init", "embedding_init", "weight_decay", "optim")  # of which old records may have none
         given = {name: settings[name] for name in others if settings.get(name) is not None}
+        given["optim"] = given.get("optim", cls.optim).removesuffix("_8bit")  # its states may be held in 8 bits
         return cls(model_type, *(settings[name] for name in names), **given)
 
     def __str__(self) -> str:
         start = ", ".join(name for name in (self.attention_init, self.embedding_init) if name not in (None, "random"))
         return (
             f"{self.model_type}, {self.objective}, {self.vocab_size:,} tokens of vocabulary, rows of "
-            f"{self.max_seq_length}{f', {start}' if start else ''}, decay {self.weight_decay:g}"
+            f"{self.max_seq_length}{f', {start}' if start else ''}, decay {self.weight_decay:g}, {self.optim}"
         )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.throughput import has_fast_bf16, measure_peak_flops
+from oneday.throughput import has_fast_bf16, measure_peak_flops, total_memory_bytes
 
 SECONDS_PER_DAY = 86_400
 
@@ -103,4 +102,4 @@ def find_machine(args: BudgetTrainingArguments, card_name: str | None, memory_gb
         properties = torch.cuda.get_device_properties(args.device)
         return Machine(properties.name, given or properties.total_memory, peak, args.stated_watts, None)
     name = f"this machine, {torch.get_num_threads()} threads"
-    return Machine(name, given or psutil.virtual_memory().total, peak, args.stated_watts, None)
+    return Machine(name, given or total_memory_bytes(), peak, args.stated_watts, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,14 @@ import yaml
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
 from oneday.card_results import describe_origin, model_index, subset_mark, zero_shot_section
+from oneday.corpus import list_hub_ids
 from oneday.curves import draw_curve
-from oneday.durable_files import write_whole
+from oneday.durable_files import write_json, write_whole
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION, OBJECTIVES, Objective
+from oneday.python_docs import corpus_hash
 from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes
+from oneday.tokenization import hash_tokenizer
 
 if TYPE_CHECKING:
     from oneday.preparation import PreparedData
@@ -82,6 +84,9 @@ def collect_results(
         "num_parameters_without_embeddings": without_embeddings,
         "corpus": data.corpus.name,
         "corpus_hash": data.corpus.corpus_hash,
+        "hub_datasets": list_hub_ids(data_args.dataset_name),
+        "validation_hash": corpus_hash(data.corpus.validation),
+        "tokenizer_hash": hash_tokenizer(data.tokenizer),
         "train_tokens_available": getattr(data.train, "num_tokens", None),
         "epochs": trainer.loader.epoch,
         "packing_efficiency": data.train.packing_efficiency,
@@ -108,11 +113,6 @@ def collect_results(
 def name_publicly(metrics: dict[str, float]) -> dict[str, float]:
     """`eval_bits_per_byte` is called `bits_per_byte` in results.json."""
     return {"bits_per_byte" if key == "eval_bits_per_byte" else key: value for key, value in metrics.items()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def format_card(folder: Path, results: dict[str, Any]) -> str:
@@ -146,7 +146,7 @@ def card_metadata(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     return {
         "library_name": "transformers",
         "pipeline_tag": task,
-        **describe_origin(folder),
+        **describe_origin(folder, results),
         "tags": ["oneday", "pretrained-from-scratch", results["objective"]],
         "model-index": model_index(folder, results, task),
     }
@@ -177,8 +177,8 @@ def usage(folder: Path, results: dict[str, Any]) -> str:
     return (
         "```python\n"
         f"from transformers import AutoTokenizer, {name}, pipeline\n\n"
-        f'model = {name}.from_pretrained("PATH_OR_ID")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")\n'
+        f'model = {name}.from_pretrained("{rundir.PLACEHOLDER}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{rundir.PLACEHOLDER}")\n'
         f'pipe = pipeline("{task}", model=model, tokenizer=tokenizer)\n'
         f"print({call})\n```"
     )

@@ -62,10 +62,29 @@ def is_within_reach(num_parameters: int, flops_per_token: float, budget: Budget,
     return tokens >= LEAST_TOKENS_PER_PARAMETER * num_parameters
 
 
-def count_tokens(probe: Probe, pace: Pace, budget: Budget, watts: float | None, batch_tokens: float) -> float:
-    """Tokens that the nearest limit of a budget leaves."""
+def mean_batch_tokens(settings: Settings) -> float:
+    """Tokens of a step on average over a run of so many steps, in which the batch may grow."""
+    start, end, until = (
+        settings[name] for name in ("batch_size_tokens_start", "batch_size_tokens", "batch_ramp_fraction")
+    )
+    return end if start is None else end - until * (end - start) / 2
+
+
+def count_tokens(
+    probe: Probe, pace: Pace, budget: Budget, watts: float | None, batch_tokens: float, step_tokens: float
+) -> float:
+    """Tokens that the nearest limit of a budget leaves.
+
+    Args:
+        probe: Of the model.
+        pace: Its speed.
+        budget: What may be spent.
+        watts: Power drawn; None: not known.
+        batch_tokens: Tokens of a step at the end of the run.
+        step_tokens: Tokens of a step on average.
+    """
     counts = [budget.tokens, budget.flops and budget.flops / probe.flops_per_token]
-    counts.append(budget.steps and budget.steps * batch_tokens)
+    counts.append(budget.steps and budget.steps * step_tokens)
     seconds = budget.clock_limit_seconds
     if budget.needs_meter and watts:
         seconds = min(seconds or float("inf"), budget.kwh * JOULES_PER_KWH / watts)
@@ -90,7 +109,7 @@ def make_row(
     """What one model makes of the budget."""
     batch, watts = settings["batch_size_tokens"], machine.watts or pace.watts
     size = probe.num_parameters_without_embeddings
-    tokens = count_tokens(probe, pace, budget, watts, batch)
+    tokens = count_tokens(probe, pace, budget, watts, batch, mean_batch_tokens(settings))
     hours = (tokens / pace.tokens_per_second(batch) + pace.fixed_seconds) / SECONDS_PER_HOUR
     names = [settings["optim"], *[name for name in optimizer_pair(settings["optim"]) if name]]
     fits = {name: largest_micro_batch(probe, name, machine, settings) for name in names}

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import DataArguments, SettingError, ShardArguments
-from oneday.corpus import Corpus, load_corpus, resolve_cache_dir
+from oneday.corpus import Corpus, load_corpus, resolve_cache_dir, sample_bytes
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
@@ -139,11 +139,11 @@ def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Pat
     """The named tokenizer, or one trained on the corpus (once a corpus and setting)."""
     if args.tokenizer_name is not None:
         return load_tokenizer(args.tokenizer_name)
-    settings = (args.tokenizer_type, args.vocab_size, args.lowercase, args.tokenizer_train_bytes, kind)
+    settings = ("sampled", args.tokenizer_type, args.vocab_size, args.lowercase, args.tokenizer_train_bytes, kind)
     folder = cache / "tokenizers" / digest(corpus.corpus_hash, *settings)
     if not (folder / "tokenizer.json").exists():
         logger.info("Training a %s tokenizer of %d tokens.", args.tokenizer_type, args.vocab_size)
-        texts = take_bytes(corpus.train, args.tokenizer_train_bytes)
+        texts = sample_bytes(corpus.train, args.tokenizer_train_bytes)
         tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, args.lowercase, kind)
         aside = folder.with_name(f".{folder.name}.{os.getpid()}")
         tokenizer.save_pretrained(aside)
@@ -166,16 +166,6 @@ def prepare_rows(
         yield from read_parts(parts) if parts else (batch["text"] for batch in texts.iter(TEXTS_AT_ONCE))
 
     return pack_corpus(batches(), tokenizer, kind, args.max_seq_length, args.packing_strategy, folder, len(texts), key)
-
-
-def take_bytes(texts: Iterable[dict[str, str]], limit: int) -> Iterator[str]:
-    """Texts from the start until `limit` bytes of UTF-8 are given."""
-    given = 0
-    for row in texts:
-        yield row["text"]
-        given += len(row["text"].encode())
-        if given >= limit:
-            return
 
 
 def digest(*parts: object) -> str:

@@ -230,9 +230,9 @@ def measure_activations(trainer: BudgetTrainer, num_rows: int) -> int:
 
 
 def take_batch(trainer: BudgetTrainer, num_rows: int) -> Any:
-    """The first held-out rows, as a training batch."""
+    """The first held-out rows, again where there are fewer, as a training batch."""
     samples = np.arange(num_rows)
-    rows, doc_lengths = trainer.eval_dataset.get_rows(samples)
+    rows, doc_lengths = trainer.eval_dataset.get_rows(samples % len(trainer.eval_dataset))
     return trainer.loader.collator(rows, doc_lengths, samples, 0.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -21,7 +20,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
 from oneday.budget import BudgetClock
 from oneday.checkpoints import STATE, find_good_checkpoint, publish_checkpoint, remove_old_checkpoints
-from oneday.durable_files import synchronize_path, write_whole
+from oneday.durable_files import synchronize_path, write_json
 from oneday.loader import StepLoader
 from oneday.objectives import COMPANION
 from oneday.optimizers import CompositeOptimizer
@@ -178,7 +177,7 @@ class RunTrainer(Trainer):
             "is_kept": self.save_as_kept,
             "bad_steps": {name: getattr(self.guard, name) for name in ("in_row", "rollbacks", "furthest")},
         }
-        write_whole(folder / STATE, json.dumps(state, indent=2) + "\n")
+        write_json(folder / STATE, state)
 
     def save_trial(self) -> None:
         """Write the model aside and throw it away, to see how long that takes.

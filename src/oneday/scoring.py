@@ -31,7 +31,7 @@ from oneday.attention import position_offset
 from oneday.cross_entropy import chunk_rows
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
-from oneday.tokenization import special_layout
+from oneday.tokenization import keeps_text, special_layout
 
 BAR_SECONDS = 3.0
 TEXTS_AT_ONCE = 1000
@@ -196,7 +196,9 @@ class Scorer:
         return [(number, nats[row], wrong[row] == 0) for row, (number, _, _, _) in enumerate(rows)]
 
     def score_texts(self, texts: Sequence[str]) -> dict[str, float]:
-        """Measures of whole texts: `loss` (nats a token), `perplexity` and, of a causal model, `bits_per_byte`.
+        """Measures of whole texts: `loss` (nats a token), `perplexity` and `bits_per_byte`.
+
+        The last of a causal model whose tokenizer loses nothing of a text.
 
         Texts longer than `text_length` are cut into pieces, each with the special tokens around it.
         """
@@ -211,7 +213,7 @@ class Scorer:
         nats, tokens = sum(score.nats for score in scores), sum(score.num_tokens for score in scores)
         loss = nats / max(1, tokens)
         measures = {"loss": loss, "perplexity": float(np.exp(loss)), "num_tokens": tokens}
-        if self.kind == "decoder":
+        if self.kind == "decoder" and keeps_text(self.tokenizer):
             measures["bits_per_byte"] = nats / np.log(2) / max(1, sum(len(text.encode()) for text in texts))
         return measures
 

@@ -38,6 +38,16 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
+def total_memory_bytes() -> int:
+    """Memory of the machine, or what its cgroup allows, whichever is less."""
+    total = psutil.virtual_memory().total
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return total if limit == "max" else min(total, int(limit))
+
+
 def available_memory_bytes() -> int:
     """Memory that this process may still take: the machine's, or what its cgroup has left, whichever is less."""
     free = psutil.virtual_memory().available

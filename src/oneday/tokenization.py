@@ -51,6 +51,8 @@ LEAST_COVERAGE = 0.99
 MIN_FREQUENCY = 2
 # Sums over threads differ near 1e-11 from run to run; rounded scores do not.
 UNIGRAM_SCORE_DECIMALS = 3
+# Capitals, accents, white space and what few vocabularies have as a word: what a lossy tokenizer would change.
+PROBE = "Ünï Code  and\n\tspaces, don't : 🙂"
 ENCODE_CHUNK_CHARACTERS = 4_000_000
 
 
@@ -165,6 +167,12 @@ def unknown_rate(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
     if tokenizer.unk_token_id is None or not len(tokens):
         return 0.0
     return float(np.mean(tokens == tokenizer.unk_token_id))
+
+
+def keeps_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text comes back from its ids as it was, so that their probabilities are those of its bytes."""
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False).removeprefix(" ") == PROBE
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.durable_files import write_whole
+from oneday.durable_files import write_json
 from oneday.processes import RunError, run_in_fresh_process
 
 logger = logging.getLogger(__name__)
@@ -204,12 +204,6 @@ def read_code(source: str) -> bytes:
         if isinstance(body, list) and body and isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             body[:1] = [ast.Pass()]
     return ast.dump(tree).encode()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_summary(

@@ -6,6 +6,7 @@ so that any split into micro-batches and processes gives the same gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
@@ -17,6 +18,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.collators import Batch, Collator
 from oneday.modeling import FlopCounter
 from oneday.objectives.selection import SelectedPositions, find_selected
+from oneday.tokenization import keeps_text
 
 # Held-out masks do not depend on the run's own seed, so that runs compare.
 EVALUATION_SEED = 20_240_229
@@ -58,6 +60,11 @@ class Objective:
         self.tokenizer = tokenizer
         self.args = args
         self.weights: dict[str, float] = {"loss": 1.0}
+
+    @functools.cached_property
+    def keeps_text(self) -> bool:
+        """Whether its tokenizer loses nothing of a text."""
+        return keeps_text(self.tokenizer)
 
     def find_class(self, config: PreTrainedConfig) -> type:
         """The auto class whose model this objective trains."""
