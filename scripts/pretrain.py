@@ -140,7 +140,7 @@ def say_finished(args: BudgetTrainingArguments, settings: Settings) -> int:
     """There is nothing to train; a push that was cut off is done again, with what the card is to say now."""
     logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
     if args.is_pushed and is_first_process():
-        refresh_recipe(args.output_dir, settings)
+        refresh_recipe(args.output_dir, {"hub_license": settings["hub_license"]})
         refresh_card(args.output_dir)
         make_pusher(args).push_final()
     return 0

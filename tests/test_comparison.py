@@ -42,15 +42,16 @@ def test_the_time_to_match_by_hand(tmp_path):
 def test_runs_are_compared_by_what_they_share():
     """Bits a byte across tokenizers; the loss at 15 % masks, whatever each was trained with, across objectives."""
     event = {"tokens": 1000, "budget_seconds": 60.0}
+    way = {**event, "budget_seconds": 30.0, "eval_loss": 6.0}  # as a run writes it: the other loss at its end alone
     runs = {
-        "a": [{**event, "eval_loss": 3.0, "eval_mlm_loss": 4.0}],
-        "b": [{**event, "eval_loss": 5.0, "eval_mlm_loss": 2.0}],
+        "a": [way, {**event, "eval_loss": 3.0, "eval_mlm_loss": 4.0}],
+        "b": [way, {**event, "eval_loss": 5.0, "eval_mlm_loss": 2.0}],
     }
     different = {name: {"objective": name} for name in runs}
     table = format_comparison(runs, different)
     assert "at 15 % masks" in table and "do not compare" not in table and table.splitlines()[2].startswith("b")
     assert "different tokenizers" in format_comparison(runs, {name: {"tokenizer_hash": name} for name in runs})
-    del runs["a"][0]["eval_mlm_loss"]
+    del runs["a"][-1]["eval_mlm_loss"]
     table = format_comparison(runs, different)
     assert "different objectives" in table and table.splitlines()[2].startswith("a")
     bits = {name: [{**event, "eval_loss": 3.0, "eval_bits_per_byte": 1.0}] for name in runs}

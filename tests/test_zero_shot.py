@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 import math
@@ -178,8 +179,11 @@ def test_files_are_found_in_either_form(tmp_path):
     }  # fmt: skip
     assert len(load_task("mine", str(tmp_path))) == 10 and len(load_task("mine", str(tmp_path), 4)) == 4
     assert len(load_task("blimp", str(tmp_path))) == 3
-    (tmp_path / "blimp" / "train.jsonl").write_text(row)
-    with pytest.raises(SettingError, match="several files in .*blimp, train.jsonl among them.*blimp.jsonl"):
+    with gzip.open(tmp_path / "blimp" / "wh_island.jsonl.gz", "wt") as handle:
+        handle.write(row * 2)
+    assert len(load_task("blimp", str(tmp_path))) == 3, "the same file in two compressions"
+    (tmp_path / "blimp" / "blimp_train.jsonl").write_text(row)
+    with pytest.raises(SettingError, match="several files in .*blimp, blimp_train.jsonl among them.*blimp.jsonl"):
         load_task("blimp", str(tmp_path))
 
 

@@ -108,8 +108,9 @@ def zero_shot_section(folder: Path) -> str:
 
 def zero_shot_tasks(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
     """(name, scores, mark of a subset) of each zero-shot task in a run directory."""
-    tasks = rundir.read_json(folder / ZERO_SHOT_RESULTS).get("tasks", {})
-    limits = {name: task.get("max_examples") for name, task in tasks.items()}
+    report = rundir.read_json(folder / ZERO_SHOT_RESULTS)
+    tasks = report.get("tasks", {})
+    limits = {name: task.get("max_examples", report.get("max_examples")) for name, task in tasks.items()}
     return [
         (name, task, f" (subset: {limits[name]:,} questions)" if task["num_questions"] == limits[name] else "")
         for name, task in tasks.items()

@@ -45,8 +45,13 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def choose_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
     """Bits a byte where every run has it, else the loss at 15 % masks, else each its own."""
-    shared = set.intersection(*[set(event) for events in runs.values() for event in events])
+    shared = set.intersection(*[set(events[-1]) for events in runs.values()])
     return next(measure for measure in MEASURES if measure in shared)
+
+
+def keep_measured(runs: dict[str, list[dict[str, Any]]], measure: str) -> dict[str, list[dict[str, Any]]]:
+    """The evaluations that have a measure; on the way a run takes its own loss alone."""
+    return {name: [event for event in events if measure in event] for name, events in runs.items()}
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, di
         facts: Name -> results.json, which says whether losses compare; empty of a run that is not finished.
     """
     measure = choose_measure(runs)
+    runs = keep_measured(runs, measure)
     best = min(runs, key=lambda name: runs[name][-1][measure])
     lines = [
         f"{'run':30}{'tokens':>10}{'minutes':>9}{'final':>9}  {'match by ' + best[:11]}",
@@ -132,6 +138,7 @@ def draw_comparison(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
         SettingError: When the picture cannot be written.
     """
     measure = choose_measure(runs)
+    runs = keep_measured(runs, measure)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
     for axis, (key, (scale, label)) in zip(axes, AXES.items()):
         for name, events in runs.items():

@@ -354,7 +354,7 @@ def name_corpus(names: list[str], args: DataArguments) -> str:
 def list_hub_ids(names: str | list[str]) -> list[str]:
     """The Hub ids among the parts of `dataset_name`."""
     others = [name for name in split_names(names) if name != PYTHON_DOCS and not is_local(name)]
-    return [hub_texts.split_name(name)[0] for name in others]
+    return list(dict.fromkeys(hub_texts.split_name(name)[0] for name in others))
 
 
 def name_path(path: Path) -> str:

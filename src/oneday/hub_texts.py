@@ -58,6 +58,8 @@ def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | F
         )
     texts = texts.select_columns(args.text_column)
     texts = texts if args.text_column == "text" else texts.rename_column(args.text_column, "text")
+    if texts.features["text"].dtype == "string":
+        return texts
     return texts.cast_column("text", datasets.Value("string"))  # of several kinds of text a mixture cannot be made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -114,7 +115,8 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
 def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
     """Set the embeddings of a new run from the corpus and compile, on the clock; progress starts after it.
 
-    A thread counts the words meanwhile: the compiler is one program after the other, which leaves a core free.
+    On a CPU a thread counts the words meanwhile: the compiler is one program after the other and leaves a core free.
+    On a GPU the table of counts would take memory from the rehearsal, by which micro-batches are judged.
     """
     clock, args, ranks = trainer.clock, trainer.args, trainer.ranks
     table = trainer.model.get_input_embeddings().weight
@@ -124,14 +126,16 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
     with ThreadPoolExecutor(1) as executor:
         if is_counted and ranks.is_first:
             special_ids = trainer.processing_class.all_special_ids
-            rows = trainer.train_dataset
-            counted = executor.submit(count_vectors, table.shape, table.device, rows, special_ids, args.seed)
+            count = functools.partial(
+                count_vectors, table.shape, table.device, trainer.train_dataset, special_ids, args.seed
+            )
+            take = executor.submit(count).result if table.device.type == "cpu" else count
         if args.use_compile:
             with clock.account("compilation"):
                 args.use_compile = trainer.rehearse_step()
         if is_counted:
             with clock.account("initialization"):
-                ranks.edit(table, lambda table: place_vectors(trainer, table, counted.result()))
+                ranks.edit(table, lambda table: place_vectors(trainer, table, take()))
     if is_new:
         clock.start_progress()
 

@@ -37,7 +37,7 @@ Row = dict[str, Any]
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 # Names of parts of a set, which are not to be scored as one.
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+SPLITS = {"train", "validation", "valid", "val", "dev", "test"}
 # Sets that the Hub has as parquet: (id, configuration, split).
 HUB_SETS = {
     "lambada_openai": ("EleutherAI/lambada_openai", "default", "test"),
@@ -168,8 +168,9 @@ def list_local_tasks(folder: Path) -> dict[str, list[Path]]:
         task = name if path.parent == folder else path.parent.name
         rank = 0 if path.parent == folder else 1 if name == task else 2
         ranked.setdefault(task, {}).setdefault(rank, []).append(path)
-    # Of one file in two compressions the first counts.
-    return {task: files[min(files)][: None if min(files) == 2 else 1] for task, files in ranked.items()}
+    # Of one file in two compressions the last counts.
+    best = {task: {name_file(path): path for path in files[min(files)]} for task, files in ranked.items()}
+    return {task: list(paths.values()) for task, paths in best.items()}
 
 
 def name_file(path: Path) -> str | None:
@@ -203,7 +204,7 @@ def read_local(name: str, folder: Path) -> Iterator[Row]:
         near = difflib.get_close_matches(name, tasks, 1, 0.4)
         hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(tasks) or 'none'}"
         raise SettingError(f"The setting task_names has {name!r}, of which {folder} has no file; {hint}.")
-    splits = [path.name for path in tasks[name] if name_file(path) in SPLITS]
+    splits = [path.name for path in tasks[name] if SPLITS & set(re.split(r"[^a-z]+", path.name.lower()))]
     if splits and len(tasks[name]) > 1:
         raise SettingError(
             f"The task {name} of task_names has several files in {tasks[name][0].parent}, {splits[0]} among them, "
