@@ -32,7 +32,7 @@ def test_the_time_to_match_by_hand(tmp_path):
     table = format_comparison(runs, {"slow": {"validation_hash": "v"}, "fast": {}})
     assert table.splitlines()[3].startswith("slow") and table.splitlines()[3].endswith("2.00 x")
     assert "do not compare" not in table
-    for key in ("validation_hash", "tokenizer_hash", "objective"):
+    for key in ("corpus_hash", "validation_hash", "tokenizer_hash", "objective"):
         assert "do not compare" in format_comparison(runs, {name: {key: name} for name in runs})
     write_run(tmp_path / "poor", [8.0])
     runs["poor"] = read_evaluations(tmp_path / "poor")

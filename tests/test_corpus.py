@@ -447,6 +447,18 @@ def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
         load_hub("hub", "other", args)
 
 
+def test_text_of_either_width_makes_one_mixture(monkeypatch):
+    """polars and newer pandas write large strings; what is a string already is not copied."""
+    for folder, kind in (("wide", pa.large_string()), ("narrow", pa.string())):
+        os.mkdir(folder)
+        pq.write_table(pa.table({"text": pa.array(TEXTS[:5], kind)}), f"{folder}/train-0.parquet")
+    args = DataArguments(cache_dir="cache")
+    parts = [load_hub(folder, "train", args) for folder in ("wide", "narrow")]
+    assert len(shuffle_together(parts)) == 10
+    monkeypatch.setattr(datasets.Dataset, "cast", lambda *_, **__: pytest.fail("a copy"))
+    load_hub("narrow", "train", args)
+
+
 def test_stream_files_decides_the_order_and_the_hash(monkeypatch):
     monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
     monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)

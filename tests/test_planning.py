@@ -19,6 +19,7 @@ from oneday.assembly import CLASSES
 from oneday.budget import Budget
 from oneday.machines import CARDS, Machine, find_card
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
+from oneday.packed_dataset import pack_corpus
 from oneday.plan_rows import (
     choose_row,
     count_tokens,
@@ -29,7 +30,7 @@ from oneday.plan_rows import (
 )
 from oneday.plan_table import format_plan
 from oneday.planning import PlanArguments, plan_budget
-from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element
+from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element, take_batch
 from oneday.recipe import parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
 from oneday.schedules import interpolate
@@ -90,12 +91,22 @@ def test_tokens_of_a_step_on_average_are_those_of_the_run(start):
     assert mean_batch_tokens(settings) == pytest.approx(np.mean(run), rel=1e-3)
 
 
+def test_a_single_held_out_row_is_enough_to_measure(make_trainer, tokenizers, tmp_path):
+    trainer, texts = make_trainer("bert", budget_steps=1), [["one short text"]]
+    rows = pack_corpus(texts, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", tmp_path / "one")
+    trainer.eval_dataset = rows
+    assert len(rows) == 1 and take_batch(trainer, 2).inputs["input_ids"].numel() == 2 * ROW_LENGTH
+
+
 def test_memory_of_a_container_is_what_it_may_take(monkeypatch):
     limit = {"text": "max\n"}
-    monkeypatch.setattr(throughput.Path, "read_text", lambda path: limit["text"])
+    monkeypatch.setattr(
+        throughput.Path, "read_text", lambda path: limit["text"] if path.name == "memory.max" else "100000000\n"
+    )
     whole = throughput.total_memory_bytes()
     limit["text"] = f"{10**9}\n"
     assert (whole > 10**9, throughput.total_memory_bytes()) == (True, 10**9)
+    assert throughput.available_memory_bytes() == 9 * 10**8
 
 
 def test_the_largest_micro_batch_that_fits():

@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oneday.beating import beating
 from oneday.checkpoints import list_kept, read_state
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
@@ -77,24 +77,18 @@ def handle_signals(numbers: Iterable[int], handler: Callable[[int, object], None
 @contextmanager
 def heartbeat(write: Callable[[], None]) -> Iterator[None]:
     """Calls `write` at once, every two seconds from a thread, and at the end: a killed process pays for its time."""
-    ended = threading.Event()
 
     def beat() -> None:
-        while True:
-            try:
-                write()
-            except OSError as error:  # a network disk may stumble; the next beat may reach it again
-                logger.warning("budget.json was not written: %s.", error)
-            if ended.wait(HEARTBEAT_SECONDS):
-                return
+        try:
+            write()
+        except OSError as error:  # a network disk may stumble; the next beat may reach it again
+            logger.warning("budget.json was not written: %s.", error)
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    beat()
     try:
-        yield
+        with beating(beat, HEARTBEAT_SECONDS):
+            yield
     finally:
-        ended.set()
-        thread.join()
         write()
 
 

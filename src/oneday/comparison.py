@@ -28,6 +28,8 @@ DIFFERENCES = {
     "tokenizer_hash": ("tokenizers", ("eval_mlm_loss", "eval_loss")),
     "objective": ("objectives", ("eval_loss",)),
 }
+# Name -> evaluations.
+Runs = dict[str, list[dict[str, Any]]]
 AXES = {"budget_seconds": (1 / 60, "budget time (minutes)"), "tokens": (1e-6, "tokens seen (millions)")}
 
 
@@ -43,15 +45,14 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
     return events
 
 
-def choose_measure(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Bits a byte where every run has it, else the loss at 15 % masks, else each its own."""
+def choose_measure(runs: Runs) -> tuple[str, Runs]:
+    """What the runs' ends share, and the evaluations that have it: on the way a run takes its own loss alone.
+
+    Bits a byte where every run has it, which compares across tokenizers, else the loss at 15 % masks, else its own.
+    """
     shared = set.intersection(*[set(events[-1]) for events in runs.values()])
-    return next(measure for measure in MEASURES if measure in shared)
-
-
-def keep_measured(runs: dict[str, list[dict[str, Any]]], measure: str) -> dict[str, list[dict[str, Any]]]:
-    """The evaluations that have a measure; on the way a run takes its own loss alone."""
-    return {name: [event for event in events if measure in event] for name, events in runs.items()}
+    measure = next(measure for measure in MEASURES if measure in shared)
+    return measure, {name: [event for event in events if measure in event] for name, events in runs.items()}
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,14 @@ def name_runs(run_dirs: list[str]) -> dict[str, str]:
     return {name if short.count(name) == 1 else run_dir: run_dir for name, run_dir in zip(short, run_dirs)}
 
 
-def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, dict[str, Any]]) -> str:
+def format_comparison(runs: Runs, facts: dict[str, dict[str, Any]]) -> str:
     """A line a run: its end, and how many times sooner the best run had that; in 80 columns.
 
     Args:
         runs: Name -> evaluations.
         facts: Name -> results.json, which says whether losses compare; empty of a run that is not finished.
     """
-    measure = choose_measure(runs)
-    runs = keep_measured(runs, measure)
+    measure, runs = choose_measure(runs)
     best = min(runs, key=lambda name: runs[name][-1][measure])
     lines = [
         f"{'run':30}{'tokens':>10}{'minutes':>9}{'final':>9}  {'match by ' + best[:11]}",
@@ -125,20 +125,22 @@ def format_comparison(runs: dict[str, list[dict[str, Any]]], facts: dict[str, di
         amounts = f"{end['tokens'] / 1e6:>8.2f} M{end['budget_seconds'] / 60:>9.1f}{end[measure]:>9.4f}"
         lines.append(f"{name[:29]:30}{amounts}  {ratio}".rstrip())
     lines += ["-" * 78, f"final: {MEASURES[measure]}"]
+    finished = [results for results in facts.values() if results]
+    is_older = any("validation_hash" not in results for results in finished)  # it knew the hash of all text alone
     for key, (words, measures) in DIFFERENCES.items():
-        if measure in measures and len({results[key] for results in facts.values() if key in results}) > 1:
+        key = "corpus_hash" if is_older and key == "validation_hash" else key
+        if measure in measures and len({results[key] for results in finished if key in results}) > 1:
             lines.append(f"The runs are of different {words}: their losses do not compare.")
     return "\n".join(lines)
 
 
-def draw_comparison(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+def draw_comparison(path: Path, runs: Runs) -> None:
     """Held-out curves of all runs against time and against tokens.
 
     Raises:
         SettingError: When the picture cannot be written.
     """
-    measure = choose_measure(runs)
-    runs = keep_measured(runs, measure)
+    measure, runs = choose_measure(runs)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
     for axis, (key, (scale, label)) in zip(axes, AXES.items()):
         for name, events in runs.items():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.beating import beating
 from oneday.collators import Batch
 from oneday.mixed_precision import HalfWeights
 from oneday.optimizers import CompositeOptimizer, build_optimizer
@@ -179,20 +179,11 @@ class Ranks:
                 pass
             yield
             return
-        has_left = threading.Event()
-
-        def tell_others() -> None:
-            while not has_left.wait(min(BEAT_SECONDS, self.timeout_seconds / 3)):
-                self.decide(False)
-            self.decide(True)
-
-        teller = threading.Thread(target=tell_others, daemon=True)
-        teller.start()
         try:
-            yield
+            with beating(lambda: self.decide(False), min(BEAT_SECONDS, self.timeout_seconds / 3)):
+                yield
         finally:
-            has_left.set()
-            teller.join()
+            self.decide(True)
 
     def check_same_text(self, fingerprint: str) -> None:
         """Refuse processes that do not read the same.

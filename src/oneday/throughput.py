@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,23 +41,22 @@ def usable_cores() -> int:
 
 def total_memory_bytes() -> int:
     """Memory of the machine, or what its cgroup allows, whichever is less."""
-    total = psutil.virtual_memory().total
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return total if limit == "max" else min(total, int(limit))
+    return read_memory(psutil.virtual_memory().total, lambda limit, _: limit)
 
 
-def available_memory_bytes() -> int:
-    """Memory that this process may still take: the machine's, or what its cgroup has left, whichever is less."""
-    free = psutil.virtual_memory().available
+def read_memory(without: int, within: Callable[[int, int], int]) -> int:
+    """`without` a cgroup's limit, or `within` it, given limit and use in bytes, whichever is less."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
     except (OSError, ValueError):
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
+        return without
+    return without if limit == "max" else max(0, min(without, within(int(limit), used)))
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: the machine's, or what its cgroup has left, whichever is less."""
+    return read_memory(psutil.virtual_memory().available, lambda limit, used: limit - used)
 
 
 def set_threads(num_threads: int | None = None) -> int:
