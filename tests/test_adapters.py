@@ -93,11 +93,12 @@ def test_merged_is_unmerged(kind, peft, tmp_path):
     torch.testing.assert_close(compute_logits(merged), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_saved_adapter_loads_with_peft_alone(tmp_path):
+def test_saved_adapter_loads_with_peft_alone(tmp_path, monkeypatch):
     make_classifier("bert").base_model.save_pretrained(tmp_path / "base")  # its pooler is not the one that was trained
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     nn.init.normal_(base.bert.pooler.dense.weight)
-    model = add_adapters(base, FinetuneArguments(peft="lora", model_name_or_path=str(tmp_path / "base")))
+    monkeypatch.chdir(tmp_path)  # named from here, it is found from anywhere
+    model = add_adapters(base, FinetuneArguments(peft="lora", model_name_or_path="base"))
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "adapter", merge=False)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -117,6 +117,12 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
     model = AutoModelForMaskedLM.from_pretrained(out)
     assert model.config.vocab_size % 64 == 0
     assert len(AutoTokenizer.from_pretrained(out)) == 150
+    (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    tune = ["--model_name_or_path", out, "--task_file", tmp_path / "mine.csv", "--num_seeds", 1, "--use_cpu", "true"]
+    assert run_script("finetune", *tune, "--output_dir", tmp_path / "elsewhere")[0] == 0
+    assert (out / "README.md").read_text() == card, "scores that are not the directory's are not on its card"
+    assert run_script("finetune", *tune)[0] == 0
+    assert "| mine | accuracy |" in (out / "README.md").read_text()
 
     again, _, said = run_script("pretrain", *argv)
     assert again == 0
