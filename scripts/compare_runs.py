@@ -35,7 +35,7 @@ def main() -> None:
     names = name_runs(args.run_dirs)
     runs = {name: read_evaluations(folder) for name, folder in names.items()}
     facts = {name: rundir.read_json(Path(folder) / rundir.RESULTS) for name, folder in names.items()}
-    draw_comparison(Path(args.picture), runs)
+    draw_comparison(Path(args.picture), runs, facts)
     sys.stdout.write(f"{format_comparison(runs, facts)}\n\npicture: {args.picture}\n")
 
 

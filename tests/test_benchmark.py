@@ -259,10 +259,10 @@ def test_changes_of_one_kind_of_text_only_are_compared():
     def records(*losses):
         return [{"measure": "loss", "final": {"loss": loss}, "tokens_per_second": 100.0} for loss in losses]
 
-    row = describe_change("optim=adamw", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), is_comparable=True)
+    row = describe_change("optim=adamw", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), obstacle="")
     assert row["difference"] == pytest.approx(-0.9)
     assert (row["verdict"], row["tokens_per_second_ratio"]) == ("better", 1.0)
-    row = describe_change("vocab_size=90", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), is_comparable=False)
+    row = describe_change("vocab_size=90", records(3.0, 3.1, 3.2), records(4.0, 4.0, 4.0), obstacle="other text")
     assert (row["difference"], row["verdict"]) == (None, "other text")
 
 

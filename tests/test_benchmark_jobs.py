@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from test_benchmark import ENVIRONMENT, recipe, run_benchmark  # noqa: F401
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, check_settings
-from oneday.benchmarks.ablation import check_change
+from oneday.benchmarks.ablation import check_change, name_obstacle
 from oneday.benchmarks.arguments import VersusStockArguments
-from oneday.benchmarks.heldout import hash_held_out
+from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.planning import Plan, Text, read_setting, slug
 from oneday.benchmarks.records import RecordStore, read_code
 from oneday.benchmarks.throughput import DEFAULT_GRID, expand_grid, halve_micro_batch
@@ -25,6 +26,7 @@ from oneday.benchmarks.versus_stock import (
     describe_side,
     find_baselines,
 )
+from oneday.evaluation import hash_evaluation
 from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.recipe import build_arguments, complete_settings, read_layers
@@ -180,10 +182,30 @@ def test_the_method_is_what_the_code_does():
 def test_the_held_out_masks_have_a_hash(kind, tokenizers, texts, tmp_path, monkeypatch):
     args = BudgetTrainingArguments(output_dir=str(tmp_path), budget_steps=1, use_cpu=True)
     objective = find_objective("mlm" if kind == "encoder" else "clm")(tokenizers[kind], args)
+
+    def hash_scored(rows):
+        return hash_evaluation(objective, rows, name_measure(objective))
+
     rows = pack_corpus([texts[270:]], tokenizers[kind], kind, 32, "best_fit", tmp_path / "rows")
-    first = hash_held_out(objective, rows)
-    assert first == hash_held_out(objective, rows)
+    first = hash_scored(rows)
+    assert first == hash_scored(rows)
     others = pack_corpus([texts[260:]], tokenizers[kind], kind, 32, "best_fit", tmp_path / "others")
-    assert hash_held_out(objective, others) != first
+    assert hash_scored(others) != first
     monkeypatch.setattr("oneday.objectives.language_modeling.EVALUATION_SEED", 12345)
-    assert (hash_held_out(objective, rows) == first) == (kind == "decoder"), "a decoder hides nothing"
+    assert (hash_scored(rows) == first) == (kind == "decoder"), "a decoder hides nothing"
+
+
+def test_losses_of_other_masks_or_weights_do_not_compare(tokenizers, texts, tmp_path):
+    rows = pack_corpus([texts[270:]], tokenizers["encoder"], "encoder", 32, "best_fit", tmp_path / "rows")
+
+    def read_masks(name, **settings):
+        args = BudgetTrainingArguments(output_dir=str(tmp_path), budget_steps=1, use_cpu=True, **settings)
+        objective = find_objective(name)(tokenizers["encoder"], args)
+        return hash_evaluation(objective, rows, name_measure(objective))
+
+    assert read_masks("mlm", mlm_probability=0.3) == read_masks("mlm"), "an encoder is compared at 15 % masks"
+    masks = [read_masks("rtd"), read_masks("rtd", discriminator_weight=25.0), read_masks("rtd", mlm_probability=0.3)]
+    assert len(set(masks)) == 3
+    texts = [Text("f", "h", mask, "c", "encoder", "eval_loss") for mask in masks]
+    assert [name_obstacle(text, texts[0]) for text in texts] == ["", "other loss", "other loss"]
+    assert name_obstacle(replace(texts[0], held_out="g"), texts[0]) == "other text"

@@ -32,7 +32,7 @@ def test_the_time_to_match_by_hand(tmp_path):
     table = format_comparison(runs, {"slow": {"validation_hash": "v"}, "fast": {}})
     assert table.splitlines()[3].startswith("slow") and table.splitlines()[3].endswith("2.00 x")
     assert "do not compare" not in table
-    for key in ("corpus_hash", "validation_hash", "tokenizer_hash", "objective"):
+    for key in ("corpus_hash", "validation_hash", "tokenizer_hash", "objective", "masks_hash"):
         assert "do not compare" in format_comparison(runs, {name: {key: name} for name in runs})
     write_run(tmp_path / "poor", [8.0])
     runs["poor"] = read_evaluations(tmp_path / "poor")
@@ -50,6 +50,13 @@ def test_runs_are_compared_by_what_they_share():
     different = {name: {"objective": name} for name in runs}
     table = format_comparison(runs, different)
     assert "at 15 % masks" in table and "do not compare" not in table and table.splitlines()[2].startswith("b")
+    assert "match" not in table.splitlines()[0] and "no time to match" in table, "there is one point"
+    same = {name: {"objective": "mlm", "masks_hash": "m"} for name in runs}
+    table = format_comparison(runs, same)
+    assert "at 15 % masks" not in table and table.splitlines()[2].startswith("a"), "one loss has a curve"
+    assert table.splitlines()[3].endswith(f"{60 / (30 + 30 / 3):.2f} x")
+    assert "at 15 % masks" in format_comparison(runs, {name: {**same[name], "masks_hash": name} for name in runs})
+    assert "at 15 % masks" in format_comparison(runs, {name: {"objective": "mlm"} for name in runs}), "not known"
     assert "different tokenizers" in format_comparison(runs, {name: {"tokenizer_hash": name} for name in runs})
     del runs["a"][-1]["eval_mlm_loss"]
     table = format_comparison(runs, different)

@@ -15,6 +15,7 @@ from oneday.corpus import PYTHON_DOCS
 from oneday.glue import TASKS
 from oneday.glue_results import METRIC_TITLES
 from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
+from oneday.objectives import OBJECTIVES, Objective
 from oneday.zero_shot import HUB_SETS
 from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
 from oneday.zero_shot_results import name_measure
@@ -45,12 +46,20 @@ def describe_origin(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 def held_out(results: dict[str, Any], pipeline: str) -> list[EvalResult]:
     """Loss, and bits a byte where they are defined."""
     corpus = {"task_type": pipeline, "dataset_type": "text", "dataset_name": results["corpus"]}
-    named = {"eval_loss": ("loss", "held-out loss, nats a token"), "bits_per_byte": ("bits_per_byte", "bits a byte")}
+    named = {
+        "eval_loss": ("loss", describe_loss(results["objective"])),
+        "bits_per_byte": ("bits_per_byte", "bits a byte"),
+    }
     return [
         EvalResult(**corpus, metric_type=kind, metric_value=round(results[key], 4), metric_name=name)
         for key, (kind, name) in named.items()
         if key in results
     ]
+
+
+def describe_loss(objective: str) -> str:
+    """What the held-out loss of an objective is."""
+    return f"held-out loss, {OBJECTIVES.get(objective, Objective).loss_unit}"
 
 
 def fine_tuned(folder: Path) -> list[EvalResult]:

@@ -20,16 +20,19 @@ from oneday.arguments import SettingError  # noqa: E402
 MEASURES = {
     "eval_bits_per_byte": "bits / byte",
     "eval_mlm_loss": "held-out loss at 15 % masks (nats / masked token)",
-    "eval_loss": "held-out loss (nats / predicted token)",
+    "eval_loss": "held-out loss",
 }
 # Key in results.json -> of what the runs are different, and the measures that this leaves without a comparison.
 DIFFERENCES = {
     "validation_hash": ("held-out texts", tuple(MEASURES)),
     "tokenizer_hash": ("tokenizers", ("eval_mlm_loss", "eval_loss")),
     "objective": ("objectives", ("eval_loss",)),
+    "masks_hash": ("masks", ("eval_loss",)),
 }
 # Name -> evaluations.
 Runs = dict[str, list[dict[str, Any]]]
+# Name -> results.json, empty of a run that is not finished.
+Facts = dict[str, dict[str, Any]]
 AXES = {"budget_seconds": (1 / 60, "budget time (minutes)"), "tokens": (1e-6, "tokens seen (millions)")}
 
 
@@ -45,14 +48,36 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
     return events
 
 
-def choose_measure(runs: Runs) -> tuple[str, Runs]:
-    """What the runs' ends share, and the evaluations that have it: on the way a run takes its own loss alone.
+def choose_measure(runs: Runs, facts: Facts) -> tuple[str, Runs]:
+    """What the runs' ends share, and the evaluations that have it.
 
-    Bits a byte where every run has it, which compares across tokenizers, else the loss at 15 % masks, else its own.
+    Bits a byte where every run has it, which compares across tokenizers; the runs' own loss where it is one and the
+    same, which alone has a curve; else the loss at 15 % masks, which an encoder takes at its end alone.
     """
     shared = set.intersection(*[set(events[-1]) for events in runs.values()])
     measure = next(measure for measure in MEASURES if measure in shared)
+    if measure == "eval_mlm_loss" and not find_differences("eval_loss", facts) and all(map(has_masks, facts.values())):
+        measure = "eval_loss"
     return measure, {name: [event for event in events if measure in event] for name, events in runs.items()}
+
+
+def has_masks(results: dict[str, Any]) -> bool:
+    """Whether it is known what a run's own loss is of; results of earlier versions do not say."""
+    return "masks_hash" in results
+
+
+def find_differences(measure: str, facts: Facts) -> list[str]:
+    """Of what the finished runs are different, so that this measure does not compare."""
+    finished = [results for results in facts.values() if results]
+    is_older = any("validation_hash" not in results for results in finished)  # it knew the hash of all text alone
+    found = []
+    for key, (words, measures) in DIFFERENCES.items():
+        key = "corpus_hash" if is_older and key == "validation_hash" else key
+        if key == "masks_hash" and found:
+            continue  # another text is hidden otherwise
+        if measure in measures and len({results[key] for results in finished if key in results}) > 1:
+            found.append(words)
+    return found
 
 
 @dataclass(frozen=True)
@@ -105,42 +130,42 @@ def name_runs(run_dirs: list[str]) -> dict[str, str]:
     return {name if short.count(name) == 1 else run_dir: run_dir for name, run_dir in zip(short, run_dirs)}
 
 
-def format_comparison(runs: Runs, facts: dict[str, dict[str, Any]]) -> str:
+def format_comparison(runs: Runs, facts: Facts) -> str:
     """A line a run: its end, and how many times sooner the best run had that; in 80 columns.
 
     Args:
         runs: Name -> evaluations.
-        facts: Name -> results.json, which says whether losses compare; empty of a run that is not finished.
+        facts: Say whether losses compare.
     """
-    measure, runs = choose_measure(runs)
+    measure, runs = choose_measure(runs, facts)
     best = min(runs, key=lambda name: runs[name][-1][measure])
-    lines = [
-        f"{'run':30}{'tokens':>10}{'minutes':>9}{'final':>9}  {'match by ' + best[:11]}",
-        "-" * 78,
-    ]
+    has_curve = len(runs[best]) > 1
+    head = f"match by {best[:11]}" if has_curve else ""
+    lines = [f"{'run':30}{'tokens':>10}{'minutes':>9}{'final':>9}  {head}".rstrip(), "-" * 78]
     for name, events in sorted(runs.items(), key=lambda item: item[1][-1][measure]):
         end = events[-1]
-        match = time_to_match(runs[best], end[measure], end["budget_seconds"], measure, "budget_seconds")
-        ratio = "" if name == best else str(match)
+        ratio = ""
+        if has_curve and name != best:
+            ratio = str(time_to_match(runs[best], end[measure], end["budget_seconds"], measure, "budget_seconds"))
         amounts = f"{end['tokens'] / 1e6:>8.2f} M{end['budget_seconds'] / 60:>9.1f}{end[measure]:>9.4f}"
         lines.append(f"{name[:29]:30}{amounts}  {ratio}".rstrip())
     lines += ["-" * 78, f"final: {MEASURES[measure]}"]
-    finished = [results for results in facts.values() if results]
-    is_older = any("validation_hash" not in results for results in finished)  # it knew the hash of all text alone
-    for key, (words, measures) in DIFFERENCES.items():
-        key = "corpus_hash" if is_older and key == "validation_hash" else key
-        if measure in measures and len({results[key] for results in finished if key in results}) > 1:
-            lines.append(f"The runs are of different {words}: their losses do not compare.")
+    if not has_curve:
+        lines.append("Measured at the end alone, which gives no time to match.")
+    lines += [
+        f"The runs are of different {words}: their losses do not compare."
+        for words in find_differences(measure, facts)
+    ]
     return "\n".join(lines)
 
 
-def draw_comparison(path: Path, runs: Runs) -> None:
+def draw_comparison(path: Path, runs: Runs, facts: Facts) -> None:
     """Held-out curves of all runs against time and against tokens.
 
     Raises:
         SettingError: When the picture cannot be written.
     """
-    measure, runs = choose_measure(runs)
+    measure, runs = choose_measure(runs, facts)
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, sharey=True)
     for axis, (key, (scale, label)) in zip(axes, AXES.items()):
         for name, events in runs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from oneday.collators import Collator
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
 
+HASHED_ROWS = 64
 # Name of a loss -> term -> [sum, count].
 Totals = dict[str, dict[str, list[float]]]
 
@@ -124,6 +126,28 @@ def name_metrics(objective: Objective, name: str, totals: Mapping[str, Sequence[
         names = {term: f"eval_{term}_loss" if term in objective.weights else f"eval_{term}" for term in means}
         metrics |= {names[term]: mean for term, mean in means.items()}
     return metrics
+
+
+def hash_evaluation(objective: Objective, dataset: PackedDataset, name: str) -> str:
+    """16 hex digits of the first held-out rows as they are scored; losses of two runs compare where these are equal.
+
+    Of the model's inputs, the predicted positions, their labels and, where there are several terms, their weights.
+
+    Args:
+        objective: Hides, predicts and weighs.
+        dataset: Packed held-out rows.
+        name: Of the loss, as `objective.evaluation_collators` has it.
+    """
+    indices = np.arange(min(HASHED_ROWS, len(dataset)))
+    rows, lengths = dataset.get_rows(indices)
+    batch = objective.evaluation_collators(0)[name](rows, lengths, indices)
+    digest = hashlib.sha256()
+    for key, tensor in sorted({**batch.inputs, "positions": batch.positions, "labels": batch.labels}.items()):
+        if torch.is_tensor(tensor):
+            digest.update(key.encode() + tensor.numpy().tobytes())
+    if len(objective.weights) > 1:
+        digest.update(repr(sorted(objective.weights.items())).encode())
+    return digest.hexdigest()[:16]
 
 
 def sum_part(

@@ -10,10 +10,11 @@ import yaml
 
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
-from oneday.card_results import describe_origin, model_index, subset_mark, zero_shot_section
+from oneday.card_results import describe_loss, describe_origin, model_index, subset_mark, zero_shot_section
 from oneday.corpus import list_hub_ids
 from oneday.curves import draw_curve
 from oneday.durable_files import write_json, write_whole
+from oneday.evaluation import hash_evaluation
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION, OBJECTIVES, Objective
 from oneday.python_docs import corpus_hash
@@ -86,6 +87,7 @@ def collect_results(
         "corpus_hash": data.corpus.corpus_hash,
         "hub_datasets": list_hub_ids(data_args.dataset_name),
         "validation_hash": corpus_hash(data.corpus.validation),
+        "masks_hash": hash_evaluation(trainer.objective, data.validation, "eval_loss"),
         "tokenizer_hash": hash_tokenizer(data.tokenizer),
         "train_tokens_available": getattr(data.train, "num_tokens", None),
         "epochs": trainer.loader.epoch,
@@ -187,10 +189,12 @@ def usage(folder: Path, results: dict[str, Any]) -> str:
 def results_table(results: dict[str, Any]) -> str:
     """Held-out numbers before and after."""
     names = {
-        "eval_loss": "held-out loss, nats a predicted token",
-        "eval_mlm_loss": "the same at 15 % masks, all [MASK]",
+        "eval_loss": describe_loss(results["objective"]),
+        "eval_mlm_loss": "loss at 15 % masks, all [MASK], nats a masked token",
         "bits_per_byte": "bits a byte",
         "eval_pair_accuracy": "accuracy of the pair task",
+        "eval_masked_loss": "loss of the masked words, nats each",
+        "eval_nsp_loss": "loss of the pair task, nats a pair",
         "eval_generator_loss": "loss of the generator, nats a masked token",
         "eval_discriminator_loss": "loss of the discriminator, nats a token",
         "eval_detection_accuracy": "accuracy of the discriminator",

@@ -66,11 +66,13 @@ def format_report(run_dir: str | Path) -> str:
     folder, results = Path(run_dir), read_results(run_dir)
     budget = rundir.read_json(folder / rundir.BUDGET)
     lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}", "-" * 78]
+    has_one_term = not {"eval_masked_loss", "eval_discriminator_loss"} & results.keys()
     names = {
-        "eval_loss": "held-out loss (nats / token)",
+        "eval_loss": "held-out loss (nats / token)" if has_one_term else "held-out loss (weighted sum)",
         "eval_mlm_loss": "  the same at 15 % masks",
         "bits_per_byte": "bits / byte",
-        "eval_discriminator_loss": "  the discriminator's part",
+        "eval_masked_loss": "  of the masked words",
+        "eval_discriminator_loss": "  of the discriminator",
     }
     for key, name in names.items():
         if key in results:

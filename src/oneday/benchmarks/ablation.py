@@ -56,7 +56,7 @@ def run_ablation(plan: Plan, args: AblationArguments, seed_args: SeedArguments, 
     records = plan.store.obtain([job for turn in zip(*jobs.values()) for job in turn])
     groups = {label: [records[job.name] for job in group] for label, group in jobs.items()}
     rows = [
-        describe_change(label, group, groups[BASE], texts[label].held_out == plan.text.held_out)
+        describe_change(label, group, groups[BASE], name_obstacle(texts[label], plan.text))
         for label, group in groups.items()
     ]
     write_summary(
@@ -89,8 +89,15 @@ def read_changed_text(plan: Plan, change: dict[str, Any]) -> Text:
     return read_text(settings)
 
 
-def describe_change(label: str, group: list[Record], base: list[Record], is_comparable: bool) -> dict[str, Any]:
-    """One row of the table."""
+def name_obstacle(text: Text, base: Text) -> str:
+    """Why losses on two texts do not compare; empty where they do."""
+    if text.held_out != base.held_out:
+        return "other text"
+    return "" if text.masks == base.masks else "other loss"
+
+
+def describe_change(label: str, group: list[Record], base: list[Record], obstacle: str) -> dict[str, Any]:
+    """One row of the table; without a difference where something is in its way."""
     measure = group[0]["measure"]
     losses, base_losses = ([record["final"][measure] for record in records] for records in (group, base))
     difference, error = paired_difference(base_losses, losses)
@@ -104,9 +111,9 @@ def describe_change(label: str, group: list[Record], base: list[Record], is_comp
     }
     if label != BASE:
         row |= {
-            "difference": difference if is_comparable else None,
-            "standard_error": error if is_comparable and math.isfinite(error) else None,
-            "verdict": find_verdict(difference, error, len(losses)) if is_comparable else "other text",
+            "difference": None if obstacle else difference,
+            "standard_error": error if not obstacle and math.isfinite(error) else None,
+            "verdict": obstacle or find_verdict(difference, error, len(losses)),
         }
     return row
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Time of point i of n is budget * (i / n)^this.
 DENSER_EARLY = 1.7
-HASHED_ROWS = 64
 
 
 def point_times(budget_seconds: float, num_points: int) -> list[float]:
@@ -40,18 +38,6 @@ def point_times(budget_seconds: float, num_points: int) -> list[float]:
 def name_measure(objective: Objective) -> str:
     """The held-out loss that recipes and stock are compared by: encoders at 15 % masks, whatever they train with."""
     return "eval_mlm_loss" if "eval_mlm_loss" in objective.evaluation_collators(0) else "eval_loss"
-
-
-def hash_held_out(objective: Objective, dataset: PackedDataset) -> str:
-    """16 hex digits of the first held-out rows as they are scored: inputs, predicted positions and their labels."""
-    indices = np.arange(min(HASHED_ROWS, len(dataset)))
-    rows, lengths = dataset.get_rows(indices)
-    batch = objective.evaluation_collators(0)[name_measure(objective)](rows, lengths, indices)
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**batch.inputs, "positions": batch.positions, "labels": batch.labels}.items()):
-        if torch.is_tensor(tensor):
-            digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class HeldOut:

@@ -13,11 +13,12 @@ from typing import Any
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import KeepArguments, RecordArguments
-from oneday.benchmarks.heldout import hash_held_out, name_measure
+from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.records import Job, RecordStore, hash_source, make_folder, normalise
 from oneday.benchmarks.stock import run_stock
 from oneday.budget import Budget
+from oneday.evaluation import hash_evaluation
 from oneday.modeling import check_config_file
 from oneday.recipe import (
     SAME_KIND,
@@ -47,12 +48,12 @@ NOT_RECORDED = {
 
 @dataclass(frozen=True)
 class Text:
-    """What settings are trained and measured on: two runs compare where `held_out` is the same.
+    """What settings are trained and measured on: two runs compare where `held_out` and `masks` are the same.
 
     Attributes:
         fingerprint: Of the text under its tokenizer.
         held_out: Key of the packed held-out rows.
-        masks: Of a batch of them as it is scored: what is hidden, and what is to be predicted.
+        masks: Of a batch of them as it is scored: what is hidden, what is to be predicted, how the terms are weighed.
         corpus: Its public name.
         kind: `encoder` or `decoder`.
         measure: Name of the held-out loss.
@@ -219,7 +220,7 @@ def read_text(settings: Settings) -> Text:
     return Text(
         fingerprint=data.fingerprint,
         held_out=data.validation.index.key,
-        masks=hash_held_out(objective, data.validation),
+        masks=hash_evaluation(objective, data.validation, name_measure(objective)),
         corpus=data.corpus.name,
         kind=objective.kind,
         measure=name_measure(objective),

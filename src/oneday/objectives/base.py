@@ -45,6 +45,7 @@ class Objective:
         auto_class: The class of the model that is trained and saved.
         is_packed: Whether it takes packed rows; otherwise one document a row, under the stock attention.
         pipeline: transformers' pipeline that its checkpoint serves; without a head for words it gives features.
+        loss_unit: What its loss is in.
         has_stock_loss: Whether a stock model trained by its own class has the same held-out loss.
         weights: Term of the loss -> its weight; a term without one is only reported.
     """
@@ -54,6 +55,7 @@ class Objective:
     auto_class: ClassVar[type]
     is_packed: ClassVar[bool] = True
     pipeline: ClassVar[str] = "feature-extraction"
+    loss_unit: ClassVar[str] = "nats a predicted token"
     has_stock_loss: ClassVar[bool] = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BudgetTrainingArguments) -> None:

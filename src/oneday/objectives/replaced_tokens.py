@@ -39,6 +39,7 @@ class ReplacedTokenDetection(MaskedLanguageModeling):
 
     name, auto_class = "rtd", AutoModelForTokenClassification
     pipeline, has_stock_loss = "feature-extraction", False
+    loss_unit = "the weighted sum of both terms' means"
     collator_class = ReplacedTokenCollator
 
     def __init__(self, *args: object) -> None:

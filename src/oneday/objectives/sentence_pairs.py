@@ -22,6 +22,7 @@ class MaskedWithNextSentence(MaskedLanguageModeling):
     """
 
     name, auto_class, has_stock_loss = "mlm_nsp", AutoModelForPreTraining, False
+    loss_unit = "the sum of both terms' means"
     collator_class = PairedCollator
 
     def mask_settings(self) -> dict[str, object]:
