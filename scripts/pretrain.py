@@ -83,7 +83,7 @@ def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]]
     pusher = start_pushing(trainer)
     try:
         metrics = trainer.run(resume=state != "new")
-    except Exception:  # whatever it was: a directory without a step would refuse the corrected command
+    except BaseException:  # whatever it was, Ctrl-C too: a directory without a step would refuse the corrected command
         if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
             discard_run(trainer.args.output_dir)
         raise

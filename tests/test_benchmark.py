@@ -279,7 +279,10 @@ def test_grid_and_changes_are_read():
 
 
 def test_repeated_words_of_the_command_line():
-    assert split_command_line(["--a", "1", "--a", "2", "--b", "1", "--b", "2"], {"a"})[1] == {"a": [1, 2], "b": 2}
+    assert split_command_line(["--a", "1", "--a", "2", "--b", "1", "--b", "2"], {"a"})[1] == {
+        "a": ["1", "2"],
+        "b": "2",
+    }
     assert split_mode(("x", "y"), ["y", "r.yaml"]) == ("y", ["r.yaml"])
     assert split_mode(("x", "y"), ["--help"]) == (None, ["--help"])
 

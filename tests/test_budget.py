@@ -243,10 +243,12 @@ def test_skipped_steps_cost_time_and_count_for_nothing_else():
     clock.count_skip(2.0)
     assert (clock.tokens, clock.steps, clock.skipped_steps, clock.steps_taken) == (100, 1, 1, 2)
     assert clock.ledger["lost"] == 2.0
-    clock.rewind({"tokens": 0, "flops": 0.0, "steps": 0})
+    clock.ledger["data"] = 0.5
+    clock.rewind({"tokens": 0, "flops": 0.0, "steps": 0, "ledger": {"steps": 0.0, "data": 0.25}})
+    assert (clock.ledger["steps"], clock.ledger["data"], clock.ledger["lost"]) == (0.0, 0.25, 3.25)
     assert (clock.tokens, clock.steps, clock.steps_taken) == (0, 0, 2)
     assert clock.progress == 0.0
     clock.count_step(300, 5.0, 1.0)
     assert clock.progress == pytest.approx(0.3)
-    clock.rewind({"tokens": 100, "flops": 0.0, "steps": 1})
+    clock.rewind({"tokens": 100, "flops": 0.0, "steps": 1, "ledger": {"steps": 0.5, "data": 0.25}})
     assert clock.progress == pytest.approx(0.3), "progress never falls"

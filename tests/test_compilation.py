@@ -49,6 +49,17 @@ def test_where_compiling_fails_sharded_processes_do_not_go_on(make_trainer, monk
         trainer.run()
 
 
+def test_where_compiling_fails_on_another_process_this_one_runs_uncompiled_too(make_trainer, monkeypatch):
+    trainer = make_trainer("bert", budget_steps=1, torch_compile=True)
+    monkeypatch.setattr("oneday.trainer.try_compiled", lambda model, run, refuse: True)
+    assert trainer.rehearse_step() and all(layer._compiled_call_impl for layer in find_layers(trainer.model))
+    trainer.ranks.add = lambda *numbers: [
+        number + (len(numbers) == 1) for number in numbers
+    ]  # the other one's failure
+    assert not trainer.rehearse_step()
+    assert not any(layer._compiled_call_impl for layer in find_layers(trainer.model))
+
+
 def test_a_model_without_repeated_layers_says_so(caplog):
     assert compile_layers(nn.Linear(2, 2)) == 0
     assert "no repeated layers" in caplog.text

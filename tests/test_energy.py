@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from oneday import budget as budget_module
 from oneday.arguments import SettingError
 from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.energy import EnergyMeter, open_cpu_counters
+from oneday.evaluation import sum_part
 from oneday.run_directory import read_json
 
 
@@ -75,6 +79,38 @@ def test_metered_energy_ends_the_run_inside_the_budget():
     assert last > 0.97
     assert clock.spent()["kwh"] == pytest.approx(machine.used / 3.6e6)
     assert clock.energy_source == "test counter"
+
+
+def test_metered_energy_keeps_a_reserve_for_the_end_and_can_be_replayed(make_trainer, monkeypatch):
+    """The reserve stands before the first step; where a run is done again nothing is metered."""
+    begun, delay = time.monotonic(), 0.02
+    counter = SimpleNamespace(joules=lambda: 1000 * (time.monotonic() - begun))
+    monkeypatch.setattr(budget_module, "open_energy_meter", lambda device: EnergyMeter("test counter", [counter]))
+
+    def score_slowly(*args):
+        time.sleep(delay)
+        return sum_part(*args)
+
+    monkeypatch.setattr("oneday.evaluation.sum_part", score_slowly)
+    first = make_trainer("bert", "first", budget_kwh=6000 / 3.6e6)
+    reserves = []
+    first.add_callback(AtBegin(lambda: reserves.append(first.clock.reserve_seconds)))
+    first.run()
+    num_parts = -(-len(first.eval_dataset) // (first.eval_batch_tokens // first.eval_dataset.row_length))
+    assert reserves[0] >= 1.25 * num_parts * delay
+    again = make_trainer("bert", "again", budget_kwh=6000 / 3.6e6, replay=first.args.output_dir)
+    again.run()
+    assert again.clock.steps == first.clock.steps
+
+
+class AtBegin(TrainerCallback):
+    """Calls something before the first step."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.call()
 
 
 def test_energy_of_a_killed_process_counts(tmp_path):

@@ -333,13 +333,14 @@ def test_what_a_killed_fetch_left_is_no_run(tmp_path):
         rundir.inspect_run(tmp_path, {})
 
 
-def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch, error):
     def fail(trainer, *args, **kwargs):
         (Path(trainer.args.output_dir) / "tensorboard").mkdir()
-        raise ZeroDivisionError("within a library")
+        raise error("within a library")
 
     monkeypatch.setattr("oneday.trainer.BudgetTrainer.run", fail)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error if error is ZeroDivisionError else SystemExit):
         run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

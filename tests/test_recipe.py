@@ -55,9 +55,38 @@ def test_words_that_yaml_takes_for_truth_values_stay_words():
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("output_dir", "runs/try #2", "runs/try #2"),
+        ("output_dir", "2024_11_27", "2024_11_27"),
+        ("output_dir", "'runs/1'", "runs/1"),
+        ("output_dir", "1.50", "1.50"),
+        ("dataset_name", "/data/corpus #1/*.txt", "/data/corpus #1/*.txt"),
+        ("seed", "042", 42),
+        ("vocab_size", "8192.0", 8192),
+        ("vocab_size", "1e4", 10_000),
+        ("budget_tokens", "1e9", 1e9),
+        ("budget_minutes", "null", None),
+        ("dataset_weights", "[0.5, 0.5]", [0.5, 0.5]),
+        ("dataset_weights", "0.5,0.5", [0.5, 0.5]),
+    ],
+)
+def test_a_value_is_what_was_written(name, text, value):
+    assert resolve_settings(CLASSES, [f"--{name}", text]) == {name: value}
+
+
+@pytest.mark.parametrize(("name", "text"), [("budget_hours", "1:30"), ("seed", "1:30"), ("vocab_size", "inf")])
+def test_what_is_no_number_is_not_made_one(name, text):
+    with pytest.raises(SettingError, match=f"The setting {name} is '{text}'; it must be"):
+        resolve_settings(CLASSES, [f"--{name}", text])
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"learning_rate": -1e-3}, "learning_rate is -0.001; it must be above zero"),
+        ({"batch_ramp_fraction": 60}, "batch_ramp_fraction is 60; it must be above 0, at most 1"),
+        ({"seq_length_ramp_fraction": 0}, "seq_length_ramp_fraction is 0; it must be above 0, at most 1"),
         ({"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0; it must be above zero"),
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be from 0 to below 1"),
         ({"seed": -1}, "seed is -1; it must not be below zero"),
@@ -93,7 +122,7 @@ def test_saved_recipe_gives_the_same_settings(tmp_path):
     [
         (["--budget_minuts", "5"], "'budget_minuts'; the nearest is 'budget_minutes'"),
         (["--budget_minutes", "five"], "budget_minutes is 'five'; it must be float"),
-        (["--vocab_size", "8.5"], "vocab_size is 8.5; it must be int"),
+        (["--vocab_size", "8.5"], "vocab_size is '8.5'; it must be int"),
         (["--streaming", "maybe"], "streaming is 'maybe'; it must be bool"),
         (["--budget_minutes", "5", "--budget_hours", "1"], "both budget_hours and budget_minutes"),
         (["--max_steps", "5"], "max_steps, which the budget decides; set budget_steps"),

@@ -132,6 +132,30 @@ def test_a_signal_saves_and_the_run_goes_on(make_trainer):
     assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
 
 
+def test_neither_the_text_nor_the_random_weights_are_charged_again(make_trainer, monkeypatch):
+    """A run that was killed before its first checkpoint; reading the text took 5 of the 7 seconds of starting up."""
+    settings = {"budget_minutes": 5, "eval_on_start": True}
+    run_killed(make_trainer, 2, **settings)
+    resumed = make_trainer(**settings)
+    resumed.preparation_seconds = 5.0
+    monkeypatch.setattr("oneday.pretraining.process_age_seconds", lambda: 7.0)
+    spent, evaluate = [], resumed.evaluate
+
+    def evaluate_timed():
+        spent.append(resumed.clock.elapsed_seconds)
+        time.sleep(0.1)
+        metrics = evaluate()
+        spent.append(resumed.clock.elapsed_seconds)
+        return metrics
+
+    resumed.evaluate = evaluate_timed
+    resumed.add_callback(StopAt(1))
+    with pytest.raises(KeyboardInterrupt):
+        resumed.run(resume=True)
+    assert spent[0] == spent[1] and resumed.clock.ledger["evaluation"] == 0.0
+    assert 2.0 <= resumed.clock.ledger["lost"] - resumed.clock.carried_seconds < 3.0
+
+
 def test_a_budget_used_up_before_the_resume_ends_with_the_last_checkpoint(make_trainer):
     settings = {"budget_minutes": 0.2, "save_steps": 3}
     killed = make_trainer("bert", **settings)

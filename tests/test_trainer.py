@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from conftest import DECODERS, ENCODERS, ROW_LENGTH, steps_of
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from oneday.arguments import SettingError
+from oneday.budget import Budget, BudgetClock
+from oneday.callbacks import BudgetProgressCallback
 from oneday.checkpoints import list_checkpoints
+from oneday.loader import plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
 
@@ -197,6 +201,47 @@ def test_budget_smaller_than_a_step_is_refused(make_trainer):
     trainer = make_trainer(budget_tokens=100)
     with pytest.raises(SettingError, match="too small for one step"):
         trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "rows"),
+    [
+        (16384, 8192, 1, (128, 64)),
+        (16384, 8192, 4, (128, 32)),
+        (5120, 4096, 1, (40, 20)),
+        (6000, 4096, 1, (46, 23)),  # 46.9 rows; 47 are divided by nothing
+        (24576, 16384, 1, (192, 96)),
+        (24576, 20480, 1, (192, 96)),
+        (24576, 8192, 2, (192, 48)),
+        (100, 4096, 1, (1, 1)),
+    ],
+)
+def test_a_batch_is_the_one_asked_for_whatever_the_micro_batch(batch, micro, processes, rows):
+    args = SimpleNamespace(
+        micro_batch_tokens=micro, world_size=processes, batch_size_tokens_start=None, use_compile=False
+    )
+    assert plan_rows(args, batch, row_length=128) == rows
+    args.batch_size_tokens_start = batch
+    assert plan_rows(args, batch, row_length=128)[0] % min(micro // 128, rows[0]) == 0, "one that grows has multiples"
+
+
+def test_the_time_left_leaves_out_what_prepared_the_first_step():
+    """A minute of compiling in a budget of three, then a tenth of what is left."""
+    seconds = [0.0]
+    clock = BudgetClock(Budget(seconds=180), now=lambda: seconds[0])
+    clock.start()
+    seconds[0] = 60.0
+    clock.start_progress()
+    seconds[0] = 72.0
+    callback = BudgetProgressCallback(SimpleNamespace(clock=clock, last_eval={}, step_loss=4.0))
+    callback.recent.append((1000, 1.0))
+    assert callback.describe() == "loss 4.000, 1.00k tok/s, 01:12 spent, 01:48 left"
+
+
+def test_mixed_precision_of_an_accelerate_config_changes_nothing(make_trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = make_trainer("bert", budget_steps=1, bf16=False)
+    assert not trainer.accelerator.native_amp and trainer.describe_precision() == "float32"
 
 
 def test_corpus_smaller_than_a_step_is_refused(make_trainer):

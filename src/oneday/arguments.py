@@ -162,6 +162,7 @@ POSITIVE_SETTINGS = (
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 NOT_NEGATIVE_SETTINGS = ("seed", "data_seed", "weight_decay", "max_grad_norm")
 BETWEEN_0_AND_1 = ("adam_beta1", "adam_beta2")
+RAMP_FRACTIONS = ("batch_ramp_fraction", "seq_length_ramp_fraction")
 
 
 @dataclass
@@ -311,6 +312,9 @@ class BudgetTrainingArguments(TrainingArguments):
         for name in BETWEEN_0_AND_1:
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be from 0 to below 1.")
+        for name in RAMP_FRACTIONS:
+            if not 0 < getattr(self, name) <= 1:
+                raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be above 0, at most 1.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             self.use_cpu = True  # accelerate, finding no GPU, would take each process for a run of its own
         self.optimizer_name = self.optim

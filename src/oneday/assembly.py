@@ -72,4 +72,5 @@ def assemble_trainer(
     torch.manual_seed(args.seed)
     model = build_model(config, objective.find_class(config), objective.is_packed)
     trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
+    trainer.preparation_seconds = data.seconds
     return trainer, data

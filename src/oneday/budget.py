@@ -89,6 +89,11 @@ class Budget:
         return self.kwh is not None and not self.stated_watts
 
     @property
+    def is_timed(self) -> bool:
+        """Whether what is spent grows with time, so that the end must be kept a reserve."""
+        return self.clock_limit_seconds is not None or self.needs_meter
+
+    @property
     def clock_limit_seconds(self) -> float | None:
         """The wall-clock limit that time, money and energy together set, in seconds."""
         limits = [self.seconds]
@@ -308,7 +313,7 @@ class BudgetClock:
 
     def used_fraction(self) -> float:
         """Fraction used of the limit that is nearest, the clock's taken without the reserve."""
-        spent = self.spent()
+        spent = {"kwh": 0.0, **self.spent()}  # a replay meters nothing
         return max(spent[kind] / limit for kind, limit in self.budget.limits.items())
 
     def balanced_ledger(self) -> dict[str, float]:
@@ -350,8 +355,14 @@ class BudgetClock:
         self._step_seconds.extend(state.get("step_seconds", ()))  # or the first step would look as if it took no time
 
     def rewind(self, state: dict[str, Any]) -> None:
-        """Count tokens, FLOPs and steps from a checkpoint's `state_dict` again; time and progress go on."""
+        """Count tokens, FLOPs and steps from a checkpoint's `state_dict` again; time and progress go on.
+
+        The seconds of the steps since then were lost.
+        """
         self.tokens, self.flops, self.steps = state["tokens"], state["flops"], state["steps"]
+        for entry in ("steps", "data"):
+            self.ledger["lost"] += self.ledger[entry] - state["ledger"][entry]
+            self.ledger[entry] = state["ledger"][entry]
 
     def load_carried(self, report: dict[str, Any]) -> None:
         """Time and energy of earlier processes, from what `write` wrote last; {}: none."""

@@ -45,6 +45,7 @@ def note_signals() -> Iterator[list[str]]:
         if names and number == signal.SIGINT:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
+        logger.info("%s: a checkpoint is saved after the coming step; Ctrl-C again ends at once.", names[-1])
 
     with handle_signals(STOP_SIGNALS, note):
         yield names
@@ -186,9 +187,9 @@ class BudgetCallback(TrainerCallback):
         return should_evaluate, should_save
 
     def evaluation_is_cheap(self) -> bool:
-        """Whether one more keeps their share of the time so far; always, where no clock ends the run."""
+        """Whether one more keeps their share of the time so far; always, where no time ends the run."""
         trainer, clock = self.trainer, self.trainer.clock
-        if clock.budget.clock_limit_seconds is None:
+        if not clock.budget.is_timed:
             return True
         seconds = trainer.last_eval_seconds
         if seconds is None:
@@ -301,7 +302,7 @@ class BudgetProgressCallback(TrainerCallback):
         clock = self.trainer.clock
         rate = sum(tokens for tokens, _ in self.recent) / sum(seconds for _, seconds in self.recent)
         spent, progress = clock.elapsed_seconds, max(clock.progress, 1e-9)
-        left = spent / progress * (1 - progress)
+        left = (spent - clock.origin.get("seconds", 0.0)) / progress * (1 - progress)
         held_out = self.trainer.last_eval.get("eval_loss")
         shown = "" if held_out is None else f", held-out {held_out:.3f}"
         return (

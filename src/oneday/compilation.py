@@ -75,15 +75,20 @@ def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[st
     except (torch.OutOfMemoryError, SettingError):
         raise
     except Exception as error:  # the compiler's back ends fail in many ways
-        for module in model.modules():
-            module._compiled_call_impl = None
-            if hasattr(module, "selected_positions"):
-                module.selected_positions.differentiate = differentiate
+        uncompile(model)
         reason = (" ".join(str(error).split()) or type(error).__name__)[:120]
         refuse(f"torch_compile does not work here ({reason})", "see that g++ is installed, or begin a run without it")
         logger.warning("torch_compile does not work here (%s): running uncompiled; is g++ installed?", reason)
         return False
     return True
+
+
+def uncompile(model: nn.Module) -> None:
+    """Have a model's layers and the gradient of its logits run as they were written."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+        if hasattr(module, "selected_positions"):
+            module.selected_positions.differentiate = differentiate
 
 
 def mark_varying(bounds: Tensor) -> None:

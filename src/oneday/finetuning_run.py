@@ -220,6 +220,7 @@ def build_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not args.use_cpu,
     )
+    training_args.mixed_precision = "bf16" if choose_bf16(args) else "no"  # not an accelerate config's
     # Several visible GPUs would multiply the batch, and with it change the protocol.
     training_args._n_gpu = min(training_args.n_gpu, 1)
     pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=choose_pad_multiple(args))

@@ -61,15 +61,26 @@ def micro_tokens(args: BudgetTrainingArguments) -> int:
     return min(args.micro_batch_tokens, smallest or args.micro_batch_tokens)
 
 
-def plan_rows(batch_tokens: float, micro_tokens: int, row_length: int, num_processes: int) -> tuple[int, int]:
-    """(rows of a step, rows of a micro-batch) nearest to the tokens asked for; processes only share the step out.
+def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: int) -> tuple[int, int]:
+    """(rows of a step, rows of a micro-batch) for the tokens asked for; processes only share the step out.
+
+    A batch that grows has multiples of a micro-batch. One that stays has the rows asked for, or the nearest number
+    that micro-batches of at least half the size divide.
 
     Example: 16,384 tokens a step, 8,192 a micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32) for 4.
     """
     wanted = max(1, round(batch_tokens / row_length))
-    unit = min(max(1, micro_tokens // row_length), wanted)
-    num_rows = max(1, round(wanted / unit)) * unit
-    return num_rows, share_rows(num_rows, unit, num_processes)
+    unit = min(max(1, micro_tokens(args) // row_length), wanted)
+    multiple = max(1, round(wanted / unit)) * unit
+    micro_rows = share_rows(multiple, unit, args.world_size)
+    if args.batch_size_tokens_start is None and multiple != wanted:
+        for num_rows in sorted(range(args.world_size, wanted + unit), key=lambda rows: abs(rows - wanted)):
+            if abs(num_rows - wanted) >= abs(multiple - wanted):
+                break
+            found = share_rows(num_rows, unit, args.world_size)
+            if 2 * found >= micro_rows:
+                return num_rows, found
+    return multiple, micro_rows
 
 
 def share_rows(num_rows: int, most: int, num_processes: int) -> int:

@@ -94,10 +94,11 @@ def keep_end(trainer: BudgetTrainer) -> None:
 
 def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None:
     """The steps, from random weights or a checkpoint."""
-    if trainer.clock.budget.clock_limit_seconds is not None:
+    if trainer.clock.budget.is_timed:
         measure_end(trainer)
     if trainer.args.eval_on_start and checkpoint is None:
-        trainer.evaluate()
+        with trainer.clock.paused():  # it runs, where a run without a checkpoint is begun again
+            trainer.evaluate()
     trainer.args.eval_on_start = False
     prepare_first_step(trainer, is_new=checkpoint is None)
     if any(trainer.ranks.decide(trainer.next_step_fits())):
@@ -163,10 +164,11 @@ def load_trained(trainer: BudgetTrainer) -> bool:
 
 
 def take_up_clock(trainer: BudgetTrainer) -> None:
-    """Go on from what earlier processes had spent, this one's start-up included, before anything writes there."""
+    """Go on from what earlier processes had spent, and this one's start-up, before anything writes there."""
     clock = trainer.clock
     clock.load_carried(trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET)))
-    clock.start(since=clock.now() - process_age_seconds())
+    # Reading the text again counts as little as it did at first.
+    clock.start(since=clock.now() - max(0.0, process_age_seconds() - trainer.preparation_seconds))
 
 
 def prepare_resume(trainer: BudgetTrainer) -> Path | None:

@@ -133,22 +133,24 @@ def split_command_line(argv: list[str], repeatable: Collection[str] = ()) -> tup
             has_value = position < len(argv) and not argv[position].startswith("--")
             text = argv[position] if has_value else "true"
             position += has_value
-        name, value = key.replace("-", "_"), read_value(key, text)
+        name, value = key.replace("-", "_"), read_value(text)
         name += "_" * keyword.iskeyword(name)  # `--for` is the field `for_`
         overrides[name] = [*overrides.get(name, []), value] if name in repeatable else value
     return recipe, overrides
 
 
-def read_value(key: str, text: str) -> Any:
-    """One command-line value, read as YAML; text that is not YAML is a string."""
+def read_value(text: str) -> Any:
+    """One command-line value: YAML's null, true, false, lists, mappings and quoted texts; all else as it stands.
+
+    What it is to be, `coerce` knows: to YAML 1:30 is 90, 2024_11_27 a number, `no` a truth value, # a remark.
+    """
+    word = text.strip()
+    if word.lower() not in ("", "~", "null", "true", "false") and word[0] not in "[{'\"":
+        return text
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    is_sentence = isinstance(value, dict) and not text.lstrip().startswith("{")
-    # To YAML `no`, `on` and `y` are truth values, and to Hub data sets a language, a column, a split.
-    is_word = isinstance(value, bool) and text.strip().lower() not in ("true", "false")
-    return text if is_sentence or is_word else value
 
 
 def read_layers(path: str) -> list[tuple[str, Settings]]:
@@ -242,7 +244,7 @@ def coerce_one(value: Any, kind: Any) -> Any:
     if kind is int:
         if isinstance(value, bool) or float(value) != int(float(value)):
             raise ValueError(value)
-        return int(float(value)) if isinstance(value, str) and "e" in value.lower() else int(value)
+        return int(value) if not isinstance(value, str) or value.strip("+-").isdecimal() else int(float(value))
     if kind is float:
         if isinstance(value, bool):
             raise ValueError(value)

@@ -21,10 +21,10 @@ from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import position_offset, probe_packing
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
-from oneday.compilation import compile_layers, compile_loss, mark_varying, run_eagerly, try_compiled
+from oneday.compilation import compile_layers, compile_loss, mark_varying, run_eagerly, try_compiled, uncompile
 from oneday.evaluation import add_totals, name_losses, sum_held_out
 from oneday.initialization import check_embedding_init, expected_embedding_std
-from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, micro_tokens, plan_rows
+from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, plan_rows
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
@@ -115,6 +115,8 @@ class BudgetTrainer(RunTrainer):
         self.is_interrupted = False
         self.counted: tuple[list[Batch], tuple[int, float, dict[str, int]]] | None = None
         self.eval_seconds = self.save_seconds = 0.0
+        self.preparation_seconds = 0.0  # of this process, for the text
+        self.tracked_loss = torch.zeros((), device=args.device)  # of the last step that was finite
         self.last_eval_seconds: float | None = None
         self.last_eval: dict[str, float] = {}
         self.position_offset = position_offset(model)
@@ -125,6 +127,7 @@ class BudgetTrainer(RunTrainer):
         check_attention_init(args.attention_init, model)
         self.loader = self.build_loader(args, train_dataset)
         name_run(args)
+        args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
         super().__init__(
             model=model,
             args=args,
@@ -172,7 +175,7 @@ class BudgetTrainer(RunTrainer):
         source.share_among(self.ranks)
         check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
-        largest_rows, _ = plan_rows(largest, micro_tokens(args), source.row_length, args.world_size)
+        largest_rows, _ = plan_rows(args, largest, source.row_length)
         return StepLoader(
             source,
             self.objective.training_collator(self.position_offset),
@@ -188,7 +191,7 @@ class BudgetTrainer(RunTrainer):
             return self.share_plan(self.clock.current().plan, row_length)
         progress = self.clock.progress if progress is None else progress
         tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
-        rows = plan_rows(tokens, micro_tokens(args), row_length, args.world_size)
+        rows = plan_rows(args, tokens, row_length)
         cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
         return self.share_plan(StepPlan(*rows, progress, cut), row_length)
 
@@ -201,7 +204,7 @@ class BudgetTrainer(RunTrainer):
         most = self.micro_batch_limit // row_length if self.micro_batch_limit is not None else plan.micro_rows
         if self.args.use_compile:  # all of one size, also where the smallest step is shared out
             smallest = self.args.batch_size_tokens_start or self.args.batch_size_tokens
-            most = min(most, plan_rows(smallest, micro_tokens(self.args), row_length, self.args.world_size)[1])
+            most = min(most, plan_rows(self.args, smallest, row_length)[1])
         return limit_micro_rows(plan, most, self.args.world_size)
 
     @functools.cached_property
@@ -241,7 +244,8 @@ class BudgetTrainer(RunTrainer):
         loss = self.ranks.sum_gradients(model, total)
         self.step_record = StepRecord(begun, tokens, flops, counts, progress, loss, plan)
         # The parent adds this up for its trackers, and would never get rid of a NaN.
-        return torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        self.tracked_loss = torch.where(torch.isfinite(loss), loss, self.tracked_loss)
+        return self.tracked_loss
 
     def accumulate(self, model: torch.nn.Module, counts: dict[str, int], step: list[Batch]) -> torch.Tensor:
         """The gradient of a step's micro-batches; returns this process's share of its mean loss."""
@@ -288,7 +292,10 @@ class BudgetTrainer(RunTrainer):
 
         is_compiled, _ = fit_into_memory(self, self.loader.peek(), rehearse)
         self.model.zero_grad()
-        return is_compiled
+        (num_failed,) = self.ranks.add(not is_compiled)
+        if num_failed:  # on one of the processes: all plan their steps alike
+            uncompile(self.model)
+        return not num_failed
 
     def count_step(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
         """(tokens, FLOPs, counts of the loss's terms) over all processes; also hears of signals that reached any."""

@@ -266,7 +266,7 @@ def read_setting(name: str, text: str, place: str) -> Any:
     """One value of a recipe's setting, as the command line gives it."""
     known = fields_of(CLASSES)
     check_layer(place, {name: text}, known, refused_settings(CLASSES))
-    return coerce(name, read_value(name, text.strip()), known[name])
+    return coerce(name, read_value(text.strip()), known[name])
 
 
 def name_budget(budget: Budget) -> str:
