@@ -40,7 +40,8 @@ PACKED = "packed"
 MATMUL_MAX_ROW_LENGTH = 512  # measured: at 1,024 SDPA's CPU kernel has caught up
 # Arguments that change the scores. A kernel here that ignored one would train another model in silence.
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "cache")
-MEND = "set packing_strategy to padded"
+# Rows of one document each (packing_strategy padded) run the same way: only another architecture helps.
+MEND = "take another model_config"
 
 
 class PackedLayout(NamedTuple):
@@ -243,7 +244,10 @@ def refuse_restarts(position_ids: Tensor | None) -> None:
     if position_ids is None or torch.compiler.is_compiling():
         return
     if (position_ids.diff(dim=-1) < 0).any():
-        raise SettingError(f"position_ids restart inside a row, but no cu_seq_lens reached the attention: {MEND}.")
+        raise SettingError(
+            f"position_ids restart inside a row, but no cu_seq_lens reached the attention: {MEND}, whose layers hand "
+            "them on."
+        )
 
 
 def mask_packed(
