@@ -275,6 +275,11 @@ BAD = [
     ({"model_config": "model_configs/bert-mimi.json"}, "bert-mini"),
     ({"objective": "clm", "model_config": "model_configs/modernbert-mini.json"}, "modernbert|Masked|CausalLM"),
     ({"objective": "clm", "model_config": "model_configs/bert-mini.json"}, "bert is an encoder, whose tokens see"),
+    ({"objective": "word_order", "word_order_span": 30}, "word_order_span is 30, and the shortest rows of 32"),
+    (
+        {"objective": "word_order", "word_order_span": 14, "max_seq_length_start": 16, "dataset_name": "nowhere"},
+        "the shortest rows of 16 tokens have 13",
+    ),
     ({"tokenizer_name": "nowhere"}, "nowhere"),
     ({"tokenizer_type": "morse"}, "morse"),
     ({"packing_strategy": "loose"}, "packing_strategy"),

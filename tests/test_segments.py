@@ -98,8 +98,9 @@ def test_runs_are_shuffled_in_their_place():
             assert sorted(shuffled[row, run]) == tokens[row, run].tolist() != shuffled[row, run].tolist()
             orders.add(tuple(shuffled[row, run] - tokens[row, run[0]]))
     assert len(orders) >= 4, "all orders occur"
-    nothing, moved = shuffle_runs(tokens, np.zeros_like(free), generator.random((4, 50)), 0.2, 3)
-    assert np.array_equal(nothing, tokens) and not moved.any()
+    for may_move, span in ((np.zeros_like(free), 3), (np.ones_like(free), 51), (np.ones_like(free), 200)):
+        nothing, moved = shuffle_runs(tokens, may_move, generator.random((4, 50)), 0.2, span)
+        assert np.array_equal(nothing, tokens) and not moved.any()
 
 
 def build_row(*documents):

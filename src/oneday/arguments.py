@@ -216,7 +216,9 @@ class BudgetTrainingArguments(TrainingArguments):
         "the row, which may end within a sentence; swapped where there is none).",
     )
     word_order_probability: float = setting(0.05, "For word_order, the fraction of tokens in shuffled runs.")
-    word_order_span: int = setting(3, "For word_order, the tokens of a shuffled run.")
+    word_order_span: int = setting(
+        3, "For word_order, the tokens of a shuffled run; fewer than those of the shortest row."
+    )
     generator_size: float = setting(0.34, "For rtd, the generator's layers as a fraction of the model's.")
     discriminator_weight: float = setting(
         50.0, "For rtd, the weight of the discriminator's loss beside the generator's."

@@ -50,6 +50,9 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
     for name, value in (("max_seq_length_start", args.max_seq_length_start), ("torch_compile", args.use_compile)):
         if not objective_class.is_packed and value:
             raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
+    objective_class.check_rows(
+        args, min(args.max_seq_length_start or data_args.max_seq_length, data_args.max_seq_length)
+    )
     with make_ranks(args).first_alone():
         data = prepare_data(
             data_args, objective_class.kind, args.data_seed if args.data_seed is not None else args.seed

@@ -109,12 +109,14 @@ def shuffle_runs(
         free: (rows, row_length) bool: may be moved.
         draws: (rows, row_length) uniform on [0, 1): runs with the smallest are taken, and their order is by it.
         fraction: Share of a row's free tokens that runs may hold; a row with a run has at least one.
-        span: Tokens of a run.
+        span: Tokens of a run; in rows of fewer tokens nothing moves.
 
     Returns:
         The tokens with runs in another order, and (rows, row_length) bool: in which places runs lie.
     """
     shuffled, moved = tokens.copy(), np.zeros_like(free)
+    if span > tokens.shape[1]:
+        return shuffled, moved
     for row in range(len(tokens)):
         wanted = max(1, round(fraction * int(free[row].sum()) / span))
         fits = np.convolve(free[row], np.ones(span, dtype=int), "valid") == span

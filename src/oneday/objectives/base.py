@@ -68,6 +68,14 @@ class Objective:
         """Whether its tokenizer loses nothing of a text."""
         return keeps_text(self.tokenizer)
 
+    @classmethod
+    def check_rows(cls, args: BudgetTrainingArguments, row_length: int) -> None:
+        """Called before any text is read, with the tokens of the run's shortest rows.
+
+        Raises:
+            SettingError: When they have no room for what the objective does.
+        """
+
     def find_class(self, config: PreTrainedConfig) -> type:
         """The auto class whose model this objective trains."""
         return self.auto_class

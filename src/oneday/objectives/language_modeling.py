@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
-from oneday.arguments import SettingError
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.collators import CausalCollator, Collator, MaskedCollator, WordOrderCollator
 from oneday.modeling import model_kind
 from oneday.objectives.base import EVALUATION_SEED, STANDARD_MLM_PROBABILITY, Objective
+
+# What a run of shuffled tokens leaves out of a row: [CLS], [SEP] and one masked token.
+NEVER_SHUFFLED = 3
 
 
 class MaskedLanguageModeling(Objective):
@@ -56,6 +59,16 @@ class WordOrder(MaskedLanguageModeling):
 
     name = "word_order"
     collator_class = WordOrderCollator
+
+    @classmethod
+    def check_rows(cls, args: BudgetTrainingArguments, row_length: int) -> None:
+        """See Objective: without room for a run it would be `mlm` under another name."""
+        if args.word_order_span > row_length - NEVER_SHUFFLED:
+            raise SettingError(
+                f"The setting word_order_span is {args.word_order_span}, and the shortest rows of {row_length} tokens "
+                f"have {row_length - NEVER_SHUFFLED} beside the special and masked ones; lower it, or raise "
+                f"{'max_seq_length' if args.max_seq_length_start is None else 'max_seq_length_start'}."
+            )
 
     def mask_settings(self) -> dict[str, object]:
         """As for `mlm`, and what is shuffled."""
