@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import DECODERS
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oneday.arguments import SettingError
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.attention import PACKED, build_layout, position_offset, probe_packing
 from oneday.modeling import (
     OWN_ATTENTION,
@@ -34,6 +35,7 @@ from oneday.modeling import (
     load_config,
     model_kind,
 )
+from oneday.objectives import COMPANION, find_objective
 
 CONFIGS = Path(__file__).parent.parent / "model_configs"
 FILES = sorted(CONFIGS.glob("*.json"))
@@ -241,6 +243,31 @@ def test_flops(name):
     ids = torch.randint(5, 100, (2, 64))
     with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
         model(input_ids=ids, use_cache=False).logits.sum().backward()
+    assert expected == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "rows"),
+    [("plm", "xlnet-mini", 8), ("plm", "xlnet-mini", 1), ("rtd", "electra-small", 8), ("rtd", "bert-mini", 8)],
+)
+def test_flops_of_an_objective(objective, name, rows, tmp_path):
+    """Within 2 % of what torch counts for a micro-batch of rows that are one document."""
+    args = BudgetTrainingArguments(output_dir=str(tmp_path), objective=objective)
+    objective = find_objective(objective)(ENCODER, args)
+    config = load_config(CONFIGS / f"{name}.json", ENCODER, 128)
+    model = build_model(config, objective.find_class(config), objective.is_packed)
+    objective.attach(model)
+    counter = objective.make_flop_counter(model, 128)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    ids = np.random.default_rng(0).integers(5, 100, (rows, 128))
+    batch = objective.training_collator(position_offset(model))(ids, [np.array([128])] * rows, np.arange(rows))
+    lengths = batch.attended_lengths
+    expected = counter.step_flops(rows * 128, rows * 128**2, len(batch.labels), lengths)
+    for part in (model, getattr(model, COMPANION, model)):
+        part.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        sums = objective.summed_terms(model, batch)
+        objective.mean_loss(sums, objective.count_terms(batch)).backward()
     assert expected == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 

@@ -84,8 +84,8 @@ def rows(sentences, paired, tmp_path_factory):
 def make(make_trainer, rows, paired):
     """A trainer of an objective over these documents."""
 
-    def build(objective, name, output="run", **settings):
-        chosen = rows["best_fit" if find_objective(objective).is_packed else "padded"]
+    def build(objective, name, output="run", strategy="best_fit", **settings):
+        chosen = rows[strategy if find_objective(objective).is_packed else "padded"]
         defaults = {
             "objective": objective,
             "batch_size_tokens": 12 * 2 * ROW_LENGTH,
@@ -294,6 +294,23 @@ def test_both_models_count_in_the_budget(make):
         assert trainer.clock.flops <= 3e9
         steps[objective] = trainer.clock.steps
     assert steps["rtd"] < 0.75 * steps["mlm"]
+
+
+@pytest.mark.parametrize(("objective", "name"), [("mlm", "bert"), ("rtd", "bert"), ("plm", "xlnet")])
+def test_flops_of_padding_are_counted_and_its_tokens_are_not(make, objective, name):
+    """A row of one short document is executed whole: its padded tail is one more document to the attention."""
+    trainer = make(objective, name, strategy="padded", budget_steps=1)
+    step, counter = trainer.loader.peek(), trainer.flop_counter
+    tokens, flops, _ = trainer.count_step(step)
+    lengths = np.concatenate([batch.doc_lengths for batch in step])
+    tails = 2 * ROW_LENGTH - lengths
+    assert len(lengths) == 12 and (tails > 0).sum() > 6 and tokens == lengths.sum()
+    predicted = sum(len(batch.labels) for batch in step)
+    if objective == "plm":
+        assert flops == pytest.approx(12 * counter.of_row + predicted * counter.of_target, rel=1e-9)
+    else:
+        squares = int((lengths**2 + tails**2).sum())
+        assert flops == pytest.approx(counter.step_flops(12 * 2 * ROW_LENGTH, squares, predicted), rel=1e-9)
 
 
 def test_permuted_loss_is_transformers_own(make):

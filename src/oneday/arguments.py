@@ -176,7 +176,9 @@ class BudgetTrainingArguments(TrainingArguments):
     budget_hours: float | None = setting(None, "Wall-clock budget, in hours.")
     budget_minutes: float | None = setting(None, "Wall-clock budget, in minutes.")
     budget_tokens: float | None = setting(None, "Budget of training tokens, padding not counted.")
-    budget_flops: float | None = setting(None, "Budget of floating-point operations executed, forward and backward.")
+    budget_flops: float | None = setting(
+        None, "Budget of floating-point operations executed, forward and backward, those of padding too."
+    )
     budget_steps: int | None = setting(None, "Budget of optimizer steps.")
     budget_usd: float | None = setting(None, "Budget of money, in US dollars; needs usd_per_hour.")
     usd_per_hour: float | None = setting(None, "Price of the machine, or of all of them, in US dollars an hour.")

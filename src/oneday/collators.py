@@ -42,6 +42,14 @@ class Batch:
     doc_lengths: np.ndarray
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def attended_lengths(self) -> np.ndarray:
+        """(num_pieces,) int64, tokens of what the model attends within: documents and padded tails, or whole rows."""
+        if "cu_seq_lens" in self.inputs:
+            return np.diff(self.inputs["cu_seq_lens"].numpy()).astype(np.int64)
+        num_rows, row_length = self.inputs["input_ids"].shape
+        return np.full(num_rows, row_length, dtype=np.int64)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; to a GPU from pinned memory, which does not wait for what it computes."""
         if device.type == "cpu":

@@ -334,8 +334,8 @@ class FlopCounter:
         """FLOPs of forward and backward.
 
         Args:
-            num_tokens: tokens that go through the model.
-            sum_squared_doc_lengths: sum over documents of the square of their length in tokens.
+            num_tokens: tokens that go through the model, padding included.
+            sum_squared_doc_lengths: sum over documents, padded tails of rows among them, of their squared length.
             num_predicted: tokens that the head and the loss are computed for.
             doc_lengths: makes windowed layers exact; without it they are bounded by tokens times window.
         """

@@ -307,14 +307,15 @@ class BudgetTrainer(RunTrainer):
         return self.counted[1]
 
     def count_share(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
-        """The same of this process; windowed layers count the pairs inside their window."""
-        lengths = np.concatenate([batch.doc_lengths for batch in step])
+        """The same of this process; padding is no token, but executed: FLOPs count it. Windows count as they are."""
+        lengths = np.concatenate([batch.attended_lengths for batch in step])
         counts = Counter()
         for batch in step:
             counts.update(self.objective.count_terms(batch))
-        tokens, squares = int(lengths.sum()), int((lengths**2).sum())
+        tokens = sum(int(batch.doc_lengths.sum()) for batch in step)
+        executed, squares = int(lengths.sum()), int((lengths**2).sum())
         predicted = sum(len(batch.labels) for batch in step)
-        return tokens, self.flop_counter.step_flops(tokens, squares, predicted, lengths), dict(counts)
+        return tokens, self.flop_counter.step_flops(executed, squares, predicted, lengths), dict(counts)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""

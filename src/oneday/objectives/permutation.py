@@ -51,7 +51,8 @@ class PermutedLanguageModeling(Objective):
 class TwoStreamFlops:
     """FLOPs of XLNet with target places, counted once: its projections are bare parameters that no hook sees.
 
-    A row with P targets takes a + b P in the forward pass; both are found from two of them.
+    A row with P targets takes a + b P in forward and backward; both are found from two of them. The backward pass is
+    less than twice the forward: places and targets need no gradient, nor do the words' states after the last layer.
 
     Args:
         model: An XLNet.
@@ -59,29 +60,30 @@ class TwoStreamFlops:
     """
 
     def __init__(self, model: PreTrainedModel, row_length: int) -> None:
-        self.model = model
+        self.model, self.row_length = model, row_length
         # With a single target torch sums no dimension, and counts no product.
-        two, three = (self.count_forward(row_length, num_targets) for num_targets in (2, 3))
+        two, three = (self.count_row(num_targets) for num_targets in (2, 3))
         self.of_target = three - two
         self.of_row = two - 2 * self.of_target
 
-    def count_forward(self, row_length: int, num_targets: int) -> float:
-        """FLOPs of a forward pass over one row."""
+    def count_row(self, num_targets: int) -> float:
+        """FLOPs of forward and backward of one row; leaves no gradient."""
         device, training = self.model.device, self.model.training
         inputs: dict[str, Any] = {
-            "input_ids": torch.zeros(1, row_length, dtype=torch.long, device=device),
-            "perm_mask": torch.zeros(1, row_length, row_length, device=device),
-            "target_mapping": torch.zeros(1, num_targets, row_length, device=device),
+            "input_ids": torch.zeros(1, self.row_length, dtype=torch.long, device=device),
+            "perm_mask": torch.zeros(1, self.row_length, self.row_length, device=device),
+            "target_mapping": torch.zeros(1, num_targets, self.row_length, device=device),
             "use_mems": False,
         }
-        # With gradients: the counter's hooks fail on a view of a parameter that has none.
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with torch.enable_grad(), FlopCounterMode(display=False) as counted:
-            self.model.eval()(**inputs)
+            logits = self.model.eval()(**inputs).logits
+            torch.autograd.grad(logits.sum(), trained, allow_unused=True)
         self.model.train(training)
         return float(counted.get_total_flops())
 
     def step_flops(
         self, num_tokens: int, sum_squared_doc_lengths: int, num_predicted: int, doc_lengths: Any = None
     ) -> float:
-        """FLOPs of forward and backward of rows that are one document each; see `FlopCounter.step_flops`."""
-        return 3.0 * (len(doc_lengths) * self.of_row + num_predicted * self.of_target)
+        """See `FlopCounter.step_flops`; the tokens fill their rows, padding included."""
+        return num_tokens / self.row_length * self.of_row + num_predicted * self.of_target
