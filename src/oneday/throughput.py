@@ -45,12 +45,18 @@ def total_memory_bytes() -> int:
 
 
 def read_memory(without: int, within: Callable[[int, int], int]) -> int:
-    """`without` a cgroup's limit, or `within` it, given limit and use in bytes, whichever is less."""
+    """`without` a cgroup's limit, or `within` it, given limit and use in bytes, whichever is less.
+
+    Pages of files that nobody has read lately (`inactive_file`) are no use: the kernel gives them up when memory is
+    asked for, and a pretraining leaves its data behind in them.
+    """
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return without
+    used = max(0, used - int(stat.get("inactive_file", 0)))
     return without if limit == "max" else max(0, min(without, within(int(limit), used)))
 
 
