@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -45,6 +46,36 @@ def test_split_covers_every_parameter_once():
     assert id(model.get_output_embeddings().weight) in map(id, tables)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
     assert len(split_parameters(gpt)[0]) == 4
+
+
+GIVEN = {
+    "learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.07, "adam_beta1": 0.8, "adam_beta2": 0.95,
+    "adam_epsilon": 1e-6,
+}  # fmt: skip
+ADAM = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
+OF_MATRICES = {
+    "adamw": ADAM,
+    "adamw_8bit": ADAM,
+    "lion_8bit": {"lr": 3e-3 / 10, "betas": (0.9, 0.99)},
+    "ademamix_8bit": {"lr": 3e-3, "betas": (0.9, 0.999, 0.9999), "eps": 1e-6},
+    "muon": {"lr": 2e-2},
+    "muon_8bit": {"lr": 2e-2},
+}
+
+
+@pytest.mark.parametrize("optim", HIDDEN_OPTIMIZERS)
+def test_every_part_has_the_settings_that_its_help_says(tmp_path, optim):
+    """Hidden matrices are decayed, at their own rate; embeddings, norms and biases go to AdamW, undecayed."""
+    model = make_model()
+    args = BudgetTrainingArguments(output_dir=str(tmp_path), optim=optim, budget_steps=1, **GIVEN)
+    groups = {id(p): group for group in build_optimizer(model, args).param_groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    is_hidden = {name: name.endswith("weight") and not re.search("embeddings|LayerNorm", name) for name in names}
+    assert groups.keys() == {id(parameter) for parameter in names.values()} and sum(is_hidden.values()) == 13
+    for name, parameter in names.items():
+        wanted = OF_MATRICES[optim] | {"weight_decay": 0.07} if is_hidden[name] else ADAM | {"weight_decay": 0.0}
+        group = groups[id(parameter)]
+        assert {key: group[key] for key in wanted} == wanted, name
 
 
 @pytest.mark.parametrize("optim", HIDDEN_OPTIMIZERS)

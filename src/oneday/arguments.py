@@ -238,12 +238,16 @@ class BudgetTrainingArguments(TrainingArguments):
     micro_batch_tokens: int = setting(16_384, "Tokens of one forward and backward pass on one process.")
 
     optim: str = setting("muon", "adamw, adamw_8bit, lion_8bit, ademamix_8bit, muon or muon_8bit.")
-    learning_rate: float = setting(1e-3, "Peak learning rate of everything that Muon does not train.")
+    learning_rate: float = setting(
+        1e-3, "Peak learning rate of everything that Muon does not train; lion_8bit's matrices take a tenth."
+    )
     muon_learning_rate: float = setting(5e-3, "Peak learning rate of the hidden matrices under muon.")
-    weight_decay: float = setting(0.01, "Decoupled weight decay of matrices.")
-    adam_beta1: float = setting(0.9, "First-moment decay of AdamW.")
-    adam_beta2: float = setting(0.98, "Second-moment decay of AdamW.")
-    adam_epsilon: float = setting(1e-8, "Epsilon of AdamW.")
+    weight_decay: float = setting(
+        0.01, "Decoupled weight decay of the hidden matrices; embeddings, norms and biases have none."
+    )
+    adam_beta1: float = setting(0.9, "First-moment decay of AdamW, also in 8 bit.")
+    adam_beta2: float = setting(0.98, "Second-moment decay of AdamW, also in 8 bit.")
+    adam_epsilon: float = setting(1e-8, "Epsilon of AdamW and AdEMAMix.")
     max_bad_steps: int = setting(
         5, "Steps in a row whose loss or gradient is not finite, after which the last checkpoint is taken again."
     )

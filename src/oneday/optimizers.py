@@ -118,8 +118,13 @@ def build_lion_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArgument
 
 
 def build_ademamix_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
-    """AdEMAMix with 8-bit moments (Pagliardini et al. 2024, arXiv 2409.03137)."""
-    settings = {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    """AdEMAMix with 8-bit moments; betas .9/.999/.9999 (Pagliardini et al. 2024, arXiv 2409.03137)."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (0.9, 0.999, 0.9999),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
     return import_bitsandbytes().optim.AdEMAMix8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
 
 
