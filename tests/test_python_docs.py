@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ import pytest
 from oneday import python_docs
 from oneday.arguments import DataArguments, SettingError
 from oneday.corpus import load_corpus
-from oneday.docs_tasks import DOCS_TASKS, build_docs_task, find_code_words, hide_names, swap_words
+from oneday.docs_tasks import DOCS_TASKS, build_docs_task, find_code_words, hide_names, split_modules, swap_words
 from oneday.prose import clean_docstring, is_prose, split_sentences
 from oneday.python_docs import TOPIC_PACKAGES, build_python_docs, corpus_hash, find_docstrings, fold_paragraph
 
@@ -268,30 +269,25 @@ def test_task_is_balanced_clean_and_repeatable(name, cache_dir):
         assert len(counts) == rows.features["label"].num_classes
         assert list(rows["idx"]) == list(range(len(rows)))
         columns = [column for column in rows.column_names if column.startswith("sentence")]
-        texts[split] = list(zip(*(rows[column] for column in columns)))
-        assert len(set(texts[split])) == len(rows)
-    assert not set(texts["train"]) & set(texts["validation"])
+        passages = list(zip(*(rows[column] for column in columns)))
+        assert len(set(passages)) == len(rows)
+        texts[split] = {part for passage in passages for text in passage for part in (text, *split_sentences(text))}
+    assert not texts["train"] & texts["validation"], "no sentence is in both"
     again = build_docs_task(name, str(cache_dir))
     assert all(again[split].to_dict() == task[split].to_dict() for split in task)
+
+
+def test_no_module_is_in_both_splits(docs):
+    paths = [{(m.package, m.path) for m in modules} for modules in split_modules(docs).values()]
+    assert len(paths) == 2 and all(paths) and paths[0].isdisjoint(paths[1])
 
 
 def test_topic_does_not_name_its_package(cache_dir):
     task = build_docs_task("docs-topic", str(cache_dir))
     assert task["train"].features["label"].names == list(TOPIC_PACKAGES)
     text = " ".join([*task["train"]["sentence"], *task["validation"]["sentence"]]).lower()
-    words = set(text.replace(".", " ").replace(",", " ").split())
-    assert not words & {
-        "numpy",
-        "pandas",
-        "torch",
-        "pytorch",
-        "scipy",
-        "networkx",
-        "sympy",
-        "np",
-        "plt",
-        "transformers",
-    }
+    short = {"np", "pd", "plt", "mpl", "nx", "hf", "pyplot", "scikit", "pytorch", "python", "cpython"}
+    assert not set(re.findall("[a-z]+", text)) & {*TOPIC_PACKAGES, *short}
     assert hide_names("Uses NumPy, pd.DataFrame and n_jobs of asyncio.", frozenset({"asyncio"})) == (
         "Uses it, it and it of it."
     )

@@ -83,9 +83,9 @@ def build_docs_task(name: str, cache_dir: str | None = None) -> datasets.Dataset
         raise SettingError(f"task_names has {name!r}, which is no built-in task: choose from {', '.join(DOCS_TASKS)}.")
     make, label_names = makers[name]
     docs = build_python_docs(resolve_cache_dir(cache_dir))
-    if name == "docs-topic":
-        make = functools.partial(make_topic, giveaways=find_giveaways(docs))
     splits = split_modules(docs)
+    if name == "docs-topic":
+        make = functools.partial(make_topic, giveaways=find_giveaways(docs), held_out=splits["validation"])
     rows = {split: balance(make(modules, make_rng(split)), split) for split, modules in splits.items()}
     return label_rows(rows, list(label_names))
 
@@ -170,19 +170,31 @@ def hide_names(sentence: str, giveaways: frozenset[str]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def make_topic(modules: list[Module], rng: np.random.Generator, giveaways: frozenset[str]) -> list[dict[str, object]]:
-    """Passages of two or three sentences of a module, in order, with the names of packages and modules taken out."""
-    rows = []
-    for module in modules:
-        if module.package not in TOPIC_PACKAGES:
-            continue
-        sentences = [hide_names(sentence, giveaways) for paragraph in module.paragraphs for sentence in paragraph]
-        label = TOPIC_PACKAGES.index(module.package)
-        rows += [{"sentence": passage, "label": label} for passage in group_passages(sentences)]
-    return [rows[i] for i in rng.permutation(len(rows))]
+def make_topic(
+    modules: list[Module], rng: np.random.Generator, giveaways: frozenset[str], held_out: list[Module]
+) -> list[dict[str, object]]:
+    """Passages of two or three sentences of a module, in order, with the names of packages and modules taken out.
+
+    Without their names two sentences may be one: passages with a sentence of other modules, held out, are left out.
+    """
+    passages = [
+        (group, TOPIC_PACKAGES.index(module.package))
+        for module in modules
+        if module.package in TOPIC_PACKAGES
+        for group in group_passages(hide_all_names(module, giveaways))
+    ]
+    others = () if modules is held_out else held_out
+    taken = {sentence for module in others for sentence in hide_all_names(module, giveaways)}
+    shuffled = (passages[i] for i in rng.permutation(len(passages)))
+    return [{"sentence": " ".join(group), "label": label} for group, label in shuffled if taken.isdisjoint(group)]
 
 
-def group_passages(sentences: list[str]) -> Iterator[str]:
+def hide_all_names(module: Module, giveaways: frozenset[str]) -> list[str]:
+    """The sentences of a module, see `hide_names`."""
+    return [hide_names(sentence, giveaways) for paragraph in module.paragraphs for sentence in paragraph]
+
+
+def group_passages(sentences: list[str]) -> Iterator[list[str]]:
     """Yields the sentences two or three at a time, each group with at least 20 and at most 60 words."""
     group: list[str] = []
     num_words = 0
@@ -193,7 +205,7 @@ def group_passages(sentences: list[str]) -> Iterator[str]:
         group.append(sentence)
         num_words += length
         if len(group) > 1 and num_words >= MIN_PASSAGE_WORDS:
-            yield " ".join(group)
+            yield group
             group, num_words = [], 0
 
 
