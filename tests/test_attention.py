@@ -26,7 +26,6 @@ from oneday.attention import (
     position_offset,
     probe_packing,
     record_attention_calls,
-    supports_packing,
 )
 
 DOCUMENTS, ROW_LENGTH = [[5, 7], [9], [1, 2, 11]], 14
@@ -208,7 +207,6 @@ def test_layout_example():
     layout = build_layout([[2, 1], [4]], 4, position_offset=0)
     assert layout.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
     assert layout.cu_seq_lens.tolist() == [0, 2, 3, 4, 8] and layout.cu_seq_lens.dtype == torch.int32
-    assert layout.max_doc_length == 4
     assert build_layout([[2, 1]], 4, position_offset=2).position_ids.tolist() == [[2, 3, 2, 2]]
     mask = build_mask(layout.cu_seq_lens, (2, 4), False, None)
     assert mask[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
@@ -270,7 +268,6 @@ def test_probe_refuses(name):
     with pytest.raises(SettingError, match="take another model_config") as caught:
         probe_packing(model)
     assert "packing_strategy" not in str(caught.value), "padded rows run the same way"
-    assert not supports_packing(model)
 
 
 def test_a_window_that_is_not_used_refuses_nothing():

@@ -1,7 +1,7 @@
 """One attention for packed rows, registered for every stock architecture that uses transformers' attention interface.
 
 A packed batch is `input_ids` (B, L) whose rows hold documents back to back. `build_layout` turns the document lengths
-into three plain forward arguments (tensors, so that `torch.compile` sees graph inputs and guards no Python object):
+into two plain forward arguments (tensors, so that `torch.compile` sees graph inputs and guards no Python object):
 
     model(input_ids, **build_layout(doc_lengths, row_length)._asdict())
 
@@ -50,18 +50,14 @@ class PackedLayout(NamedTuple):
     Attributes:
         position_ids: (B, L) int64, restarting at each document.
         cu_seq_lens: (num_docs + 1,) int32, document bounds over the B * L flattened tokens, padded tails included.
-        max_doc_length: an upper bound on the longest document, in tokens. It is the row length: a constant, so
-            that a compiled model is not compiled again.
     """
 
     position_ids: Tensor
     cu_seq_lens: Tensor
-    max_doc_length: int
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout on another device."""
-        moved = (x.to(device, non_blocking=True) for x in (self.position_ids, self.cu_seq_lens))
-        return PackedLayout(*moved, self.max_doc_length)
+        return PackedLayout(*(x.to(device, non_blocking=True) for x in self))
 
 
 class AttentionCall(NamedTuple):
@@ -97,7 +93,7 @@ def build_layout(doc_lengths: Sequence[Sequence[int]], row_length: int, position
     starts = np.repeat(bounds[:-1], np.diff(bounds))
     positions = np.arange(len(doc_lengths) * row_length) - starts + position_offset
     position_ids = torch.from_numpy(positions).view(len(doc_lengths), row_length)
-    return PackedLayout(position_ids, torch.tensor(bounds, dtype=torch.int32), row_length)
+    return PackedLayout(position_ids, torch.tensor(bounds, dtype=torch.int32))
 
 
 def build_mask(cu_seq_lens: Tensor, shape: tuple[int, int], is_causal: bool, window: int | None) -> Tensor:
@@ -371,12 +367,3 @@ def compute_influence(model: PreTrainedModel, ids: Tensor, lengths: tuple[int, i
     parts = (logits * weights).split(lengths, dim=1)
     gradients = [torch.autograd.grad(part.sum(), inputs[0], retain_graph=True)[0] for part in parts]
     return logits.detach(), gradients
-
-
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether `probe_packing` finds nothing against packing this model."""
-    try:
-        probe_packing(model)
-    except SettingError:
-        return False
-    return True

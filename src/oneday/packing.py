@@ -157,15 +157,6 @@ def build_rows(
     return PackedRows(input_ids.reshape(num_rows, row_length), doc_lengths, offsets)
 
 
-def packing_efficiency(doc_lengths: np.ndarray, num_rows: int, row_length: int) -> float:
-    """Fraction of positions that hold a token, special ones included; 0.0 for no rows.
-
-    >>> packing_efficiency(np.array([4, 3]), 1, 8)
-    0.875
-    """
-    return float(doc_lengths.sum() / (num_rows * row_length)) if num_rows else 0.0
-
-
 def _copy_runs(
     tokens: np.ndarray, source: np.ndarray, rows: np.ndarray, target: np.ndarray, length: np.ndarray
 ) -> None:
