@@ -29,7 +29,7 @@ from oneday.plan_rows import (
     memory_bytes,
 )
 from oneday.plan_table import format_plan
-from oneday.planning import PlanArguments, plan_budget
+from oneday.planning import PlanArguments, list_models, plan_budget
 from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element, take_batch
 from oneday.recipe import parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
@@ -233,6 +233,38 @@ def test_a_plan_that_cannot_be_made_leaves_nothing(small_recipe, tmp_path, setti
     with pytest.raises(SettingError, match=message):
         plan(small_recipe, target, **{"probe_seconds": 0.2, **settings})
     assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "base.yaml", "plans/../recipe.yaml", "link.yaml"])
+def test_a_recipe_that_is_planned_with_is_not_overwritten(small_recipe, tmp_path, name):
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "link.yaml").symlink_to(small_recipe)
+    before = {path: path.read_text() for path in tmp_path.glob("*.yaml")}
+    with pytest.raises(SettingError, match=f"plan_recipe is '.*{name}', which the plan is made from"):
+        plan(small_recipe, tmp_path / name, probe_seconds=0.2)
+    assert {path: path.read_text() for path in tmp_path.glob("*.yaml")} == before
+
+
+def test_models_are_the_recipes_own_and_the_configs_beside_it(tmp_path, monkeypatch):
+    """Under the recipe's own spelling, which the choice and the probes go by; no other JSON is taken for a model."""
+    monkeypatch.chdir(tmp_path)
+    shape = {"model_type": "bert"}
+    contents = {"small": shape, "wide": shape, "baseline-bert": shape, "other": {"model_type": "gpt2"},
+                "budget": {"status": "done"}, "generation_config": {"eos_token_id": 1}, "events": [1]}  # fmt: skip
+    Path("run").mkdir()
+    for name, content in contents.items():
+        Path("run", f"{name}.json").write_text(json.dumps(content))
+    Path("run/torn.json").write_text('{"model_type": "be')
+    assert list_models(None, "./run/small.json") == ["./run/small.json", "run/wide.json"]
+    assert list_models(None, "run/baseline-bert.json") == ["run/baseline-bert.json", "run/small.json", "run/wide.json"]
+    assert list_models(["run/wide.json", f"{tmp_path}/run/small.json"], "./run/small.json") == [
+        "./run/small.json", "run/wide.json",
+    ]  # fmt: skip
+    assert list_models(["run/wide.json"], "run/small.json") == ["run/wide.json"]
+    Path("run/small.json").rename("run/config.json")
+    assert list_models(None, "run") == ["run", "run/wide.json"]
+    with pytest.raises(SettingError, match="torn.json is not valid JSON"):
+        list_models(["run/torn.json"], "run")
 
 
 def test_for_is_a_word_of_the_language():

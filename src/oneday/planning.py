@@ -31,6 +31,7 @@ from oneday.probing import (
     measure_pace,
 )
 from oneday.recipe import Settings, build_arguments, complete_settings, read_layers
+from oneday.run_directory import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
     settings = complete_settings(CLASSES, given)
     model_args, _, args = build_arguments(CLASSES, settings)
     budget, machine = check_settings(model_args, args), find_machine(args, plan_args.for_, plan_args.gpu_memory_gb)
-    check_writable(plan_args.plan_recipe)
-    models = plan_args.models or find_relatives(settings["model_config"])
+    check_writable(plan_args.plan_recipe, recipe_path)
+    models = list_models(plan_args.models, settings["model_config"])
     family = Family.of_settings(settings, read_model_type(settings["model_config"]))
     with tempfile.TemporaryDirectory(prefix="oneday-plan-") as folder:
         material = find_material(settings, Path(folder))
@@ -139,11 +140,24 @@ def read_model_type(model_config: str) -> str:
     return yaml.safe_load(check_config_file(model_config).read_text(encoding="utf-8"))["model_type"]
 
 
+def list_models(models: list[str] | None, own: str) -> list[str]:
+    """The models to choose from; the recipe's own is named as the recipe names it, however it is spelled here."""
+    named, own_file = models or [own, *find_relatives(own)], check_config_file(own).resolve()
+    others = [model for model in named if check_config_file(model).resolve() != own_file]
+    return others if len(others) == len(named) else [own, *others]
+
+
 def find_relatives(model_config: str) -> list[str]:
     """The config files of a recipe's architecture beside its own; the baselines are for benchmarks alone."""
-    file, kind = check_config_file(model_config), read_model_type(model_config)
-    beside = [path for path in sorted(file.parent.glob("*.json")) if not path.name.startswith("baseline-")]
-    return [str(path) for path in beside if path == file or read_model_type(str(path)) == kind]
+    folder, kind = check_config_file(model_config).parent, read_model_type(model_config)
+    beside = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("baseline-")]
+    return [str(path) for path in beside if has_model_type(path, kind)]
+
+
+def has_model_type(path: Path, kind: str) -> bool:
+    """Whether a JSON file is the config of a model of this kind; any other file may lie beside one."""
+    content = read_json(path)
+    return isinstance(content, dict) and content.get("model_type") == kind
 
 
 def find_material(settings: Settings, folder: Path) -> Material:
@@ -221,8 +235,16 @@ def write_recipe(recipe_path: str, given: Settings, row: Row, target: str) -> Pa
     return path
 
 
-def check_writable(target: str) -> None:
-    """Raise SettingError, before anything is measured, when the recipe cannot be written."""
+def check_writable(target: str, recipe_path: str) -> None:
+    """See, before anything is measured, that the recipe can be written, and not over one that it is made from.
+
+    Raises:
+        SettingError: When it cannot.
+    """
+    if Path(target).resolve() in [Path(file).resolve() for file, _ in read_layers(recipe_path)]:
+        raise SettingError(
+            f"The setting plan_recipe is {target!r}, which the plan is made from and would overwrite; name another."
+        )
     folder = Path(target).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
