@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from test_programs import run_script  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneday.arguments import SettingError
-from oneday.scoring import CPU_TOKENS, Scorer
+from oneday.scoring import CPU_TOKENS, Score, Scorer
 from oneday.tokenization import train_tokenizer
 from oneday.zero_shot import Question, list_local_tasks, load_task
-from oneday.zero_shot_results import EvaluateArguments, evaluate_task, format_zero_shot, is_right
+from oneday.zero_shot_results import EvaluateArguments, credit, evaluate_task, format_zero_shot
 
 PAIRS = [
     ("", "ka lo mi"),
@@ -232,8 +233,6 @@ class Fixed:
 
 
 def test_accuracies_by_hand():
-    from oneday.scoring import Score
-
     questions = [Question((("Q", " ab"), ("Q", " abcdefgh")), gold) for gold in (0, 1, 1)]
     scores = [Score(2.0, 1, True), Score(4.0, 2, False)] * 3
     results = evaluate_task(Fixed(scores), questions)
@@ -244,9 +243,20 @@ def test_accuracies_by_hand():
     results = evaluate_task(Fixed([Score(2.0, 2, True), Score(4.0, 1, False)]), words)
     assert results["accuracy"] == 0.5 and results["perplexity"] == pytest.approx(math.exp(3.0)), "of a word"
     pairs = [Question((("", "a"), ("", "b")), 0, group) for group in "xxy"]
-    results = evaluate_task(Fixed([Score(n, 1, False) for n in (1, 2, 2, 1, 1, 1)]), pairs)
+    results = evaluate_task(Fixed([Score(n, 1, False) for n in (1, 2, 2, 1, 1, 2)]), pairs)
     assert results["groups"] == {"x": 0.5, "y": 1.0} and "accuracy_norm" not in results
-    assert is_right(pairs[0], [Score(1.0, 1, False)] * 2), "the first of two equal ones"
+
+
+def test_equal_choices_share_what_the_right_one_counts():
+    """A minimal pair that the model cannot tell apart is worth a guess, not a hit."""
+    pairs = [Question((("", "a"), ("", "b")), 0)] * 3
+    results = evaluate_task(Fixed([Score(n, 1, False) for n in (1, 1, 1, 2, 2, 1)]), pairs)
+    assert results["accuracy"] == 0.5
+    assert results["standard_error"] == pytest.approx(stdev([0.5, 1.0, 0.0]) / math.sqrt(3))
+    choices = [Question((("Q", " ab"), ("Q", " cd"), ("Q", " efgh")), gold) for gold in (0, 1, 2)]
+    results = evaluate_task(Fixed([Score(n, 1, False) for n in (1.0, 1.0, 2.0)] * 3), choices)
+    assert results["accuracy"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert results["accuracy_norm"] == pytest.approx(3 * 1 / 3 / 3), "all three are equal by their lengths"
 
 
 def test_lm_evaluation_harness_gives_the_same(make_model, tokenizers, anyone):
@@ -308,10 +318,10 @@ def test_lm_evaluation_harness_chooses_the_same(make_model, tokenizers, anyone, 
         scores = scorer.score(question.pairs)
         theirs = [float(answer[0]) for answer in sample["filtered_resps"]]
         assert [-score.nats for score in scores] == pytest.approx(theirs, abs=1e-3)
-        hits.append(is_right(question, scores))
-        assert hits[-1] == bool(sample["acc"])
+        hits.append(credit(question, scores))
+        assert hits[-1] == sample["acc"]
         if name == "endings":
-            assert is_right(question, scores, question.lengths) == bool(sample["acc_norm"])
+            assert credit(question, scores, question.lengths) == sample["acc_norm"]
     assert 0 < sum(hits) < 24, "choices of both kinds"
     ours, theirs = evaluate_task(scorer, questions), found["results"][name]
     assert ours["accuracy"] == pytest.approx(theirs["acc,none"])

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, pvariance
 from typing import Any
 
 from oneday.arguments import SettingError, setting
@@ -52,7 +52,7 @@ class EvaluateArguments:
 
 
 def evaluate_task(scorer: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
-    """Accuracies of one task.
+    """Accuracies of one task: what `credit` gives on average.
 
     Returns:
         `accuracy` (by the summed log-probability), `standard_error`, `chance`, `num_questions`; `accuracy_norm` (by
@@ -64,32 +64,37 @@ def evaluate_task(scorer: Scorer, questions: Sequence[Question]) -> dict[str, An
     for question in questions:
         ends.append(ends[-1] + len(question.pairs))
     parts = [scores[start:end] for start, end in zip(ends, ends[1:])]
-    hits = [is_right(question, part) for question, part in zip(questions, parts)]
+    points = [credit(question, part) for question, part in zip(questions, parts)]
     results: dict[str, Any] = {
-        "accuracy": fmean(hits),
-        "standard_error": math.sqrt(fmean(hits) * (1 - fmean(hits)) / max(1, len(hits) - 1)),
+        "accuracy": fmean(points),
+        "standard_error": math.sqrt(pvariance(points) / max(1, len(points) - 1)),
         "chance": fmean(1 / len(q.pairs) if len(q.pairs) > 1 else 0.0 for q in questions),
         "num_questions": len(questions),
     }
     if all(len(question.pairs) == 1 for question in questions):
         results["perplexity"] = math.exp(min(700.0, fmean(score.nats for score in scores)))
     elif all(question.pairs[0][0] for question in questions) and not shares_ending(questions):
-        normalised = [is_right(question, part, question.lengths) for question, part in zip(questions, parts)]
-        results["accuracy_norm"] = fmean(normalised)
+        results["accuracy_norm"] = fmean(
+            credit(question, part, question.lengths) for question, part in zip(questions, parts)
+        )
     if any(question.group for question in questions):
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for question, hit in zip(questions, hits):
-            groups[question.group].append(hit)
+        groups: dict[str, list[float]] = defaultdict(list)
+        for question, own in zip(questions, points):
+            groups[question.group].append(own)
         results["groups"] = {name: fmean(group) for name, group in sorted(groups.items())}
     return results
 
 
-def is_right(question: Question, scores: Sequence[Score], lengths: Sequence[int] | None = None) -> bool:
-    """Whether the right choice is the most probable one; the first one counts where two are equal."""
+def credit(question: Question, scores: Sequence[Score], lengths: Sequence[int] | None = None) -> float:
+    """1 where the right choice is the most probable one, else 0; of several equal ones each has its share of the 1.
+
+    lm-evaluation-harness takes the first of them, which in a minimal pair is always the right one.
+    """
     if len(scores) == 1:
-        return scores[0].is_greedy
+        return float(scores[0].is_greedy)
     nats = [score.nats / length for score, length in zip(scores, lengths or [1] * len(scores))]
-    return nats.index(min(nats)) == question.gold
+    best = [choice for choice, own in enumerate(nats) if own == min(nats)]
+    return 1 / len(best) if question.gold in best else 0.0
 
 
 def shares_ending(questions: Sequence[Question]) -> bool:
