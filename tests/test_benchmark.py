@@ -32,8 +32,8 @@ from oneday.benchmarks.heldout import CurveCallback, HeldOut, point_times
 from oneday.benchmarks.ours import run_ours
 from oneday.benchmarks.planning import Plan, Text, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
-from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, run_stock
-from oneday.benchmarks.throughput import expand_grid, measure_throughput, pick_figures
+from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, note_deviation, run_stock
+from oneday.benchmarks.throughput import describe_peaks, expand_grid, measure_throughput, pick_figures
 from oneday.benchmarks.throughput import format_table as format_grid
 from oneday.benchmarks.throughput import make_job as make_throughput_job
 from oneday.benchmarks.versus_stock import choose_batch_and_rate, choose_best, find_baselines, median_match
@@ -455,6 +455,13 @@ def test_stock_runs_every_kind_of_baseline(name, recipe, tmp_path, monkeypatch):
     assert again["steps"] == max(1, round(1.0 / again["step_seconds_probed"]))
 
 
+@pytest.mark.parametrize(("seconds", "word"), [(640.0, "slower"), (560.0, "faster"), (620.0, ""), (580.0, "")])
+def test_a_stock_run_of_another_length_is_said(caplog, seconds, word):
+    note_deviation(seconds, 600.0)
+    expected = [f"Stock took {seconds:.0f} of 600 s: the machine was {word} than when its steps were probed."]
+    assert caplog.messages == expected * bool(word)
+
+
 def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("oneday.benchmarks.records.SAME_SPEED", 100.0)  # other tests may run beside this one
     records = tmp_path / "records"
@@ -540,6 +547,7 @@ def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, reci
     assert code == 0, stderr
     assert max(map(len, table.splitlines())) <= 80, table
     assert "cannot run: The setting optim is 'adamw_9bit'" in " ".join(table.split())
+    assert "beside each point's own steps, " in " ".join(table.split()) and " TFLOP/s in float32;" in table
     record = json.loads((records / "throughput-mini-pretrain-optim=adamw.json").read_text())
     assert record["tokens_per_second"] > 0
     assert record["mfu"] == pytest.approx(record["flops_per_second"] / record["peak_flops_measured"])
@@ -576,6 +584,13 @@ def test_throughput_says_what_micro_batch_ran(recipe, tmp_path, monkeypatch):
     assert measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=128))["micro_batch_tokens"] == 128
     with pytest.raises(SettingError, match="does not hold a micro-batch of 256 tokens; 128 it held"):
         measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=256))
+
+
+def test_peaks_are_named_as_the_points_have_them():
+    points = [("float32", 0.93e12), ("bfloat16 autocast", 1.8e12), ("float32", 0.91e12)]
+    points.append(("bfloat16, float32 master weights", 1.8001e12))
+    records = [{"precision": precision, "peak_flops_measured": peak} for precision, peak in points]
+    assert describe_peaks(records) == "0.910 to 0.930 TFLOP/s in float32, 1.800 TFLOP/s in bfloat16"
 
 
 def test_rows_that_grow_are_measured_at_their_full_length(recipe, tmp_path, monkeypatch):

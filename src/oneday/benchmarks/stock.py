@@ -186,13 +186,19 @@ def run_stock(job: Job) -> dict[str, Any]:
         trainer.train()
         curve.add_point(held_out.measure())
         result = describe_result(clock, curve, trainer.model, args.device, peak_flops, bf16)
-    if abs(result["clock_seconds"] / details["budget_seconds"] - 1) > NOTED_DEVIATION:
-        logger.warning(
-            "Stock took %.0f of %.0f s: the machine was not as fast as when its steps were probed.",
-            result["clock_seconds"], details["budget_seconds"],
-        )  # fmt: skip
+    note_deviation(result["clock_seconds"], details["budget_seconds"])
     facts = {"step_seconds_probed": step_seconds, "num_chunks": len(chunks)}
     return {**result, **facts, "precision": "bfloat16 autocast" if bf16 else "float32"}
+
+
+def note_deviation(seconds: float, budget_seconds: float) -> None:
+    """A word of a run that took clearly more or less than its budget."""
+    if abs(seconds / budget_seconds - 1) > NOTED_DEVIATION:
+        pace = "slower" if seconds > budget_seconds else "faster"
+        logger.warning(
+            "Stock took %.0f of %.0f s: the machine was %s than when its steps were probed.",
+            seconds, budget_seconds, pace,
+        )  # fmt: skip
 
 
 def free_memory(device: torch.device) -> None:
