@@ -48,6 +48,8 @@ from oneday.packed_dataset import pack_corpus
 from oneday.preparation import PreparedData
 from oneday.processes import RunError, attempt
 from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
+from oneday.reporting import format_report
+from oneday.run_directory import inspect_run
 from oneday.trainer import BudgetTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -515,6 +517,22 @@ def test_versus_stock_from_start_to_table(run_benchmark, recipe, tmp_path, monke
     assert run_benchmark(*argv)[0] == 0
     assert (kept / "model.safetensors").read_bytes() != weights, "another run, in place of the older one"
     assert {path.name for path in kept.parent.iterdir()} == {kept.name}
+
+
+def test_a_kept_run_is_a_run_directory(recipe, tmp_path, monkeypatch):
+    """Of a finished run, so that the programs that take one take it; what was measured is what the record has."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    settings = yaml.safe_load(recipe.read_text()) | {"budget_minutes": None, "budget_steps": 2}
+    plan = Plan("tiny", complete_settings(CLASSES, settings), RecordStore(tmp_path, ENVIRONMENT))
+    job = plan.keeping(KeepArguments(str(tmp_path / "kept"))).our_job("ours", "", 1, 1)
+    record, kept = job.run(job), tmp_path / "kept" / job.name
+    assert "budget used" in format_report(kept)
+    assert {"environment.json", "training_curve.png", "model.safetensors"} <= {path.name for path in kept.iterdir()}
+    assert f"# {job.name}" in (kept / "README.md").read_text().splitlines()
+    assert inspect_run(kept, {**job.recipe, "output_dir": str(kept)}) == "finished"
+    results = json.loads((kept / "results.json").read_text())
+    assert results["eval_mlm_loss"] == record["final"]["eval_mlm_loss"] and results["steps"] == record["steps"] == 2
+    assert str(tmp_path) not in json.dumps(record)
 
 
 @pytest.fixture

@@ -7,10 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from oneday import hub_texts
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
+from oneday.durable_files import write_json
+from oneday.model_card import write_reports
 from oneday.recipe import build_arguments
+from oneday.run_directory import SOURCES, create_run
 
 
 def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
@@ -24,8 +28,10 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         SettingError: When a setting cannot work.
         KeyboardInterrupt: When a signal ended it.
     """
-    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
-        model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": folder})
+    with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as temporary:
+        folder = Path(temporary) / job.name  # its card and its curve have this name
+        folder.mkdir()
+        model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": str(folder)})
         check_settings(model_args, args)
         trainer, data = assemble_trainer(model_args, data_args, args)
         held_out = HeldOut(
@@ -47,13 +53,17 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         if "eval_bits_per_byte" in metrics:
             losses["bits_per_byte"] = metrics["eval_bits_per_byte"]
         curve.add_point(losses)
-        if run_dir is not None:
-            keep_run(folder, run_dir)
         result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
+        if run_dir is not None:  # all is measured
+            create_run(folder, {**job.recipe, "output_dir": str(run_dir)})
+            if hub_texts.REVISIONS:
+                write_json(folder / SOURCES, hub_texts.REVISIONS)
+            write_reports(trainer, data, model_args, data_args, metrics)
+            keep_run(folder, run_dir)
         return {**result, "precision": trainer.describe_precision()}
 
 
-def keep_run(folder: str, run_dir: Path) -> None:
+def keep_run(folder: Path, run_dir: Path) -> None:
     """Copy a finished run's directory to where it is kept, whole or not at all, in place of an older one."""
     aside = run_dir.with_name(f".{run_dir.name}")
     shutil.rmtree(aside, ignore_errors=True)
