@@ -16,7 +16,7 @@ from test_programs import run_script  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneday.arguments import SettingError
-from oneday.scoring import CPU_TOKENS, Score, Scorer
+from oneday.scoring import CPU_TOKENS, Score, Scorer, find_trained_length, load_scorer
 from oneday.tokenization import train_tokenizer
 from oneday.zero_shot import Question, list_local_tasks, load_task
 from oneday.zero_shot_results import EvaluateArguments, credit, evaluate_task, format_zero_shot
@@ -431,6 +431,49 @@ def test_a_context_is_cut_at_the_length_that_was_trained(make_model, tokenizers)
     (cut,), (whole,) = (scorer.encode([(context, " ka lo")]) for scorer in (short, long))
     assert len(cut.ids) == 13 and len(whole.ids) > 13, "the last token is not fed"
     assert cut.ids == whole.ids[-13:] and len(cut.places) == len(whole.places)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError
+
+    monkeypatch.setattr("oneday.hub.hf_hub_download", refuse)
+
+
+def test_the_length_that_was_trained_is_found(tmp_path, monkeypatch, no_hub):
+    """Of a finished run, of a checkpoint in one, whether finished or not, and of a pushed one."""
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    assert find_trained_length(str(run)) is None
+    (run / "recipe.yaml").write_text("max_seq_length: 48\n")
+    assert find_trained_length(str(run)) == 48
+    assert find_trained_length(str(checkpoint)) is None, "no checkpoint of this project"
+    (checkpoint / "oneday_state.json").write_text("{}")
+    monkeypatch.chdir(checkpoint)
+    assert find_trained_length(str(checkpoint)) == find_trained_length(".") == 48
+    (run / "results.json").write_text(json.dumps({"max_seq_length": 32}))
+    assert find_trained_length(str(checkpoint)) == find_trained_length(str(run)) == 32
+    assert find_trained_length("ann/tiny") is None, "there is no network"
+    monkeypatch.setattr("oneday.hub.hf_hub_download", lambda repo, name: str(run / name))
+    assert find_trained_length("ann/tiny") == 32
+    for strange in ([1], {"max_seq_length": "long"}, {"max_seq_length": None}):
+        (run / "results.json").write_text(json.dumps(strange))
+        assert find_trained_length("ann/tiny") is None, "another project's file"
+
+
+def test_a_checkpoint_is_scored_as_its_run(make_model, tokenizers, tmp_path, caplog):
+    folder = tmp_path / "run" / "checkpoint-4"
+    make_model("gpt2").save_pretrained(folder)
+    tokenizers["decoder"].save_pretrained(folder)
+    caplog.set_level("INFO", "oneday.scoring")
+    load = lambda: load_scorer(str(folder), 512, torch.device("cpu")).text_length  # noqa: E731
+    assert load() == 64
+    assert "checkpoint-4 was trained on is not known: texts of up to 64 tokens" in caplog.text
+    caplog.clear()
+    (folder / "oneday_state.json").write_text("{}")
+    (folder.parent / "recipe.yaml").write_text("max_seq_length: 32\n")
+    assert (load(), caplog.text) == (32, "")
 
 
 def test_nothing_to_evaluate_is_refused():

@@ -379,6 +379,14 @@ def fetch_sources(repo_id: str) -> dict[str, str]:
         return {}
 
 
+def fetch_results(repo_id: str) -> dict[str, Any]:
+    """results.json of a pushed run; {}: the repository has none, or it cannot be had."""
+    try:
+        return rundir.read_json(hf_hub_download(repo_id, rundir.RESULTS))
+    except Exception:  # noqa: BLE001  # a name that is none, no network, nothing in the cache
+        return {}
+
+
 def find_newest(folder: Path) -> Path | None:
     """The checkpoint of most steps: one strategy after another may have left both kinds."""
     return max([*folder.glob(LAST_CHECKPOINT), *list_checkpoints(folder)], key=read_step, default=None)

@@ -7,9 +7,11 @@ Language Model Scoring").
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +30,15 @@ from transformers import (
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.attention import position_offset
+from oneday.checkpoints import STATE
 from oneday.cross_entropy import chunk_rows
+from oneday.hub import fetch_results
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
+from oneday.recipe import read_yaml
 from oneday.tokenization import keeps_text, special_layout
+
+logger = logging.getLogger(__name__)
 
 BAR_SECONDS = 3.0
 TEXTS_AT_ONCE = 1000
@@ -242,8 +249,34 @@ def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
             f"model_name_or_path {name} has no trained word head ({sorted(info['missing_keys'])[0]} is missing): it "
             "cannot score texts; fine-tune it instead."
         )
-    trained_length = rundir.read_json(Path(name) / rundir.RESULTS).get("max_seq_length")
-    return Scorer(model.to(device), tokenizer, batch_tokens, trained_length)
+    trained_length = find_trained_length(name)
+    scorer = Scorer(model.to(device), tokenizer, batch_tokens, trained_length)
+    if trained_length is None:
+        logger.info(
+            "The row length that %s was trained on is not known: texts of up to %d tokens are scored in one piece.",
+            name, scorer.text_length,
+        )  # fmt: skip
+    return scorer
+
+
+def find_trained_length(name: str) -> int | None:
+    """Tokens of a row of this project's run that a checkpoint is of; None: not known.
+
+    A run directory and a repository on the Hub have it in their results; a checkpoint of a run that goes on has the
+    run's recipe beside it.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return read_length(fetch_results(name))
+    run_dir = folder.resolve().parent if (folder / STATE).is_file() else folder
+    length, recipe = read_length(rundir.read_json(run_dir / rundir.RESULTS)), run_dir / rundir.RECIPE
+    return read_length(read_yaml(str(recipe))) if length is None and recipe.is_file() else length
+
+
+def read_length(settings: Any) -> int | None:
+    """`max_seq_length` of a run's results or recipe; None: the file is another project's."""
+    length = settings.get("max_seq_length") if isinstance(settings, dict) else None
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def describe_load_error(name: str, error: Exception) -> str:
