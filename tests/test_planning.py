@@ -29,9 +29,9 @@ from oneday.plan_rows import (
     memory_bytes,
 )
 from oneday.plan_table import format_plan
-from oneday.planning import PlanArguments, list_models, plan_budget
-from oneday.probing import Pace, Probe, count_saved_bytes, state_bytes_per_element, take_batch
-from oneday.recipe import parse_recipe, resolve_settings, split_command_line
+from oneday.planning import PlanArguments, find_material, list_models, plan_budget
+from oneday.probing import Pace, Probe, count_saved_bytes, measure_pace, state_bytes_per_element, take_batch
+from oneday.recipe import complete_settings, parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
 from oneday.schedules import interpolate
 
@@ -204,6 +204,49 @@ def test_a_plan_of_this_machine(small_recipe, tmp_path):
     assert (args.budget_minutes, args.learning_rate, args.usd_per_hour) == (2, 2e-3, 6)
     assert (args.optimizer_name, args.micro_batch_tokens, data_args.max_seq_length) == ("muon", 256, ROW_LENGTH)
     assert yaml.safe_load(target.read_text())["extends"] == "../base.yaml"
+
+
+@pytest.mark.parametrize(
+    ("compiles", "embedding_init", "gain", "fixed_seconds"),
+    [(True, "cooccurrence", 0.25, 30.0), (True, "random", 0.25, 30.0), (False, "cooccurrence", 1.0, 30.0),
+     (False, "random", 1.0, 0.0)],
+)  # fmt: skip
+def test_what_the_own_model_gains_and_waits_for_stands_for_all(
+    small_recipe, tmp_path, monkeypatch, compiles, embedding_init, gain, fixed_seconds
+):
+    """By hand: compiled it takes a quarter of the time a token, and 30 of the 120 s pass before its first step."""
+    plain, asked = {"small": Pace(4e-4, 0.2), "wide": Pace(1e-3, 0.5)}, []
+
+    def measure(material, settings, seconds):
+        name = Path(settings["model_config"]).stem
+        is_whole = settings["torch_compile"] or settings["embedding_init"] != "random"
+        asked.append((name, is_whole, seconds))
+        return Pace(1e-4 if settings["torch_compile"] else 4e-4, 0.3, 30.0) if is_whole else plain[name]
+
+    monkeypatch.setattr("oneday.planning.measure_pace", measure)
+    monkeypatch.setattr("oneday.planning.measure_model", lambda material, settings: PROBE)
+    given = {"torch_compile": compiles, "embedding_init": embedding_init, "batch_size_tokens_start": "null"}
+    made = plan(small_recipe, tmp_path / "mine.yaml", budget_minutes=2, probe_seconds=6, **given)
+    for row in made.rows:
+        pace = plain[Path(row.model_config).stem]
+        rate = 256 / (256 * gain * pace.seconds_per_token + pace.seconds_per_step)
+        assert row.tokens == pytest.approx((120 - fixed_seconds) * rate)
+        assert row.hours == pytest.approx(120 / 3600)
+    seconds = 6 / (2 + compiles)
+    whole = [("small", True, seconds)] if fixed_seconds else []
+    assert asked == [("small", False, seconds), ("wide", False, seconds), *whole]
+
+
+def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_path, monkeypatch):
+    def prepare(trainer, is_new):
+        trainer.clock.ledger["initialization"] += 5.0
+        trainer.clock.ledger["compilation"] += 20.0
+
+    monkeypatch.setattr("oneday.probing.prepare_first_step", prepare)
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]))
+    pace = measure_pace(find_material(settings, tmp_path), settings, 0.05)
+    assert pace.fixed_seconds == 25.0
+    assert 0 < pace.seconds_per_token < 1 and 0 < pace.seconds_per_step < 20
 
 
 def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):
