@@ -3,7 +3,7 @@
 The update of a matrix is its momentum with every singular value s moved near 1: odd quintics s (a + b s^2 + c s^4),
 composed. Three things make it cheaper than `torch.optim.Muon`, whose update is otherwise the same:
 
-* the quintics are the best ones for their number (COEFFICIENTS), and the matrix is divided by a bound on its largest
+* the quintics are the best ones for their number (QUINTICS), and the matrix is divided by a bound on its largest
   singular value that is up to n^(3/8) tighter than the Frobenius norm: 4 steps do what 5 did;
 * of a wide matrix, two steps at a time are done on its n x n Gram matrix alone (`gram_steps`);
 * matrices of one shape go through one batched product.
@@ -14,7 +14,7 @@ Shapes: B matrices; n is their smaller side, m the larger one. The formulas are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -27,31 +27,20 @@ from oneday.throughput import has_fast_bf16
 
 Quintic = tuple[float, float, float]
 
-# For each number of steps the composition of odd quintics that maps [l, 1] nearest to 1, found greedily: each is the
-# minimax quintic (four-point Remez exchange in float64) on the interval that the one before leaves, and a greedy
-# composition is optimal (Amsel et al. 2025, "The Polar Express", arXiv 2505.16932). Two margins for bfloat16: every
-# interval is taken 1 % longer at its top, so that rounding above the bound does no harm, and none wider than 20 to 1,
-# so that no quintic dips near zero inside it. tests/test_muon.py computes the table again.
-COEFFICIENTS: dict[int, tuple[Quintic, ...]] = {
-    3: (  # [0.010, 1.01] -> [0.705, 1.295]; small values grow 75 times
-        (7.72219, -20.57313, 14.57636),
-        (3.59945, -2.59375, 0.49706),
-        (2.69746, -1.97409, 0.43877),
-    ),
-    4: (  # [0.003, 1.01] -> [0.765, 1.235]; 278 times
-        (7.93662, -21.1444, 14.98111),
-        (3.87699, -2.64482, 0.47983),
-        (3.52911, -2.5834, 0.50293),
-        (2.55627, -1.86086, 0.42677),
-    ),
-    5: (  # [0.001, 1.01] -> [0.846, 1.154]; 966 times
-        (8.00011, -21.31355, 15.10096),
-        (3.96825, -2.66428, 0.47572),
-        (3.8328, -2.6358, 0.48206),
-        (3.36341, -2.47494, 0.49291),
-        (2.35939, -1.69674, 0.40966),
-    ),
-}
+# The composition of four odd quintics that maps [0.003, 1.01] nearest to 1, into [0.765, 1.235], found greedily: each
+# is the minimax quintic (four-point Remez exchange in float64) on the interval that the one before leaves, and a
+# greedy composition is optimal (Amsel et al. 2025, "The Polar Express", arXiv 2505.16932). Small values grow 278-fold.
+# Two margins for bfloat16: every interval is taken 1 % longer at its top, so that rounding above the bound does no
+# harm, and none wider than 20 to 1, so that no quintic dips near zero inside it. tests/test_muon.py computes it again.
+QUINTICS: tuple[Quintic, ...] = (
+    (7.93662, -21.1444, 14.98111),
+    (3.87699, -2.64482, 0.47983),
+    (3.52911, -2.5834, 0.50293),
+    (2.55627, -1.86086, 0.42677),
+)
+
+# Share of the old momentum in the new.
+MOMENTUM = 0.95
 
 # Matrices of one shape are stacked up to this many elements.
 MAX_STACKED_ELEMENTS = 64 * 1024**2
@@ -72,33 +61,17 @@ def count_run_flops(rows: int, columns: int, length: int) -> int:
     return 4 * small**2 * large + 2 * small**3 * (4 * length - 3)
 
 
-def count_orthogonalization_flops(rows: int, columns: int, num_steps: int, gram_steps: int) -> int:
-    """FLOPs of the products in `orthogonalize` for one matrix, two a multiply-add.
-
-    Args:
-        rows: Rows of the matrix.
-        columns: Its columns.
-        num_steps: Quintic steps.
-        gram_steps: As in `orthogonalize`.
-    """
-    runs = choose_runs(rows, columns, num_steps, gram_steps)
-    return sum(count_run_flops(rows, columns, run) for run in runs)
-
-
-def choose_runs(rows: int, columns: int, num_steps: int, gram_steps: int) -> list[int]:
+def choose_runs(rows: int, columns: int, gram_steps: int) -> list[int]:
     """The lengths of the runs that need the fewest FLOPs; shorter runs, which round less, at a tie."""
-    candidates = (split_steps(num_steps, length) for length in range(1, gram_steps + 1))
+    candidates = (split_steps(len(QUINTICS), length) for length in range(1, gram_steps + 1))
     return min(candidates, key=lambda runs: sum(count_run_flops(rows, columns, run) for run in runs))
 
 
-def orthogonalize(
-    matrices: Tensor, quintics: Sequence[Quintic], gram_steps: int | None = None, norm_order: int = 8
-) -> Tensor:
+def orthogonalize(matrices: Tensor, gram_steps: int | None = None) -> Tensor:
     """Move the singular values of each matrix near 1, and leave its singular vectors.
 
-    The bound that divides a matrix is its Schatten norm (sum of s^p)^(1/p), at least the largest singular value.
-    p = 2 is the Frobenius norm; p = 8 is the fourth root of the Frobenius norm of (X X^T)^2, which the first step
-    needs anyway.
+    The bound that divides a matrix is its Schatten norm (sum of s^8)^(1/8), at least the largest singular value: the
+    fourth root of the Frobenius norm of (X X^T)^2, which the first step needs anyway.
 
     A run of k steps computes R = X X^T once, goes on with n x n matrices (Q <- P Q, R <- P R P with
     P = a + b R + c R^2) and ends with Q X. In exact arithmetic k does not matter. In bfloat16 R loses the squares of
@@ -108,10 +81,8 @@ def orthogonalize(
 
     Args:
         matrices: (B, rows, columns); computed in its own dtype and left alone.
-        quintics: (a, b, c) of each step.
         gram_steps: Longest run of steps on one Gram matrix; the run that needs the fewest FLOPs up to it is taken,
             longer than 1 when m > 1.5 n. None: 2 in 16 bits, all steps in 32 or 64.
-        norm_order: p of the bound, 2 or 8.
 
     Returns:
         (B, rows, columns), in the dtype of `matrices`; zero where a matrix is zero. A matrix with a value that is
@@ -119,18 +90,15 @@ def orthogonalize(
     """
     tall = matrices.size(1) > matrices.size(2)
     if gram_steps is None:
-        gram_steps = 2 if matrices.dtype.itemsize == 2 else len(quintics)
+        gram_steps = 2 if matrices.dtype.itemsize == 2 else len(QUINTICS)
     largest = torch.linalg.vector_norm(matrices, float("inf"), dim=(1, 2), keepdim=True)
     matrices = matrices / largest.clamp(min=1e-30)
     done = 0
-    for length in choose_runs(matrices.size(1), matrices.size(2), len(quintics), gram_steps):
+    for length in choose_runs(matrices.size(1), matrices.size(2), gram_steps):
         gram = torch.bmm(matrices.mT, matrices) if tall else torch.bmm(matrices, matrices.mT)
-        if done == 0:
-            factor = compute_first_factor(gram, quintics[0], norm_order)
-        else:
-            factor = compute_factor(gram, quintics[done])
+        factor = (compute_factor if done else compute_first_factor)(gram, QUINTICS[done])
         total = factor
-        for quintic in quintics[done + 1 : done + length]:
+        for quintic in QUINTICS[done + 1 : done + length]:
             gram = torch.bmm(torch.bmm(factor, gram), factor)
             factor = compute_factor(gram, quintic)
             total = torch.bmm(factor, total)
@@ -147,17 +115,14 @@ def compute_factor(gram: Tensor, quintic: Quintic) -> Tensor:
     return factor
 
 
-def compute_first_factor(gram: Tensor, quintic: Quintic, norm_order: int) -> Tensor:
+def compute_first_factor(gram: Tensor, quintic: Quintic) -> Tensor:
     """The same, the division of X by its bound included: (a / f) I + (b / f^3) R + (c / f^5) R^2.
 
     The largest element of X is 1, so that f is at least 1, unless X is zero.
     """
     square = torch.bmm(gram, gram)
     precise = torch.promote_types(gram.dtype, torch.float32)
-    if norm_order == 2:
-        bound = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=precise).sqrt()
-    else:
-        bound = torch.linalg.vector_norm(square, dim=(1, 2), dtype=precise).sqrt().sqrt()
+    bound = torch.linalg.vector_norm(square, dim=(1, 2), dtype=precise).sqrt().sqrt()
     bound = bound.clamp(min=1)[:, None, None]
     a, b, c = quintic
     factor = gram * (b / bound**3) + square * (c / bound**5)
@@ -169,48 +134,21 @@ class Muon(Optimizer):
     """Momentum with its singular values moved near 1, scaled to the root mean square of an AdamW update.
 
     The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` (Liu et al. 2025, arXiv 2502.16982), its
-    convention of momentum included (M <- momentum M + (1 - momentum) G), but for the values that the singular values
-    take. For matrices G of n x m it subtracts lr 0.2 sqrt(max(n, m)) orthogonalize(momentum), and lr weight_decay W.
+    conventions of momentum included (M <- 0.95 M + 0.05 G, and one step ahead, as Nesterov), but for the values that
+    the singular values take. For matrices G of n x m it subtracts lr 0.2 sqrt(max(n, m)) orthogonalize(momentum), and
+    lr weight_decay W.
 
     Args:
         params: Two-dimensional parameters, or groups of them.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
-        momentum: Share of the old momentum in the new.
-        nesterov: Look one step ahead.
-        num_steps: Quintic steps: 3, 4 or 5. 4 moves what is above 0.003 of the bound into [0.76, 1.24].
-        quintics: (a, b, c) of each step instead of the table's for `num_steps`.
-        gram_steps: As in `orthogonalize`.
-        norm_order: As in `orthogonalize`.
-        compute_dtype: Of the matrix products; None: bfloat16 where the hardware is faster in it, else float32.
 
     Raises:
-        SettingError: When a parameter is not two-dimensional, or there is no table for `num_steps`.
+        SettingError: When a parameter is not two-dimensional.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 5e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        num_steps: int = 4,
-        quintics: Sequence[Quintic] | None = None,
-        gram_steps: int | None = None,
-        norm_order: int = 8,
-        compute_dtype: torch.dtype | None = None,
-    ) -> None:
-        if quintics is None and num_steps not in COEFFICIENTS:
-            known = ", ".join(map(str, COEFFICIENTS))
-            raise SettingError(f"The setting num_steps is {num_steps!r}; set one of {known}, or give the quintics.")
-        if norm_order not in (2, 8):
-            raise SettingError(f"The setting norm_order is {norm_order!r}; set 2 or 8.")
-        if gram_steps is not None and gram_steps < 1:
-            raise SettingError(f"The setting gram_steps is {gram_steps!r}; set 1 or more.")
-        self.quintics = tuple(quintics) if quintics is not None else COEFFICIENTS[num_steps]
-        self.gram_steps, self.norm_order, self.compute_dtype = gram_steps, norm_order, compute_dtype
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov})
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of matrices; see `torch.optim.Optimizer`."""
@@ -236,16 +174,16 @@ class Muon(Optimizer):
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """One update of parameters of one shape on one device."""
-        rate, momentum = float(group["lr"]), group["momentum"]
+        rate = float(group["lr"])
         gradients = [parameter.grad.float() for parameter in parameters]
         buffers = [self.read_momentum(parameter) for parameter in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
         for parameter, buffer in zip(parameters, buffers):
             self.write_momentum(parameter, buffer)
-        ahead = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
-        dtype = self.compute_dtype or (torch.bfloat16 if has_fast_bf16(parameters[0].device) else torch.float32)
+        ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)
+        dtype = torch.bfloat16 if has_fast_bf16(parameters[0].device) else torch.float32
         stacked = torch.stack([matrix.to(dtype) for matrix in ahead])
-        updates = orthogonalize(stacked, self.quintics, self.gram_steps, self.norm_order)
+        updates = orthogonalize(stacked)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate * scale)
