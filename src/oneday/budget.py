@@ -178,11 +178,12 @@ class BudgetClock:
         if self._started is None or self._stopped is not None or self._paused is not None:
             yield
             return
-        self._paused = self.now()
+        self._paused, metered = self.now(), self.meter.read() if self.meter is not None else 0.0
         try:
             yield
         finally:
             self._started += self.now() - self._paused
+            self._metered_from += self.meter.read() - metered if self.meter is not None else 0.0
             self._paused = None
 
     def count_step(self, tokens: int, flops: float, seconds: float) -> None:

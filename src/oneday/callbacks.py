@@ -45,7 +45,7 @@ def note_signals() -> Iterator[list[str]]:
         if names and number == signal.SIGINT:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
-        logger.info("%s: a checkpoint is saved after the coming step; Ctrl-C again ends at once.", names[-1])
+        logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", names[-1])
 
     with handle_signals(STOP_SIGNALS, note):
         yield names

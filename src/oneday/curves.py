@@ -51,7 +51,7 @@ def draw_loss(
     if evals:
         end = (evals[-1][key] * scale, evals[-1]["eval_loss"])
         axis.annotate(f"{end[1]:.2f}", end, (0, 8), textcoords="offset points", ha="center", color=HELD_OUT_COLOR)
-    axis.set(xlabel=label, ylabel="loss (nats / predicted token)")
+    axis.set(xlabel=label, ylabel="loss (nats)")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
 

@@ -72,15 +72,17 @@ def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: in
     wanted = max(1, round(batch_tokens / row_length))
     unit = min(max(1, micro_tokens(args) // row_length), wanted)
     multiple = max(1, round(wanted / unit)) * unit
-    micro_rows = share_rows(multiple, unit, args.world_size)
+    num_rows = multiple
     if args.batch_size_tokens_start is None and multiple != wanted:
-        for num_rows in sorted(range(args.world_size, wanted + unit), key=lambda rows: abs(rows - wanted)):
-            if abs(num_rows - wanted) >= abs(multiple - wanted):
+        for rows in sorted(range(1, wanted + unit), key=lambda rows: abs(rows - wanted)):
+            if abs(rows - wanted) >= abs(multiple - wanted):
                 break
-            found = share_rows(num_rows, unit, args.world_size)
-            if 2 * found >= micro_rows:
-                return num_rows, found
-    return multiple, micro_rows
+            found = share_rows(rows, unit, 1)
+            # Where memory runs out, half of them must divide the step as well as may be.
+            if 2 * found >= unit and 4 * share_rows(rows, max(1, found // 2), 1) >= found:
+                num_rows = rows
+                break
+    return num_rows, share_rows(num_rows, unit, args.world_size)
 
 
 def share_rows(num_rows: int, most: int, num_processes: int) -> int:

@@ -148,9 +148,10 @@ def read_value(text: str) -> Any:
     if word.lower() not in ("", "~", "null", "true", "false") and word[0] not in "[{'\"":
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
         return text
+    return text if word[:1] in ("'", '"') and not isinstance(value, str) else value
 
 
 def read_layers(path: str) -> list[tuple[str, Settings]]:

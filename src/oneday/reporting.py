@@ -69,7 +69,7 @@ def format_report(run_dir: str | Path) -> str:
     has_one_term = not {"eval_masked_loss", "eval_discriminator_loss"} & results.keys()
     names = {
         "eval_loss": "held-out loss (nats / token)" if has_one_term else "held-out loss (weighted sum)",
-        "eval_mlm_loss": "  the same at 15 % masks",
+        "eval_mlm_loss": "  the same at 15 % masks" if has_one_term else "  masked words at 15 % masks",
         "bits_per_byte": "bits / byte",
         "eval_masked_loss": "  of the masked words",
         "eval_discriminator_loss": "  of the discriminator",
