@@ -643,6 +643,10 @@ def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
     assert base != changed
     assert rows[1]["difference"] == pytest.approx(changed - base)
     assert (rows[1]["standard_error"], rows[1]["verdict"]) == (None, "needs 3 seeds")
+    monkeypatch.setattr("oneday.benchmarks.ablation.name_obstacle", lambda text, base: "other loss")
+    run_ablation(plan, AblationArguments(change=["lr_shape = linear"]), SeedArguments(seeds=[7]), KeepArguments())
+    (row,) = json.loads((records / "ablation-tiny.json").read_text())["rows"][1:]
+    assert (row["difference"], row["verdict"]) == (None, "other loss")
 
 
 BAD = [

@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from oneday.card_results import zero_shot_section
-from oneday.model_card import card_metadata, glue_section, usage
+from oneday.model_card import card_metadata, glue_section, results_table, usage
+from oneday.reporting import format_report
 
 RESULTS = {"eval_loss": 4.125, "corpus": "python-docs", "objective": "mlm"}
 GLUE = {
@@ -62,3 +63,28 @@ def test_a_run_without_other_scores_has_its_held_out_loss_and_language(tmp_path)
     values = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
     assert values == {"loss": 4.125, "bits_per_byte": 1.5}
     assert zero_shot_section(tmp_path) == glue_section(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("objective", "term", "said"),
+    [
+        ("mlm", {}, ("nats a predicted token", "(nats / token)")),
+        ("rtd", {"eval_discriminator_loss": 0.25}, ("the weighted sum of both terms' means", "(weighted sum)")),
+        (
+            "mlm_nsp",
+            {"eval_masked_loss": 4.0, "eval_nsp_loss": 0.125},
+            ("the sum of both terms' means", "(weighted sum)"),
+        ),
+    ],
+)
+def test_a_loss_of_several_terms_is_called_a_sum(tmp_path, objective, term, said):
+    results = RESULTS | {
+        "objective": objective, "before": {}, "tokens_per_second": 1.0, "mfu": 0.5, "tokens_seen": 1,
+        "num_parameters": 1, "model_config": "a.json", "corpus_hash": "c", "threads": 1,
+    } | term  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "budget.json").write_text(json.dumps({"used_fraction": 1.0, "limit": {"steps": 3}}))
+    (score,) = card_metadata(tmp_path, results)["model-index"][0]["results"]
+    assert score["metrics"][0]["name"] == f"held-out loss, {said[0]}"
+    assert f"held-out loss, {said[0]} |" in results_table(results)
+    assert f"held-out loss {said[1]}" in format_report(tmp_path)

@@ -51,6 +51,7 @@ def test_runs_are_compared_by_what_they_share():
     table = format_comparison(runs, different)
     assert "at 15 % masks" in table and "do not compare" not in table and table.splitlines()[2].startswith("b")
     assert "match" not in table.splitlines()[0] and "no time to match" in table, "there is one point"
+    assert not any(line.endswith(" x") for line in table.splitlines())
     same = {name: {"objective": "mlm", "masks_hash": "m"} for name in runs}
     table = format_comparison(runs, same)
     assert "at 15 % masks" not in table and table.splitlines()[2].startswith("a"), "one loss has a curve"

@@ -103,6 +103,17 @@ def test_metered_energy_keeps_a_reserve_for_the_end_and_can_be_replayed(make_tra
     assert again.clock.steps == first.clock.steps
 
 
+def test_energy_is_not_charged_while_the_clock_is_paused():
+    machine = Machine()
+    clock = BudgetClock(Budget(kwh=0.01), now=lambda: machine.seconds, meter=EnergyMeter("test counter", [machine]))
+    clock.start()
+    machine.run(2.0, 100)
+    with clock.paused():
+        machine.run(50.0, 300)
+    machine.run(1.0, 100)
+    assert (clock.elapsed_seconds, clock.metered_kwh * 3.6e6) == (pytest.approx(3.0), pytest.approx(300.0))
+
+
 class AtBegin(TrainerCallback):
     """Calls something before the first step."""
 

@@ -32,7 +32,7 @@ from oneday import finetuning_processes
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
 from oneday.finetuning import finetune_task, prepare_task, run_protocol
-from oneday.finetuning_run import ClassificationTrainer, measure_run
+from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
 from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
@@ -163,6 +163,14 @@ def test_a_batch_is_as_long_as_its_longest_row(bert, data_dir, tmp_path, monkeyp
     run_protocol(make_args(bert, data_dir, tmp_path, num_train_epochs=1))
     assert all(mask.sum(1).max() == mask.shape[1] for mask in batches)
     assert any(mask.shape[1] % 8 for mask in batches)
+
+
+def test_mixed_precision_of_an_accelerate_config_changes_nothing(bert, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args, checkpoint = make_args(bert, data_dir, tmp_path, bf16=False), load_checkpoint(bert)
+    task = prepare_task("sst2", args, checkpoint)
+    trainer = build_trainer(build_classifier(checkpoint, task.task, None, 0, False), checkpoint, task, args, 0)
+    assert not trainer.accelerator.native_amp
 
 
 def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):

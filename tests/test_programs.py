@@ -22,8 +22,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
+from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.recipe import run_program
+from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
 from oneday.run_directory import create_run, refresh_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,14 @@ def run_script(monkeypatch, tmp_path, capsys):
 
 def flags(**settings):
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def test_the_trainer_knows_how_long_the_text_took(text_file, tmp_path):
+    """A resumed run is not charged for it."""
+    argv = flags(**SMALL, dataset_name=text_file, cache_dir=tmp_path / "cache", output_dir=tmp_path / "run")
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, argv))
+    trainer, data = assemble_trainer(*build_arguments(CLASSES, settings))
+    assert trainer.preparation_seconds == data.seconds > 0
 
 
 @pytest.mark.parametrize("at_start", [1e9, 9e9])
@@ -180,7 +189,8 @@ def test_gpt_and_report(run_script, text_file, tmp_path):
     argv = flags(**settings, objective="clm", tokenizer_type="bpe", dataset_name=text_file, output_dir=out)
     code, _, stderr = run_script("pretrain", *argv)
     assert code == 0, stderr
-    assert json.loads((out / "results.json").read_text())["bits_per_byte"] > 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["bits_per_byte"] > 0 and len(results["masks_hash"]) == 16
     scores = {"accuracy": 0.612, "standard_error": 0.01, "chance": 0.5, "num_questions": 200}
     (out / "zero_shot_results.json").write_text(json.dumps({"tasks": {"blimp": scores}}))
     code, shown, _ = run_script("report", "--run_dir", out)

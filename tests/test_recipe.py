@@ -61,6 +61,8 @@ def test_words_that_yaml_takes_for_truth_values_stay_words():
         ("output_dir", "2024_11_27", "2024_11_27"),
         ("output_dir", "'runs/1'", "runs/1"),
         ("output_dir", "1.50", "1.50"),
+        ("output_dir", '"Stop": she said.', '"Stop": she said.'),
+        ("output_dir", "[2024-13-45]", "[2024-13-45]"),
         ("dataset_name", "/data/corpus #1/*.txt", "/data/corpus #1/*.txt"),
         ("seed", "042", 42),
         ("vocab_size", "8192.0", 8192),

@@ -131,7 +131,8 @@ def name_metrics(objective: Objective, name: str, totals: Mapping[str, Sequence[
 def hash_evaluation(objective: Objective, dataset: PackedDataset, name: str) -> str:
     """16 hex digits of the first held-out rows as they are scored; losses of two runs compare where these are equal.
 
-    Of the model's inputs, the predicted positions, their labels and, where there are several terms, their weights.
+    Of the model's inputs, the predicted positions, their labels and, where there are several terms, their weights; not
+    of what the generator of `rtd` puts in: each run's discriminator is scored on its own generator's words.
 
     Args:
         objective: Hides, predicts and weighs.

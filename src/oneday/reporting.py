@@ -13,6 +13,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.card_results import zero_shot_tasks
 from oneday.model_card import find_pipeline
+from oneday.objectives import OBJECTIVES, Objective
 
 MASKED_TEXTS = (
     "Return the [MASK] of elements in the list.",
@@ -66,7 +67,7 @@ def format_report(run_dir: str | Path) -> str:
     folder, results = Path(run_dir), read_results(run_dir)
     budget = rundir.read_json(folder / rundir.BUDGET)
     lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}", "-" * 78]
-    has_one_term = not {"eval_masked_loss", "eval_discriminator_loss"} & results.keys()
+    has_one_term = OBJECTIVES.get(results["objective"], Objective).loss_unit == Objective.loss_unit
     names = {
         "eval_loss": "held-out loss (nats / token)" if has_one_term else "held-out loss (weighted sum)",
         "eval_mlm_loss": "  the same at 15 % masks" if has_one_term else "  masked words at 15 % masks",
