@@ -27,6 +27,8 @@ from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.ranks import check_strategy
 from oneday.run_directory import read_json, read_metrics
 
+pytestmark = pytest.mark.xdist_group("ranks")  # slow fixtures: once, in one worker
+
 STEPS, LEARNING_RATE, MUON_RATE = 20, 1e-3, 5e-3
 SETTINGS = {
     "model_config": "model_configs/modernbert-mini.json", "vocab_size": 150, "max_seq_length": 32,
@@ -143,6 +145,7 @@ def check_samples_are_shared_out(folder, processes, sizes):
         assert sorted(sample for part in parts for sample in part) == list(range(first, first + rows_a_step))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_one_process(run, alone):
     """Every process goes on in smaller micro-batches with the same losses, and each sample is read by one of them."""
     together = run(2, "oom", fault="oom:1:5", budget_steps=STEPS)

@@ -24,6 +24,8 @@ from oneday.run_directory import read_json, read_metrics
 from oneday.sharded_optimizers import count_rows, cut_rows_of
 from oneday.tokenization import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.xdist_group("sharding")  # slow fixtures: once, in one worker
+
 STEPS = 4
 # Of all runs of one start; what waits for a process that is gone is not waited for.
 TIMEOUT_SECONDS = 1200

@@ -11,9 +11,9 @@ import difflib
 import functools
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
-import evaluate
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -22,6 +22,9 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from oneday.arguments import SettingError
+
+if TYPE_CHECKING:
+    import evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +345,8 @@ def take_examples(rows: Dataset, limit: int | None) -> Dataset:
 @functools.cache
 def load_metric(name: str) -> evaluate.Metric:
     """A configuration of the metric module on disk; needs no network."""
+    import evaluate  # here, because it takes a second and pretraining needs only the table of tasks
+
     return evaluate.load(str(METRIC_DIR), name, keep_in_memory=True)
 
 
