@@ -17,6 +17,11 @@ absolute() { if [[ $1 != /* && $1 != null ]]; then echo "$caller/$1"; else echo 
 absolute_model() { if [[ -d $caller/$1 ]]; then absolute "$1"; else echo "$1"; fi; }
 flags=() kind=
 for word in "$@"; do
+    if [[ $word == --* ]]; then  # --task-data-dir is --task_data_dir
+        key=${word%%=*}
+        rest=${word#"$key"} key=${key#--}
+        word=--${key//-/_}$rest
+    fi
     case $kind$word in
         --*_dir=*|--*_file=*) word="${word%%=*}=$(absolute "${word#*=}")" ;;
         --model_name_or_path=*) word="${word%%=*}=$(absolute_model "${word#*=}")" ;;

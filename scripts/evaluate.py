@@ -67,7 +67,10 @@ def read_texts(args: EvaluateArguments) -> list[str]:
         texts = load_files(args.text_name, args.text_column, resolve_cache_dir(None))["text"]
     except SettingError as error:
         raise SettingError(str(error).replace("dataset_name", "text_name")) from None
-    return [text for text in list(texts)[: args.max_examples] if text]
+    texts = [text for text in texts if text and text.strip()]
+    if not texts:
+        raise SettingError(f"text_name {args.text_name!r} holds no text: every {args.text_column!r} in it is empty.")
+    return texts[: args.max_examples]
 
 
 def find_output_dir(args: EvaluateArguments) -> Path:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, pipeline
+from transformers import TextStreamer, pipeline
 
 from oneday.arguments import SettingError, setting
 from oneday.recipe import parse_recipe, run_program
 from oneday.reporting import format_filled
-from oneday.scoring import load_scorer
+from oneday.scoring import Scorer, load_scorer
 
 Answer = Callable[[str], None]
 
@@ -45,7 +45,7 @@ def main() -> None:
     (args,) = parse_recipe((TryArguments,), description=DESCRIPTION, example=EXAMPLE)
     scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
     make = make_filler if scorer.kind == "encoder" else make_writer
-    answer = make(args, scorer.model, scorer.tokenizer)
+    answer = make(args, scorer)
     for text in [args.text] if args.text is not None else read_lines():
         answer(text)
 
@@ -61,14 +61,18 @@ def read_lines() -> Iterable[str]:
             yield line
 
 
-def make_filler(args: TryArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answer:
+def make_filler(args: TryArguments, scorer: Scorer) -> Answer:
     """Fills each mask of a text."""
-    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, top_k=5, device="cpu")
+    tokenizer, limit = scorer.tokenizer, scorer.max_length
+    fill = pipeline("fill-mask", model=scorer.model, tokenizer=tokenizer, top_k=5, device="cpu")
 
     def answer(text: str) -> None:
         text = text.replace("[MASK]", tokenizer.mask_token)
         if tokenizer.mask_token not in text:
             sys.stdout.write(f"  put {tokenizer.mask_token} where a word is to be found\n")
+            return
+        if len(tokenizer(text)["input_ids"]) > limit:
+            sys.stdout.write(f"  more than the {limit} tokens that the model reads: put in less\n")
             return
         guesses = fill(text)
         for each in guesses if isinstance(guesses[0], list) else [guesses]:
@@ -77,8 +81,9 @@ def make_filler(args: TryArguments, model: PreTrainedModel, tokenizer: PreTraine
     return answer
 
 
-def make_writer(args: TryArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answer:
+def make_writer(args: TryArguments, scorer: Scorer) -> Answer:
     """Goes on with a text, token by token; of a long one the end is read."""
+    model, tokenizer = scorer.model, scorer.tokenizer
     limit = getattr(model.config, "max_position_embeddings", None) or 0
     if 0 < limit <= args.max_new_tokens:
         raise SettingError(f"max_new_tokens is {args.max_new_tokens}, but the model has {limit} positions; lower it.")

@@ -23,8 +23,10 @@ from oneday.arguments import DataArguments, SettingError
 from oneday.corpus import (
     Corpus,
     count_bytes,
+    drop_held_out,
     hash_corpus,
     hash_documents,
+    hold_out_of_stream,
     list_hub_ids,
     load_corpus,
     mix,
@@ -33,7 +35,6 @@ from oneday.corpus import (
     resolve_cache_dir,
     sample_bytes,
     shuffle_together,
-    split_stream,
 )
 from oneday.hub_texts import load_hub
 from oneday.stream_files import ParquetPart, StreamShard, TablePart
@@ -102,6 +103,79 @@ def test_small_txt_files_of_a_directory_are_documents_and_a_large_one_is_cut():
     assert "Book 2.\n\nIt has two paragraphs." in texts
 
 
+def test_a_long_txt_without_blank_lines_is_cut_at_line_ends(monkeypatch):
+    monkeypatch.setattr("oneday.text_files.WHOLE_FILE_BYTES", 200)
+    Path("lines.txt").write_text("".join(f"line {number:03}\n" for number in range(100)))
+    texts = sorted(list_texts(load("lines.txt")))
+    assert [len(text) for text in texts] == [207, 207, 207, 207, 72], "lines of 9 characters"
+    assert "".join(texts) == Path("lines.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["t", "t/*.txt"])
+def test_a_file_that_is_held_out_is_not_trained_on(name, caplog):
+    """However it is cut there: alone it is cut at blank lines, beside others it is one document."""
+    os.mkdir("t")
+    for part in "abc":
+        Path(f"t/{part}.txt").write_text(f"{part} one.\n\n{part} two.\n")
+    corpus = load(name, validation_name="t/a.txt")
+    assert corpus.validation["text"][:] == ["a one.\n", "a two.\n"]
+    assert corpus.train["text"][:] == ["b one.\n\nb two.\n", "c one.\n\nc two.\n"]
+    assert f"1 files of {name} are held out" in caplog.text
+    with pytest.raises(SettingError, match="has only files that validation_name names too"):
+        load(name, validation_name="t/a.txt,t/b.txt,t/c.txt")
+
+
+def test_a_directory_gives_what_is_not_hidden_and_says_what_it_leaves_out(caplog):
+    os.makedirs("d/.ipynb_checkpoints")
+    for path in ("d/a.csv", "d/.ipynb_checkpoints/a-checkpoint.csv", "d/._a.csv", "d/c4.json.gz"):
+        Path(path).write_bytes(b"\xff" if "._" in path else b"text\nfirst\nsecond\n")
+    assert sorted(list_texts(load("d"))) == ["first", "second"]
+    assert "1 files of other kinds in d are not read, such as d/c4.json.gz." in caplog.text
+
+
+def test_names_of_parquet_files_are_no_patterns():
+    os.makedirs("p[en]")
+    for name, texts in (("a1", TEXTS[:20]), ("a[1]", TEXTS[20:])):
+        write_texts(f"p[en]/{name}.parquet", texts)
+    assert sorted(list_texts(load(os.path.abspath("p[en]")))) == sorted(TEXTS)
+
+
+def test_a_parquet_file_without_rows_is_no_trouble_and_a_damaged_one_is_named():
+    os.mkdir("p")
+    for name, texts in (("a", TEXTS[:20]), ("b", TEXTS[20:]), ("d", [])):
+        write_texts(f"p/{name}.parquet", texts)
+    assert sorted(list_texts(load("p"))) == sorted(TEXTS)
+    damaged = Path("p/b.parquet")
+    content = damaged.read_bytes()
+    place = content.index(b"Document") - 20
+    damaged.write_bytes(content[:place] + b"\xff" * 60 + content[place + 60 :])
+    with pytest.raises(SettingError, match="'p/b.parquet', which cannot be read"):
+        load("p")
+
+
+def test_a_blank_file_beside_text_is_no_trouble():
+    os.mkdir("p")
+    write_texts("p/a.parquet", TEXTS)
+    Path("p/blank.txt").write_text(" \n")
+    assert sorted(list_texts(load("p"))) == sorted(TEXTS)
+
+
+@pytest.mark.parametrize("row", ["1,Hello, dear world", "1"])
+def test_a_row_of_csv_with_other_cells_than_the_first_is_refused(row):
+    Path("a.csv").write_text(f"id,text\n0,first\n{row}\n")
+    with pytest.raises(
+        SettingError, match="line 3 has not the 2 cells of its first: put cells with a comma in double"
+    ):
+        load("a.csv")
+
+
+def test_a_part_that_is_held_out_whole_through_another_is_named():
+    write_texts("many.jsonl")
+    write_texts("few.jsonl", load("many.jsonl", validation_fraction=0.5).validation["text"][:])
+    with pytest.raises(SettingError, match="'few.jsonl' has no document that is not held out"):
+        load("few.jsonl,many.jsonl", validation_fraction=0.5)
+
+
 def test_blank_and_null_texts_are_dropped():
     texts = [*TEXTS, "", "  \n\t", None]
     assert sorted(list_texts(load(write_texts("a.parquet", texts)))) == sorted(TEXTS)
@@ -157,7 +231,8 @@ def test_held_out_text_is_limited_in_whole_documents():
     assert set(half.validation["text"]) < set(whole.validation["text"])
     assert 300 < count_bytes(half.validation["text"]) <= 500
     assert len(least.validation) == 1
-    assert not set(whole.train["text"]) & set(whole.validation["text"])
+    for corpus in (whole, half, least):
+        assert sorted(list_texts(corpus)) == sorted(TEXTS), "what is not held out is trained on"
     assert half.corpus_hash != whole.corpus_hash
 
 
@@ -211,13 +286,16 @@ def stream_of(texts: list[str], num_parts: int = 1) -> FileStream:
 
 def test_stream_holds_first_documents_out_with_every_copy_of_them():
     texts = [f"{i}" for i in range(300)]
-    train, validation = split_stream(stream_of([*texts, *texts[:50]]), 0.1, 1000)
+    stream = stream_of([*texts, *texts[:50]])
+    validation = hold_out_of_stream(stream, 0.1, 1000, 10**6)
     assert validation["text"][:] == texts[:100]
+    train = drop_held_out("a", stream, validation, DataArguments())
     assert sorted(row["text"] for row in train) == sorted(texts[100:])
-    assert split_stream(stream_of(texts, 3), 0.1, 200)[1]["text"][:4] == ["0", "100", "200", "1"]
-    assert len(split_stream(stream_of(texts), 0.1, 200)[1]) == 64
+    assert hold_out_of_stream(stream_of(texts, 3), 0.1, 200, 10**6)["text"][:4] == ["0", "100", "200", "1"]
+    assert len(hold_out_of_stream(stream_of(texts), 0.1, 200, 10**6)) == 64
+    assert hold_out_of_stream(stream_of(texts), 0.5, 10**9, 15)["text"][:] == texts[:13], "no more is read than needed"
     with pytest.raises(SettingError, match="streams only 300 documents, too few to hold 500 out"):
-        split_stream(stream_of(texts), 0.5, 1000)
+        hold_out_of_stream(stream_of(texts), 0.5, 1000, 10**6)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from conftest import ENCODERS, UNPACKED
 from peft import AutoPeftModelForSequenceClassification
 from test_programs import run_script  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -29,13 +33,15 @@ from transformers import (
 )
 
 from oneday import finetuning_processes
+from oneday.adapters import save_classifier
 from oneday.arguments import SettingError
 from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
 from oneday.finetuning import finetune_task, prepare_task, run_protocol
 from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run
 from oneday.glue import find_task
-from oneday.glue_picture import count_confusions
-from oneday.glue_protocol import FinetuneArguments, check_arguments, name_protocol
+from oneday.glue_picture import count_confusions, draw_results
+from oneday.glue_protocol import FinetuneArguments, check_arguments, complete_arguments, name_protocol
+from oneday.glue_results import hash_run
 from oneday.recipe import parse_recipe
 from oneday.tuning import hold_out
 
@@ -407,6 +413,49 @@ def test_probe_leaves_the_encoder_as_it_was(bert, data_dir, tmp_path):
     assert not same & {"classifier.weight", "bert.pooler.dense.weight"}
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "have_types"),
+    [("bert", "encoder", True), ("bert", "decoder", True), ("roberta", "encoder", False), ("xlnet", "encoder", False)],
+)
+def test_a_saved_classifier_reads_pairs_as_it_was_trained(tokenizers, tmp_path, name, kind, have_types):
+    """Its tokenizer alone makes the inputs: with types of tokens where the model was trained on them."""
+    settings = {"pad_token_id": tokenizers[kind].pad_token_id, "vocab_size": 320}
+    settings |= {"type_vocab_size": 1} if name == "roberta" else {}
+    config = AutoConfig.for_model(name, **(ENCODERS | UNPACKED)[name], **settings)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizers[kind].save_pretrained(tmp_path / "model")
+    checkpoint = load_checkpoint(str(tmp_path / "model"))
+    task = find_task("stsb")
+    trained_on = encode_batch({"sentence1": ["kalo mi"], "sentence2": ["ter"]}, task, checkpoint, 24)
+    assert ("token_type_ids" in trained_on) == have_types
+    model = build_classifier(checkpoint, task, None, 0, False).eval()
+    save_classifier(model, checkpoint.tokenizer, tmp_path / "saved", False)
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "saved")("kalo mi", "ter", return_tensors="pt")
+    trained_on.pop("length")
+    assert {key: value.tolist() for key, value in inputs.items()} == trained_on
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    wanted = model(**{key: torch.tensor(value) for key, value in trained_on.items()}).logits
+    torch.testing.assert_close(loaded(**inputs).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_new_names_of_classes_are_another_run(bert, tmp_path):
+    keys = []
+    for names in (("0", "1"), ("ham", "spam")):
+        (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"good,{name}\n" for name in names * 10))
+        args = complete_arguments(make_args(bert, tmp_path, tmp_path, task_file=str(tmp_path / "mine.csv")))
+        checkpoint = load_checkpoint(bert)
+        keys.append(hash_run(checkpoint, prepare_task(str(args.task_file), args, checkpoint), args, 0, False))
+    assert keys[0] != keys[1], "a kept model says what its classes are called"
+
+
+def test_a_dollar_in_a_label_is_drawn(tmp_path):
+    labels = ["Up to $5 (5%) or $6", "<$10_$20"]
+    row = {"scores": [0.5], "median": 0.5, "majority": 0.5, "metric": "accuracy", "subset": False, "labels": labels}
+    results = {"protocol": "cramming", "tasks": {"price_$_vs_$_x": row}}
+    draw_results(results, {"price_$_vs_$_x": np.eye(2)}, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_model_without_a_classification_head(tmp_path, data_dir):
     config = NanoChatConfig(
         vocab_size=270, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
@@ -436,6 +485,13 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"peft": "loha"}, "peft is 'loha'; it must be one of lora, dora, qlora"),
         ({"merge_adapters": True, "save_models": True}, "merge_adapters is on and peft is empty"),
         ({"lr_scheduler_type": "triangle"}, "'triangle'"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32 - 1, "num_seeds": 2}, "below 2^32"),
+        ({"task_name": "rte"}, "task_name is 'rte' and task_file is empty (task_names has the known tasks)"),
+        ({"metric": "f1"}, "metric is 'f1' and task_file is empty"),
+        ({"tuned_epochs": [2.0]}, "tuned_epochs is [2.0] and protocol is test"),
+        ({"lora_rank": 16}, "lora_rank is 16 and peft is empty"),
     ],
 )
 def test_bad_settings_get_one_sentence_and_write_nothing(bert, data_dir, tmp_path, changes, words):

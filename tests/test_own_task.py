@@ -23,7 +23,7 @@ def test_words_become_classes_in_order_and_texts_stay_as_they_are(tmp_path, capl
     validation = str(tmp_path / "v.csv")
     task, data = load(tmp_path, CSV, text_columns=["body"], label_column="kind", validation_file=validation)
     assert (task.name, task.label_names, task.num_labels) == ("mail", ("eggs", "ham", "spam"), 3)
-    assert data["train"]["body"][:] == ['one, "two"', "a\nb", "NA", ""]
+    assert data["train"]["text1"][:] == ['one, "two"', "a\nb", "NA", ""]
     assert data["train"]["label"][:] == [2, 1, 1, 0] and data["validation"]["label"][:] == [2]
     assert "{0: 'eggs', 1: 'ham', 2: 'spam'}" in caplog.text
 
@@ -31,10 +31,31 @@ def test_words_become_classes_in_order_and_texts_stay_as_they_are(tmp_path, capl
 def test_numbers_that_leave_gaps_become_classes_too(tmp_path):
     lines = "".join(f'{{"a": "x", "b": "y", "label": {label}}}\n' for label in (10, 2, -1, 10) * 5)
     task, data = load(tmp_path, lines, file="t.jsonl", text_columns=["a", "b"])
-    assert task.label_names == ("-1", "2", "10") and task.columns == ("a", "b")
+    assert task.label_names == ("-1", "2", "10") and task.columns == ("text1", "text2")
     assert (len(data["train"]), len(data["validation"])) == (18, 2)
     again = load(tmp_path, lines, file="t.jsonl", text_columns=["a", "b"])[1]
     assert again["validation"]["label"][:] == data["validation"]["label"][:]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_names_and_labels_of_a_table_are_not_interpreted(tmp_path, kind):
+    """Columns may be called as something is here, or not at all; 007 is not 7, and True not 1."""
+    rows = ["row,label,idx,,", "x,007,a,,", "y,7,b,,", "z,True,c,,"]
+    content = "\n".join(rows).replace(",", "," if kind == "csv" else "\t")
+    settings = {"text_columns": ["label", "row"], "label_column": "label"}
+    task, data = load(tmp_path, content, file=f"t.{kind}", **settings, validation_file=str(tmp_path / f"t.{kind}"))
+    assert task.label_names == ("007", "7", "True")
+    assert data["train"]["text2"][:] == ["x", "y", "z"] and data["train"]["row"][:] == [0, 1, 2]
+    assert data["train"]["label"][:] == [0, 1, 2]
+
+
+def test_truth_values_are_one_class_in_every_kind_of_file(tmp_path):
+    (tmp_path / "v.jsonl").write_text('{"text": "x", "label": true}\n')
+    content, validation = "text,label\nx,True\ny,False\n", str(tmp_path / "v.jsonl")
+    task, data = load(tmp_path, content, metric="f1", positive_label="true", validation_file=validation)
+    assert task.label_names == ("False", "True") and data["validation"]["label"][:] == [1]
+    task, _ = load(tmp_path, content.replace("True", "1.0").replace("False", "0.0"), metric="f1", positive_label="0.0")
+    assert task.label_names == ("1", "0")
 
 
 def test_a_correlation_makes_it_a_regression(tmp_path):
@@ -53,7 +74,8 @@ def test_a_correlation_makes_it_a_regression(tmp_path):
         (CSV, {"text_columns": ["body", "id", "kind"]}, "text_columns names 3 columns"),
         (CSV, {"file": "t.xls"}, "t.xls is of an unknown kind"),
         ("text,label\nx,1\ny,1\nz,1\n", {}, "has 1 distinct labels"),
-        ("text,label\nx,1\ny,\nz,0\n", {}, "has no label in row 1"),
+        ("text,label\nx,1\ny,\nz,0\n", {}, "has no label in row 2 (the first is 1)"),
+        ("text,label,text\nx,1,y\n", {}, "has two columns 'text'"),
         ("text,label\nx,1\n", {}, "has 1 rows"),
         ("text,label\nx,1\n", {"validation_file": "none.csv"}, "has 1 rows"),
         ("text,label\nx,1\ny,0\n", {"validation_file": "none.csv"}, "There is no task file none.csv"),

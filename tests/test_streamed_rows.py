@@ -19,7 +19,7 @@ from oneday.arguments import SettingError
 from oneday.packed_dataset import pack_documents
 from oneday.stream_files import ParquetPart, TablePart
 from oneday.streamed_rows import BlockReader, StreamedRows
-from oneday.text_streams import FileStream, PassKey
+from oneday.text_streams import FileStream, MixedStream, PassKey
 from oneday.tokenization import encode_documents
 
 BLOCK = 40
@@ -51,6 +51,26 @@ def make_rows(stream, tokenizers):
     yield make
     for rows in made:
         rows.close()
+
+
+def test_a_pass_of_a_mixture_may_be_empty(make_rows):
+    """It is where its first choice is of a part that is through just then, and the next pass goes on."""
+    parts = [datasets.Dataset.from_dict({"text": [f"{name} {number}" for number in range(20)]}) for name in "ab"]
+    mixed = MixedStream([FileStream([TablePart(part, 0, 1)], 1) for part in parts], [0.5, 0.5])
+
+    def has_empty_pass(seed):
+        state = None
+        for number in range(60):
+            reader, num_texts = mixed.open_pass(PassKey(seed, number), state), 0
+            while reader.read() is not None:
+                num_texts += 1
+            if num_texts == 0:
+                return True
+            state = reader.next_state()
+        return False
+
+    seed = next(seed for seed in range(100) if has_empty_pass(seed))
+    assert len(take(make_rows(seed, mixed), 0, 400)) == 400  # of 60 passes, some 1,200 short documents
 
 
 def read_ahead_threads():

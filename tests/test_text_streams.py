@@ -152,7 +152,7 @@ def test_parts_of_a_file_are_the_file(tmp_path, num_parts):
 
 
 def test_held_out_documents_are_spread_and_stay_held_out(stream):
-    texts = stream.take_spread(100)
+    texts = list(stream.take_spread(100))
     assert texts[:4] == [f"file {file} row 0" for file in (0, 3, 6, 9)]
     assert len(texts) == len(set(texts)) == 100
     train = stream.without([hash_text(text) for text in texts])

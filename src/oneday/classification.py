@@ -150,7 +150,7 @@ def hash_architecture(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Give the tokenizer a padding token and the side on which this architecture wants it.
+    """Give the tokenizer a padding token, the side on which this architecture wants it, and the inputs that it reads.
 
     The padding token of a decoder without one is its end token: stock heads read the last token that is not padding,
     and a causal model never looks at what follows it.
@@ -160,6 +160,10 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         raise SettingError("model_name_or_path has no tokenizer; put the one there that the model was trained with.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
+    # What is saved beside a classifier makes the inputs that it was trained on. GPT-2 would add the embeddings of the
+    # words 0 and 1 for the types, and a model with one type has no second.
+    types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) >= 2 else []
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
     # XLNet alone reads its summary from the last position.
     tokenizer.padding_side = "left" if config.model_type == "xlnet" else "right"
     num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -202,9 +206,7 @@ def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max
     if len(texts) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= num_added:
         # At the start of the second no truncation takes it.
         texts[1] = [mark + text for text in texts[1]]
-    # GPT-2 would add the embeddings of the words 0 and 1 for the types, and a model with one type has no second.
-    has_types = getattr(checkpoint.config, "type_vocab_size", 0) >= 2
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=has_types)
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     for row, ids in enumerate(inputs["input_ids"]):
         if not ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from oneday import hub_texts
 from oneday.arguments import DataArguments, SettingError
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
 from oneday.stream_files import TablePart
-from oneday.text_files import is_local, load_files
+from oneday.text_files import is_local, list_files, load_files
 from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_corpus(args: DataArguments) -> Corpus:
 
     Held out is what `validation_name` names; without it, of map-style text the documents whose content hash falls
     below `validation_fraction` (so equal texts are on one side, whatever the order), of a stream the first documents
-    of a few files (see `split_stream`), and of python-docs its own validation modules.
+    of a few files (see `hold_out_of_stream`), and of python-docs its own validation modules.
 
     A mixture takes every document once; with `dataset_weights` it is drawn in that proportion of documents until one
     part runs out, so that nothing is repeated, and what is left of the others is not used.
@@ -93,18 +93,16 @@ def load_corpus(args: DataArguments) -> Corpus:
     """
     names = split_names(args.dataset_name)
     check_data(args, names)
-    parts = [load_part(name, args) for name in names]
     if args.validation_name:
-        trains = parts
-        validation = load_validation(args)
-        trains = [drop_held_out(train, validation) for train in trains]
+        held_out = load_validation(args)
+        files = list_held_out_files(args)
+        parts = [load_part(name, args, without=files) for name in names]
+        validation = keep_bytes(held_out, args.max_validation_bytes)
     else:
-        pairs = [hold_out(name, part, args) for name, part in zip(names, parts)]
-        trains = [train for train, _ in pairs]
-        validation = datasets.concatenate_datasets([held_out for _, held_out in pairs])
-        if len(trains) > 1 or isinstance(trains[0], TextStream):  # a document may be held out of one part alone
-            trains = [drop_held_out(train, validation) for train in trains]
-    validation = keep_bytes(validation, args.max_validation_bytes)
+        parts = [load_part(name, args) for name in names]
+        pieces = [hold_out(name, part, args) for name, part in zip(names, parts)]
+        held_out = validation = keep_bytes(datasets.concatenate_datasets(pieces), args.max_validation_bytes)
+    trains = [drop_held_out(name, part, held_out, args) for name, part in zip(names, parts)]
     on_disk = [corpus_hash(train) for train in trains if len(trains) > 1 and isinstance(train, datasets.Dataset)]
     train = mix(trains, args)
     if args.max_train_documents is not None:
@@ -143,12 +141,18 @@ def check_data(args: DataArguments, names: list[str]) -> None:
         raise SettingError(f"validation_name {min(both)!r} is trained on too: leave it empty to hold a part out.")
 
 
-def load_part(name: str, args: DataArguments, split: str | None = None) -> Texts:
-    """Loads one part as documents with the one column `text`; blank documents are dropped."""
+def list_held_out_files(args: DataArguments) -> set[str]:
+    """The real paths of the local files that `validation_name` names."""
+    names = [name for name in split_names(args.validation_name or "") if is_local(name)]
+    return {os.path.realpath(file) for name in names for file in list_files(name)}
+
+
+def load_part(name: str, args: DataArguments, split: str | None = None, without: Collection[str] = ()) -> Texts:
+    """Loads one part as documents with the one column `text`; blank documents are dropped, and files in `without`."""
     if name == PYTHON_DOCS:
         return load_python_docs(args, split or "train")
     if is_local(name):
-        texts = load_files(name, args.text_column, resolve_cache_dir(args.cache_dir) / "text")
+        texts = load_files(name, args.text_column, resolve_cache_dir(args.cache_dir) / "text", without)
     else:
         texts = hub_texts.load_hub(name, split or args.dataset_split, args)
     if isinstance(texts, TextStream):
@@ -183,17 +187,18 @@ def hash_documents(texts: datasets.Dataset) -> np.ndarray:
     return np.fromiter(hashes, np.uint64, len(texts))
 
 
-def hold_out(name: str, texts: Texts, args: DataArguments) -> tuple[Texts, datasets.Dataset]:
-    """Returns (train, validation) of one part."""
+def hold_out(name: str, texts: Texts, args: DataArguments) -> datasets.Dataset:
+    """Documents of one part to hold out, before `max_validation_bytes`."""
     if name == PYTHON_DOCS:
-        return texts, load_python_docs(args, "validation")
-    if isinstance(texts, TextStream):
-        return split_stream(texts, args.validation_fraction, args.max_train_documents or STREAM_DOCUMENTS)
-    return split_documents(texts, args.validation_fraction)
+        return load_python_docs(args, "validation")
+    if isinstance(texts, FileStream):
+        num_documents = args.max_train_documents or STREAM_DOCUMENTS
+        return hold_out_of_stream(texts, args.validation_fraction, num_documents, args.max_validation_bytes)
+    return hold_out_by_hash(texts, args.validation_fraction)
 
 
-def split_documents(texts: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits by content hash: equal texts fall on one side, and adding documents moves none of the others.
+def hold_out_by_hash(texts: datasets.Dataset, fraction: float) -> datasets.Dataset:
+    """The documents of lowest content hash: equal texts fall on one side, and more documents move none of the others.
 
     Raises:
         SettingError: there are not two different documents.
@@ -206,25 +211,23 @@ def split_documents(texts: datasets.Dataset, fraction: float) -> tuple[datasets.
         )
     # Never none and never all, however small the corpus.
     limit = np.clip(np.uint64(fraction * 2**64), hashes.min(), hashes[hashes < hashes.max()].max())
-    held_out = hashes <= limit
-    return texts.select(np.flatnonzero(~held_out)), texts.select(np.flatnonzero(held_out))
+    return texts.select(np.flatnonzero(hashes <= limit))
 
 
-def split_stream(stream: FileStream, fraction: float, num_documents: int) -> tuple[FileStream, datasets.Dataset]:
-    """Holds `fraction` of `num_documents` out, at least 64; training leaves out these and every copy of one.
+def hold_out_of_stream(stream: FileStream, fraction: float, num_documents: int, max_bytes: int) -> datasets.Dataset:
+    """Holds `fraction` of `num_documents` out, at least 64; no more than are needed for `max_bytes`.
 
     Held out are the first documents of as many files as are read at once, evenly spaced in the publisher's order: the
     same whatever the seed, and less mixed than a split by hash would be.
     """
     num_held_out = max(MIN_STREAM_VALIDATION_DOCUMENTS, int(fraction * num_documents))
-    texts = stream.take_spread(num_held_out)
-    if len(texts) < num_held_out:
+    texts = list(take_bytes(({"text": text} for text in stream.take_spread(num_held_out)), max_bytes))
+    if len(texts) < num_held_out and count_bytes(texts) < max_bytes:
         raise SettingError(
             f"dataset_name streams only {len(texts)} documents, too few to hold {num_held_out} out: "
             "set streaming to false."
         )
-    validation = datasets.Dataset.from_dict({"text": texts})
-    return stream.without(hash_documents(validation).tolist()), validation
+    return datasets.Dataset.from_dict({"text": texts})
 
 
 def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
@@ -282,18 +285,22 @@ def exceeds_bytes(texts: datasets.Dataset, limit: int) -> bool:
     return False
 
 
-def drop_held_out(train: Texts, validation: datasets.Dataset) -> Texts:
-    """Leaves out of `train` the documents that are also in `validation`, word for word."""
-    held_out = hash_documents(validation)
+def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: DataArguments) -> Texts:
+    """Leaves out of the part `name` the documents that are also held out, word for word."""
+    hashes = hash_documents(held_out)
     if isinstance(train, FileStream):
-        return train.without(held_out.tolist())
-    repeated = np.isin(hash_documents(train), held_out)
+        return train.without(hashes.tolist())
+    repeated = np.isin(hash_documents(train), hashes)
+    if repeated.all() and args.validation_name:
+        raise SettingError(f"validation_name holds every document of dataset_name {name!r}: none is left to train on.")
     if repeated.all():
-        raise SettingError("validation_name holds every document of dataset_name, so nothing is left to train on.")
-    if repeated.any():
+        raise SettingError(
+            f"dataset_name {name!r} has no document that is not held out of all its parts: leave it out, or set "
+            "validation_name."
+        )
+    if repeated.any() and args.validation_name:
         logger.warning("%d documents that are also held out are not trained on.", repeated.sum())
-        return train.select(np.flatnonzero(~repeated))
-    return train
+    return train.select(np.flatnonzero(~repeated)) if repeated.any() else train
 
 
 def mix(trains: list[Texts], args: DataArguments) -> Texts:

@@ -115,8 +115,10 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         new = run.folder.with_name(f".{run.name}")
         shutil.rmtree(new, ignore_errors=True)
         write_predictions(new, task, logits)
-        if run.saves_model or (run.folder / "model" / run.model_file).exists():  # one kept before is not taken away
+        if run.saves_model:
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
+        elif (run.folder / "model").is_dir():  # of the same key: not taken away
+            shutil.copytree(run.folder / "model", new / "model")
         shutil.rmtree(run.folder, ignore_errors=True)
         new.rename(run.folder)
     seconds = round(time.perf_counter() - started, 3)

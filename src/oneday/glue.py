@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -236,23 +237,22 @@ def read_splits(
         raise SettingError(f"task_data_dir {task_data_dir} has no folder {task.name}; add it, or leave the task out.")
     candidates = {split: [folder / (split + kind) for kind in FILE_KINDS] for split in splits}
     found = {split: [path for path in paths if path.exists()] for split, paths in candidates.items()}
-    return {split: read_file(task, paths[0]) for split, paths in found.items() if paths}
+    return {split: Dataset(read_file(paths[0], task.columns)) for split, paths in found.items() if paths}
 
 
-def read_file(task: Task, path: Path) -> Dataset:
-    """One local file as a data set, whatever its kind."""
+def read_file(path: Path, text_columns: Iterable[str]) -> pa.Table:
+    """One local file, whatever its kind; `text_columns` of a .tsv are strings whatever they look like."""
     try:
         if path.suffix == ".parquet":
-            return Dataset(pyarrow.parquet.read_table(path))
+            return pyarrow.parquet.read_table(path)
         if path.suffix == ".jsonl":
-            options = pyarrow.json.ReadOptions(block_size=1 << 24)
-            return Dataset(pyarrow.json.read_json(path, read_options=options))
+            return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=1 << 24))
         # GLUE's own .tsv files hold unbalanced quotes, and sentences that read "null" or "NA".
         parse = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
         convert = pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(task.columns, pa.string()), null_values=[], strings_can_be_null=False
+            column_types=dict.fromkeys(text_columns, pa.string()), null_values=[], strings_can_be_null=False
         )
-        return Dataset(pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert))
+        return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise SettingError(f"The task file {path} cannot be read ({reason}); write it again or remove it.") from None

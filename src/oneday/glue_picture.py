@@ -37,6 +37,12 @@ def draw_results(results: dict, confusions: dict[str, np.ndarray], path: Path) -
         confusions: Counts of each classification number, as `count_confusions` gives them.
         path: Where the picture goes.
     """
+    with matplotlib.rc_context({"text.parse_math": False}):  # labels may have a $ in them
+        draw_panels(results, confusions, path)
+
+
+def draw_panels(results: dict, confusions: dict[str, np.ndarray], path: Path) -> None:
+    """See `draw_results`."""
     num_rows = math.ceil(len(confusions) / PANELS_A_ROW)
     height = 1.2 + 0.45 * len(results["tasks"])
     figure = plt.figure(figsize=(13, height + 3.4 * num_rows), constrained_layout=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import SchedulerType
 
 from oneday.arguments import SettingError, setting
 from oneday.glue import expand_task_names
@@ -24,10 +23,15 @@ from oneday.throughput import has_fast_bf16
 logger = logging.getLogger(__name__)
 
 CRAMMING, TUNED, PROBE = PROTOCOLS = ("cramming", "tuned", "probe")
+# Those of transformers that need nothing but the number of steps.
+SCHEDULES = (
+    "cosine", "linear", "polynomial", "cosine_with_restarts", "inverse_sqrt", "constant_with_warmup", "constant"
+)  # fmt: skip
 PEFT_KINDS = ("lora", "dora", "qlora")
 # Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
 LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
 TUNED_FACTORS = (1, 2.5, 5)
+MAX_SEED = 2**32
 
 
 @dataclass
@@ -73,7 +77,7 @@ class FinetuneArguments:
     learning_rate: float | None = setting(
         None, "Peak learning rate of AdamW; empty: 4e-5, with peft 4e-4, probe 1e-3."
     )
-    lr_scheduler_type: str = setting("cosine", "transformers' schedule after the warm-up, down to 0.")
+    lr_scheduler_type: str = setting("cosine", "transformers' schedule after the warm-up.")
     warmup_fraction: float = setting(0.1, "Fraction of the steps in which the learning rate rises.")
     adam_beta1: float = setting(0.9, "AdamW's first decay.")
     adam_beta2: float = setting(0.98, "AdamW's second decay.")
@@ -134,6 +138,7 @@ RUN_SETTINGS = (
 PROTOCOL_SETTINGS = (*RUN_SETTINGS, "num_seeds")
 OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_column", "metric", "positive_label")
 TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha")
 CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
 POSITIVE_SETTINGS = (
     "num_seeds",
@@ -179,9 +184,11 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             raise SettingError(f"{name} is {value}; it must be at least 0 and below 1.")
-    kinds = [kind.value for kind in SchedulerType]
-    if args.lr_scheduler_type not in kinds:
-        raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {', '.join(kinds)}.")
+    if args.lr_scheduler_type not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {known}.")
+    if not 0 <= args.seed <= MAX_SEED - args.num_seeds:
+        raise SettingError(f"seed is {args.seed}; it must be at least 0 and, with num_seeds, below 2^32.")
     if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
         raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
     near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)
@@ -194,6 +201,7 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
             f"protocol is probe and peft is {args.peft!r}; a probe trains the head alone: leave one out."
         )
     check_peft(args)
+    check_unused(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingError("Fine-tuning runs in one process (WORLD_SIZE is above 1); start it with plain python.")
     if args.task_file and args.write_submission:
@@ -212,6 +220,19 @@ def check_peft(args: FinetuneArguments) -> None:
     if args.merge_adapters and (args.peft in (None, "qlora") or not args.save_models):
         why = "save_models is off" if not args.save_models else f"peft is {args.peft or 'empty'}"
         raise SettingError(f"merge_adapters is on and {why}; it needs save_models, and peft lora or dora.")
+
+
+def check_unused(args: FinetuneArguments) -> None:
+    """Raise SettingError for a setting that says something and is of another one that is not set."""
+    usual = FinetuneArguments()
+    for names, is_read, why in (
+        ((*OWN_TASK_SETTINGS[1:], "task_name"), args.task_file, "task_file is empty (task_names has the known tasks)"),
+        (TUNED_SETTINGS, args.protocol == TUNED, f"protocol is {args.protocol}"),
+        (ADAPTER_SETTINGS, args.peft, "peft is empty"),
+    ):
+        for name in names:
+            if not is_read and getattr(args, name) != getattr(usual, name):
+                raise SettingError(f"{name} is {getattr(args, name)!r} and {why}: set that too, or leave {name} out.")
 
 
 def find_output_dir(args: FinetuneArguments) -> Path:

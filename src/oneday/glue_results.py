@@ -228,6 +228,7 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
                 "data": task.data_hash,
                 "seed": seed,
             }
+            | ({} if task.task.name in TASKS else {"labels": task.task.label_names})
         )
     )
 

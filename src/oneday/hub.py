@@ -65,16 +65,24 @@ def hide_paths(value: Any) -> Any:
         return [hide_paths(entry) for entry in value]
     if not isinstance(value, str):
         return value
+    if is_path_here(value):
+        return last_name(value.strip())
     if "\n" not in value:
         value = ",".join(hide_whole_path(part) for part in value.split(","))
     value = QUOTED.sub(lambda match: match[1] + hide_whole_path(match[2]) + match[1], value)
     return LOCAL_PATH.sub(lambda match: last_name(match.group()), value)
 
 
+def is_path_here(text: str) -> bool:
+    """Whether a text is a path from the root or the home directory that exists, whatever is in its names."""
+    path = text.strip()
+    return path.startswith(("/", "~/")) and len(path) > 1 and "\n" not in path and Path(path).expanduser().exists()
+
+
 def hide_whole_path(text: str) -> str:
     """The last name of a text that is one path, spaces and all; any other text as it is."""
     path = text.strip()
-    return last_name(path) if WHOLE_PATH.fullmatch(path) else text
+    return last_name(path) if WHOLE_PATH.fullmatch(path) or is_path_here(path) else text
 
 
 def last_name(path: str) -> str:

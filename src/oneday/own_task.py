@@ -21,6 +21,7 @@ BINARY_METRICS = ("f1",)
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", *REGRESSION_METRICS)
 HELD_OUT_FRACTION = 0.1
 MAX_CLASSES = 1000
+TEXT_NAMES = ("text1", "text2")
 
 
 def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
@@ -75,45 +76,54 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
     """The text columns and the label, as `label`, of a .csv, .tsv, .jsonl or .parquet file."""
     if not Path(path).is_file():
         raise SettingError(f"There is no task file {path}; name a .csv, .tsv, .jsonl or .parquet file.")
-    rows = read_table(Path(path), args)
+    table = read_table(Path(path), (*args.text_columns, args.label_column))
     for name in (*args.text_columns, args.label_column):
-        if name not in rows.column_names:
-            raise SettingError(f"{path} has no column {name!r}; it has {', '.join(rows.column_names)}.")
-    # A split is drawn from the rows later; each keeps its place in the file.
-    rows = rows.select_columns([*args.text_columns, args.label_column]).add_column("idx", list(range(len(rows))))
-    labels = [spell_label(label) for label in rows[args.label_column]]
+        if table.column_names.count(name) != 1:
+            has = "two columns" if name in table.column_names else "no column"
+            raise SettingError(f"{path} has {has} {name!r}; it has {', '.join(table.column_names)}.")
+    labels = [spell_label(label) for label in table[args.label_column].to_pylist()]
     if None in labels:
-        raise SettingError(f"{path} has no label in row {labels.index(None)}; fill in or remove the row.")
-    return rows.remove_columns(args.label_column).add_column("label", labels)
+        number = labels.index(None) + 1
+        raise SettingError(f"{path} has no label in row {number} (the first is 1); fill in or remove the row.")
+    # Under names of ours, for the file's may mean something here. A split is drawn from the rows later; each keeps its
+    # place in the file.
+    texts = {name: table[column] for name, column in zip(TEXT_NAMES, args.text_columns)}
+    return Dataset(pa.table({**texts, "label": labels, "idx": range(len(labels))}))
 
 
-def read_table(path: Path, args: FinetuneArguments) -> Dataset:
-    """A file as a data set; a .csv with quotes as spreadsheets write them, its texts left as they are."""
+def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
+    """A file, in which these columns are strings; a .csv has quotes as spreadsheets write them."""
     if path.suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
         raise SettingError(f"The task file {path} is of an unknown kind; write .csv, .tsv, .jsonl or .parquet.")
     if path.suffix != ".csv":
-        return read_file(Task(path.stem, tuple(args.text_columns), 0, (), ""), path)
-    text = dict.fromkeys((*args.text_columns, args.label_column), pa.string())
+        return read_file(path, columns)
     try:
         parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        convert = pyarrow.csv.ConvertOptions(column_types=text, strings_can_be_null=False)
-        return Dataset(pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert))
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
+        )
+        return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise SettingError(f"The task file {path} cannot be read ({reason}); write it again.") from None
 
 
 def spell_label(label: object) -> str | None:
-    """A label as text, whatever its type: `1`, `1.0`, `"1"` and `"1.0"` are one; None where it is missing."""
+    """A label as text, whatever its type: `1`, `1.0`, `"1"` and `"1.0"` are one; None where it is missing.
+
+    A truth value is `True` or `False`, as pandas writes it to a .csv.
+    """
     if label is None or label != label or not str(label).strip():
         return None
-    is_whole = isinstance(label, (bool, int)) or (isinstance(label, float) and label.is_integer())
+    if isinstance(label, bool):
+        return str(label)
+    is_whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
     return str(int(label)) if is_whole else re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip())
 
 
 def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
     """The task's row, its classes read from the labels and shown."""
-    name, columns = args.task_name or Path(args.task_file).stem, tuple(args.text_columns)
+    name, columns = args.task_name or Path(args.task_file).stem, TEXT_NAMES[: len(args.text_columns)]
     if "/" in name:
         raise SettingError(f"task_name is {name!r}; it must have no slash, for files are called by it.")
     if name in TASKS or name in GLUE_NUMBERS:
@@ -130,16 +140,24 @@ def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
         raise SettingError(
             f"metric is {args.metric!r}, which is of two classes, and there are {len(names)}; take f1_macro."
         )
-    if args.positive_label is not None and (args.metric not in BINARY_METRICS or args.positive_label not in names):
+    positive = find_class(args.positive_label, names)
+    if args.positive_label is not None and (args.metric not in BINARY_METRICS or positive is None):
         raise SettingError(
             f"positive_label is {args.positive_label!r}; it must be one of {', '.join(names)}, and metric "
             f"{' or '.join(BINARY_METRICS)}."
         )
-    names.sort(key=lambda name: name == args.positive_label)
+    names.sort(key=lambda name: name == positive)
     logger.info("%s: %d classes: %s", name, len(names), dict(enumerate(names)))
     if args.metric in BINARY_METRICS:
         logger.info("%s: %s is that of %r; positive_label names the other", name, args.metric, names[1])
     return Task(name, columns, len(names), (args.metric,), args.metric, tuple(names))
+
+
+def find_class(label: str | None, names: list[str]) -> str | None:
+    """The class that a label means, in other capitals where one is so written (`true` for `True`); None: none is."""
+    label = spell_label(label)
+    alike = [name for name in names if label is not None and name.lower() == label.lower()]
+    return label if label in names else alike[0] if len(alike) == 1 else None
 
 
 def sort_label(label: str) -> tuple[bool, float, str]:

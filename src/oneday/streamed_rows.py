@@ -201,12 +201,14 @@ class BlockReader:
     def read_block(self, number: int) -> ReadBlock:
         """Read a block, and pack it when it is this process's."""
         before, texts = self.state_dict(), self.read_texts()
-        if not texts and not self.is_closed.is_set():  # the pass is through
+        for _ in range(self.rows.stream.num_parts):
+            if texts or self.is_closed.is_set():
+                break
             self.pass_number += 1
             self.reader = self.open_pass(self.reader.next_state())
             before, texts = self.state_dict(), self.read_texts()
-            if not texts and not self.is_closed.is_set():
-                raise SettingError("The stream of dataset_name gives no document with text; choose another data set.")
+        if not texts and not self.is_closed.is_set():
+            raise SettingError("The stream of dataset_name gives no document with text; choose another data set.")
         is_own = number % self.rows.ranks.size == self.rows.ranks.rank and bool(texts)
         return ReadBlock(before, self.state_dict(), self.rows.pack(texts, self.is_closed) if is_own else None)
 

@@ -1,7 +1,7 @@
 """Local files of text: .txt, .jsonl, .csv and .parquet, the first three also as .gz, .xz or .zst.
 
 Read here and not by the loaders of `datasets`, which replace bytes that are not UTF-8 without a word and name neither
-the file nor the line of an error; parquet, which has neither trouble, is theirs.
+the file nor the line of an error; parquet is theirs.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,14 +27,23 @@ import pyarrow.parquet as pq
 from oneday.arguments import SettingError
 from oneday.run_directory import is_disk_full
 
+logger = logging.getLogger(__name__)
+
 FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(form + packed for form in FORMATS[:3] for packed in COMPRESSIONS), ".parquet")
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
-# Several small .txt files are a document each; a larger file, or one alone, is cut at blank lines.
+# Several small .txt files are a document each; a larger file, or one alone, is cut at blank lines. A part without one
+# is cut at the first line end past so many characters.
 WHOLE_FILE_BYTES = 1_000_000
+# Of parquet files.
+ROWS_AT_ONCE = 1000
 # Part of the cache key: raise it when the same files would give other documents.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+
+class NoText(SettingError):
+    """Every one of some files is blank."""
 
 
 def is_local(name: str) -> bool:
@@ -46,15 +56,22 @@ def is_local(name: str) -> bool:
 def list_files(name: str) -> list[str]:
     """Returns the files that a path, a directory (searched with its folders) or a glob means, sorted.
 
+    Of a directory hidden files, hidden folders and files of other kinds are left out.
+
     Raises:
         SettingError: there are none, or one of them has a suffix that is not read.
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        found = [str(file) for file in Path(path).rglob("*") if file.is_file() and str(file).endswith(SUFFIXES)]
+        inside = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+        seen = [file for file in inside if not any(part.startswith(".") for part in Path(file[len(path) :]).parts)]
+        found = [file for file in seen if file.endswith(SUFFIXES)]
         if not found:
             raise SettingError(f"dataset_name {name!r} is a directory with no {', '.join(FORMATS)} file in it.")
-        return sorted(found)
+        others = [file for file in seen if not file.endswith(SUFFIXES)]
+        if others:
+            logger.warning("%d files of other kinds in %s are not read, such as %s.", len(others), name, others[0])
+        return found
     files = [path] if os.path.exists(path) else sorted(file for file in glob.glob(path, recursive=True))
     files = [file for file in files if os.path.isfile(file)]
     if not files:
@@ -66,13 +83,14 @@ def list_files(name: str) -> list[str]:
     return files
 
 
-def load_files(name: str, column: str, cache_dir: Path) -> datasets.Dataset:
+def load_files(name: str, column: str, cache_dir: Path, without: Collection[str] = ()) -> datasets.Dataset:
     """Loads the files that `name` means as documents, in the order of the files.
 
     Args:
         name: path, directory or glob.
         column: column (parquet, csv) or key (jsonl) that holds the text.
         cache_dir: where the Arrow copy is kept, under a key of the files' paths, sizes and times.
+        without: real paths of files that are left out.
 
     Returns:
         A data set with the one column `text`; blank documents may still be in it if they come from parquet.
@@ -80,12 +98,21 @@ def load_files(name: str, column: str, cache_dir: Path) -> datasets.Dataset:
     Raises:
         SettingError: no such file or column, a file that is corrupt or not UTF-8, a text that is not a string.
     """
-    files = list_files(name)
-    parts = []
-    for is_parquet in (True, False):
-        chosen = [file for file in files if file.endswith(".parquet") == is_parquet]
-        if chosen:
-            parts.append((_load_parquet if is_parquet else _load_lines)(chosen, column, str(cache_dir)))
+    found = list_files(name)
+    files = [file for file in found if os.path.realpath(file) not in without]
+    if not files:
+        raise SettingError(f"dataset_name {name!r} has only files that validation_name names too; leave some.")
+    if len(files) < len(found):
+        logger.warning("%d files of %s are held out and not trained on.", len(found) - len(files), name)
+    parquet = [file for file in files if file.endswith(".parquet")]
+    lines = [file for file in files if file not in parquet]
+    parts = [_load_parquet(parquet, column, str(cache_dir))] if parquet else []
+    if lines:
+        try:
+            parts.append(_load_lines(lines, column, str(cache_dir)))
+        except NoText:
+            if not parts:
+                raise
     return datasets.concatenate_datasets(parts)
 
 
@@ -98,16 +125,22 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
         if column not in schema.names:
             raise SettingError(describe_missing_column(column, schema.names, file))
         kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        # A file without a row may not say its type.
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             raise SettingError(f"text_column {column!r} of {file!r} holds {kind}, not text: name another column.")
-    features = datasets.Features({column: datasets.Value("string")})
     try:
         texts = datasets.load_dataset(
-            "parquet", data_files=files, columns=[column], features=features, split="train", cache_dir=cache_dir
+            "parquet",
+            data_files=[glob.escape(os.path.abspath(file)) for file in files],  # taken for patterns
+            columns=[column],
+            features=datasets.Features({column: datasets.Value("string")}),
+            batch_size=ROWS_AT_ONCE,  # by default the first row group's, which may have none
+            split="train",
+            cache_dir=cache_dir,
         )
     except (*READ_ERRORS, datasets.exceptions.DatasetGenerationError) as error:
         refuse_full_cache(error, cache_dir)
-        raise SettingError(describe_unreadable(files[0], error.__cause__ or error)) from error
+        raise SettingError(find_unreadable(files, column, error.__cause__ or error)) from error
     return texts if column == "text" else texts.rename_column(column, "text")
 
 
@@ -125,6 +158,17 @@ def _load_lines(files: list[str], column: str, cache_dir: str) -> datasets.Datas
             raise error.__cause__ from None
         refuse_full_cache(error, cache_dir)
         raise
+
+
+def find_unreadable(files: list[str], column: str, error: BaseException) -> str:
+    """The sentence for the first of some parquet files that cannot be read through; of the first file if all can."""
+    for file in files:
+        try:
+            for _ in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=[column]):
+                pass
+        except READ_ERRORS as own:
+            return describe_unreadable(file, own)
+    return describe_unreadable(files[0], error)
 
 
 def refuse_full_cache(error: BaseException, cache_dir: str) -> None:
@@ -145,11 +189,11 @@ def generate_documents(files: tuple[tuple[str, int, int], ...], column: str, sch
         except READ_ERRORS as error:
             raise SettingError(describe_unreadable(file, error)) from error
     if is_empty:
-        raise SettingError(f"dataset_name holds no text: {files[0][0]!r} is blank, as is every file with it.")
+        raise NoText(f"dataset_name holds no text: {files[0][0]!r} is blank, as is every file with it.")
 
 
 def read_documents(file: str, column: str, alone: bool) -> Iterator[str]:
-    """Yields the texts of one .txt, .jsonl or .csv file; `alone` says that it is the whole corpus."""
+    """Yields the texts of one .txt, .jsonl or .csv file; `alone`: no other was named by the same path or glob."""
     form = next(form for form in FORMATS if file.endswith(tuple(form + packed for packed in COMPRESSIONS)))
     if form == ".txt":
         with open_binary(file) as stream:
@@ -220,20 +264,27 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
         if rows.fieldnames is not None and column not in rows.fieldnames:
             raise SettingError(describe_missing_column(column, rows.fieldnames, file))
         for row in rows:
-            yield row[column] or ""
+            if None in row or None in row.values():  # of too many cells, or too few
+                raise SettingError(
+                    f"dataset_name has {file!r}, whose line {rows.line_num} has not the {len(rows.fieldnames or ())} "
+                    "cells of its first: put cells with a comma in double quotes."
+                )
+            yield row[column]
     except csv.Error as error:
         raise SettingError(f"dataset_name has {file!r}, whose line {rows.line_num} is not CSV ({error}).") from error
 
 
 def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the runs of lines between blank ones, as one document each."""
-    block: list[str] = []
+    """Yields the runs of lines between blank ones, as one document each; a very long one in pieces."""
+    block, length = [], 0
     for line in lines:
-        if line.strip():
+        is_blank = not line.strip()
+        if not is_blank:
             block.append(line)
-        elif block:
+            length += len(line)
+        if block and (is_blank or length > WHOLE_FILE_BYTES):
             yield "".join(block)
-            block = []
+            block, length = [], 0
     yield "".join(block)
 
 

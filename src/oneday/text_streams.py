@@ -89,7 +89,13 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
 
 
 class TextStream:
-    """Texts to read pass after pass; iterating gives one pass as rows with the column `text`."""
+    """Texts to read pass after pass; iterating gives one pass as rows with the column `text`.
+
+    Attributes:
+        num_parts: Streams that it is drawn from; so many passes may be empty one after the other, and no more.
+    """
+
+    num_parts = 1
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> TextReader:
         """A reader of a pass, from a position or its beginning; nothing is read yet."""
@@ -141,15 +147,15 @@ class FileStream(TextStream):
         """See TextStream."""
         return FileReader(self, np.random.default_rng(key).permutation(len(self.files)).tolist(), state)
 
-    def take_spread(self, count: int) -> list[str]:
+    def take_spread(self, count: int) -> Iterator[str]:
         """The first documents of files that lie evenly over the publisher's order, `count` together if there are."""
         number = min(self.files_at_once, len(self.files))
         spread = [place * len(self.files) // number for place in range(number)]
         reader = FileReader(self, spread + sorted(set(range(len(self.files))) - set(spread)))
-        texts: list[str] = []
-        while len(texts) < count and (text := read_patiently(reader)) is not None:
-            texts.append(text)
-        return texts
+        for _ in range(count):
+            if (text := read_patiently(reader)) is None:
+                return
+            yield text
 
 
 class FileReader:
@@ -223,7 +229,7 @@ class MixedStream(TextStream):
     """
 
     def __init__(self, parts: Sequence[TextStream], shares: Sequence[float]) -> None:
-        self.parts, self.shares = parts, shares
+        self.parts, self.shares, self.num_parts = parts, shares, len(parts)
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> MixedReader:
         """See TextStream."""
@@ -272,7 +278,7 @@ class FirstTexts(TextStream):
     """The first documents of a stream, the same in every pass and whatever the seed."""
 
     def __init__(self, stream: TextStream, count: int) -> None:
-        self.stream, self.count = stream, count
+        self.stream, self.count, self.num_parts = stream, count, stream.num_parts
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> FirstReader:
         """See TextStream."""

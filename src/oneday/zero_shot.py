@@ -189,12 +189,13 @@ def load_task(name: str, folder: str | None, limit: int | None = None) -> list[Q
     Raises:
         SettingError: When there is no such task, or a row cannot be read.
     """
-    rows = list(read_local(name, Path(folder)) if folder is not None else read_hub(name))
+    found = read_local(name, Path(folder)) if folder is not None else read_hub(name)
+    rows = list(enumerate(found, start=1))
     if limit is not None and limit < len(rows):
         rows = [rows[index * len(rows) // limit] for index in range(limit)]
     if not rows:
         raise SettingError(f"The task {name} of task_names has no rows; look at its file.")
-    return [read_row(name, number, row) for number, row in enumerate(rows, start=1)]
+    return [read_row(name, number, row) for number, row in rows]
 
 
 def read_local(name: str, folder: Path) -> Iterator[Row]:

@@ -34,7 +34,9 @@ class EvaluateArguments:
         None, "Text to measure perplexity and bits a byte on: a file, directory or glob of .txt .jsonl .csv .parquet."
     )
     text_column: str = setting("text", "Column that holds the text.")
-    max_examples: int | None = setting(None, "Only so many questions of each task, evenly spread.")
+    max_examples: int | None = setting(
+        None, "Only so many questions of each task, evenly spread, and the first so many documents of text_name."
+    )
     batch_tokens: int = setting(8192, "Most tokens of one forward pass; a CPU takes 2,048.")
     output_dir: str | None = setting(
         None, "Where the results are written; empty: the checkpoint's directory, where it is one."
