@@ -40,7 +40,8 @@ class DataArguments:
     dataset_name: str | list[str] = setting(
         "python-docs",
         "python-docs (built in), a Hub id, or a file, directory or glob of .txt .jsonl .csv .parquet "
-        "(also .gz .xz .zst); several, comma-separated, make a mixture.",
+        "(also .gz .xz .zst); several, comma-separated, make a mixture. Small .txt files beside others are a document "
+        "each; one alone, or over 1 MB, is cut at blank lines.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Weights of a mixture, comma-separated, by documents; empty: in proportion to size."
@@ -54,7 +55,9 @@ class DataArguments:
     stream_files: int = setting(8, "Files of a stream that are read at once, a document of each in turn.")
     max_train_documents: int | None = setting(None, "Use only this many documents.")
     validation_name: str | None = setting(
-        None, "Held-out text, in the same forms as dataset_name; empty: a part of dataset_name is held out."
+        None,
+        "Held-out text, in the same forms as dataset_name, and not trained on; empty: a part of dataset_name is held "
+        "out.",
     )
     validation_fraction: float = setting(
         0.005,
