@@ -97,5 +97,8 @@ def test_a_model_answers(run_script, make_model, tokenizers, tmp_path, name):  #
     code, shown, stderr = run_script("try_model", *argv)
     assert code == 0, stderr
     assert ("-> " in shown) if name == "bert" else shown.startswith("ka lo")
+    argv[3] = text + " ka" * 70  # longer than the model reads
+    code, shown, stderr = run_script("try_model", *argv)
+    assert code == 0 and (name != "bert" or shown == "  more than the 64 tokens that the model reads: put in less\n")
     code, _, stderr = run_script("try_model", "--run_dir", tmp_path / "nowhere", "--text", text)
     assert code == 1 and "cannot be loaded" in stderr

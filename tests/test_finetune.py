@@ -374,6 +374,12 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     (folder / "test.jsonl").write_text(json.dumps({"sentence": texts[0], "label": -1}) + "\n")
     run_protocol(asked)
     assert (tmp_path / "out" / "submission" / "SST-2.tsv").read_text() == "\n".join(lines[:2]) + "\n"
+    # A merged model too is kept where the same run is asked for its answers alone.
+    lora = dataclasses.replace(args, peft="lora", output_dir=str(tmp_path / "lora"))
+    run_protocol(dataclasses.replace(lora, save_models=True, merge_adapters=True))
+    run_protocol(dataclasses.replace(lora, write_submission=True))
+    assert (tmp_path / "lora" / "submission" / "SST-2.tsv").is_file()
+    assert len(list((tmp_path / "lora" / "runs").glob("*/model/config.json"))) == 1
 
 
 def test_a_task_without_test_rows_is_left_out_of_the_submission(bert, data_dir, tmp_path, caplog):
@@ -596,7 +602,7 @@ def test_run_finetune_from_elsewhere(bert, data_dir):
         str(ROOT / "run_finetune.sh"),
         model.name,
         "sst2",
-        "--task_data_dir",
+        "--task-data-dir",  # the parser takes either
         os.path.relpath(data_dir, model.parent),
     ]
     command += ["--num_seeds", "1", "--num_train_epochs", "1", "--max_train_examples", "16", "--use_cpu"]

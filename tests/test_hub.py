@@ -104,6 +104,13 @@ def test_paths_are_cut_down_to_their_names(text, sent):
     assert hide_paths({"a": [text, 7, None]}) == {"a": [sent, 7, None]}
 
 
+def test_a_path_that_exists_is_one_name_whatever_is_in_it(tmp_path):
+    folder = tmp_path / "a,b" / "secret"
+    folder.mkdir(parents=True)
+    assert hide_paths(str(folder)) == "secret"
+    assert hide_paths("/tmp") == "tmp"
+
+
 @pytest.mark.parametrize(
     "text",
     [

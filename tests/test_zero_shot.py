@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from statistics import stdev
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import UNPACKED
@@ -221,6 +223,14 @@ def test_bad_tasks_are_refused(tmp_path, name, content, words):
         load_task(name, str(tmp_path))
 
 
+def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path):
+    rows = [{"text": f"number {index} ends"} for index in range(100)]
+    rows[60] = {"a": 1}
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SettingError, match="Row 61 of task mine"):
+        load_task("mine", str(tmp_path), 10)
+
+
 class Fixed:
     """A scorer that gives the scores it was given."""
 
@@ -377,10 +387,12 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     other.save_pretrained(folder)
     assert run_script("evaluate", *argv[:-1], "more")[0] == 0
     assert list(json.loads((folder / "zero_shot_results.json").read_text())["tasks"]) == ["more"], "other weights"
+    pq.write_table(pa.table({"text": ["", " "]}), tmp_path / "blank.parquet")
     for wrong, words in (
         (["--task_names", "ordre"], "the nearest is order"),
         (["--model_name_or_path", "nowhere"], "set output_dir"),
         (["--batch_tokens", "0"], "batch_tokens is 0"),
+        (["--text_name", tmp_path / "blank.parquet"], "holds no text"),
     ):
         code, _, stderr = run_script("evaluate", *argv, *wrong)
         assert code == 1 and words in stderr, stderr
