@@ -304,7 +304,7 @@ def test_what_cannot_be_pushed(run_script, tmp_path):  # noqa: F811
         assert (code, said.count(words)) == (1, 1), said
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("streaming", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
     """Read whole and as a stream, by its id."""
     held_out = tmp_path / "held_out.txt"

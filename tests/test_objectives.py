@@ -194,7 +194,9 @@ def test_next_sentence_loss_is_the_formula(make, negatives):
     assert len(pairs) > 10 and 0.2 < np.mean(kinds) < 0.8
 
 
-@pytest.mark.parametrize(("negatives", "steps"), [("swapped", 200), ("random", 400)])
+@pytest.mark.parametrize(
+    ("negatives", "steps"), [("swapped", 200), pytest.param("random", 400, marks=pytest.mark.slow)]
+)
 def test_the_pair_task_is_learnt(make, negatives, steps):
     settings = {"nsp_negatives": negatives, "learning_rate": 2e-3, "muon_learning_rate": 1e-2, "optim": "muon"}
     trainer = make("mlm_nsp", "bert", budget_steps=steps, **settings)

@@ -22,8 +22,6 @@ from oneday.docs_tasks import DOCS_TASKS, build_docs_task, find_code_words, hide
 from oneday.prose import clean_docstring, is_prose, split_sentences
 from oneday.python_docs import TOPIC_PACKAGES, build_python_docs, corpus_hash, find_docstrings, fold_paragraph
 
-pytestmark = pytest.mark.xdist_group("python_docs")  # slow fixtures: once, in one worker
-
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):

@@ -27,8 +27,6 @@ from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.ranks import check_strategy
 from oneday.run_directory import read_json, read_metrics
 
-pytestmark = pytest.mark.xdist_group("ranks")  # slow fixtures: once, in one worker
-
 STEPS, LEARNING_RATE, MUON_RATE = 20, 1e-3, 5e-3
 SETTINGS = {
     "model_config": "model_configs/modernbert-mini.json", "vocab_size": 150, "max_seq_length": 32,
@@ -278,6 +276,7 @@ ranks.close()
 """
 
 
+@pytest.mark.slow
 def test_the_others_wait_for_process_0_longer_than_the_timeout(tmp_path):
     """As they do while it tokenises a large text, which takes longer than a lost process is waited for."""
     command = [sys.executable, "-c", ALONE, str(tmp_path)]

@@ -24,8 +24,6 @@ from oneday.run_directory import read_json, read_metrics
 from oneday.sharded_optimizers import count_rows, cut_rows_of
 from oneday.tokenization import load_tokenizer, train_tokenizer
 
-pytestmark = pytest.mark.xdist_group("sharding")  # slow fixtures: once, in one worker
-
 STEPS = 4
 # Of all runs of one start; what waits for a process that is gone is not waited for.
 TIMEOUT_SECONDS = 1200
@@ -191,19 +189,15 @@ def usual(run_together, run_alone):
 
 
 def test_two_processes_train_as_one_does(usual, run_alone, folder):
+    """The same losses, a run taken up, two models refused; one test, for two workers would do the runs twice."""
     compare_with_one_process(run_alone, folder, usual, "two", add_limits(USUAL))
     scored = next(event for event in read_metrics(folder / "two-muon") if event["event"] == "eval")
     assert scored["eval_nsp_loss"] > 0.1, "there were pairs"
-
-
-def test_a_run_of_one_process_is_taken_up_and_the_states_written_are_those_of_whole_tensors(usual, run_alone, folder):
+    # A run of one process is taken up, and the states written are those of whole tensors.
     unbroken, _ = run_alone("unbroken", **KILLED)
     check_same(folder / "taken-up", unbroken, WEIGHT_TOLERANCE["muon"])
     assert resumed_from(folder / "taken-up") == [2]
     check_same_states(*(path / f"checkpoint-{STEPS - 1}/optimizer.pt" for path in (folder / "taken-up", unbroken)))
-
-
-def test_two_models_in_one_are_refused(usual):
     assert all("The setting objective is rtd" in process["refused"]["error"] for process in usual)
 
 
