@@ -129,7 +129,13 @@ def test_a_directory_gives_what_is_not_hidden_and_says_what_it_leaves_out(caplog
     os.makedirs("d/.ipynb_checkpoints")
     for path in ("d/a.csv", "d/.ipynb_checkpoints/a-checkpoint.csv", "d/._a.csv", "d/c4.json.gz"):
         Path(path).write_bytes(b"\xff" if "._" in path else b"text\nfirst\nsecond\n")
-    assert sorted(list_texts(load("d"))) == ["first", "second"]
+    for name in ("d", "d/", "./d", os.path.abspath("d")):
+        assert sorted(list_texts(load(name))) == ["first", "second"]
+    os.mkdir(".hidden")
+    os.rename("d", ".hidden/d")
+    assert sorted(list_texts(load(".hidden/d"))) == ["first", "second"], "of the folder itself the name does not count"
+    os.chdir(".hidden/d")
+    assert sorted(list_texts(load("."))) == ["first", "second"]
     assert "1 files of other kinds in d are not read, such as d/c4.json.gz." in caplog.text
 
 
@@ -163,9 +169,7 @@ def test_a_blank_file_beside_text_is_no_trouble():
 @pytest.mark.parametrize("row", ["1,Hello, dear world", "1"])
 def test_a_row_of_csv_with_other_cells_than_the_first_is_refused(row):
     Path("a.csv").write_text(f"id,text\n0,first\n{row}\n")
-    with pytest.raises(
-        SettingError, match="line 3 has not the 2 cells of its first: put cells with a comma in double"
-    ):
+    with pytest.raises(SettingError, match="line 3 has not the 2 cells of its first: mend the row"):
         load("a.csv")
 
 

@@ -192,8 +192,10 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, status, reaso
     assert len(tried) == 3, "a refusal is final"
     assert tried[1] - tried[0] >= RETRY_AFTER_SECONDS, "tried again before the Hub allowed it"
     hub.errors[("POST", "/commit/")] = list(passing)
+    hub.received.clear()
     code, said = program("push_to_hub", run_dir=run, hub_model_id="ann/tiny")
     assert code == 0 and "/commit/" in said, said
+    assert sum("/commit/" in path for path, _, _ in hub.received) == 3, "what passes is tried again"
     assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
 
 

@@ -63,12 +63,11 @@ def list_files(name: str) -> list[str]:
     """
     path = os.path.expanduser(name)
     if os.path.isdir(path):
-        inside = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        seen = [file for file in inside if not any(part.startswith(".") for part in Path(file[len(path) :]).parts)]
-        found = [file for file in seen if file.endswith(SUFFIXES)]
+        seen = [file for file in sorted(Path(path).rglob("*")) if file.is_file() and not is_hidden(file, path)]
+        found = sorted(str(file) for file in seen if file.name.endswith(SUFFIXES))
         if not found:
             raise SettingError(f"dataset_name {name!r} is a directory with no {', '.join(FORMATS)} file in it.")
-        others = [file for file in seen if not file.endswith(SUFFIXES)]
+        others = [file for file in seen if not file.name.endswith(SUFFIXES)]
         if others:
             logger.warning("%d files of other kinds in %s are not read, such as %s.", len(others), name, others[0])
         return found
@@ -81,6 +80,11 @@ def list_files(name: str) -> list[str]:
         known = ", ".join(FORMATS)
         raise SettingError(f"dataset_name has {unknown[0]!r}, which is none of {known}: rename or leave it out.")
     return files
+
+
+def is_hidden(file: Path, folder: str) -> bool:
+    """Whether a file, or a folder that it is in below `folder`, is called by a dot."""
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def load_files(name: str, column: str, cache_dir: Path, without: Collection[str] = ()) -> datasets.Dataset:
@@ -267,7 +271,7 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
             if None in row or None in row.values():  # of too many cells, or too few
                 raise SettingError(
                     f"dataset_name has {file!r}, whose line {rows.line_num} has not the {len(rows.fieldnames or ())} "
-                    "cells of its first: put cells with a comma in double quotes."
+                    "cells of its first: mend the row (a cell with a comma in it needs double quotes)."
                 )
             yield row[column]
     except csv.Error as error:
