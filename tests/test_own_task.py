@@ -39,13 +39,14 @@ def test_numbers_that_leave_gaps_become_classes_too(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_names_and_labels_of_a_table_are_not_interpreted(tmp_path, kind):
-    """Columns may be called as something is here, or not at all; 007 is not 7, and True not 1."""
-    rows = ["row,label,idx,,", "x,007,a,,", "y,7,b,,", "z,True,c,,"]
+    """Columns may be called as something is here, or not at all; 007 is not 7."""
+    rows = ["row,kind,label,idx,,", "x,007,a,9,,", "y,7,b,9,,", "z,8,c,9,,"]
     content = "\n".join(rows).replace(",", "," if kind == "csv" else "\t")
-    settings = {"text_columns": ["label", "row"], "label_column": "label"}
+    settings = {"text_columns": ["label", "row"], "label_column": "kind"}
     task, data = load(tmp_path, content, file=f"t.{kind}", **settings, validation_file=str(tmp_path / f"t.{kind}"))
-    assert task.label_names == ("007", "7", "True")
-    assert data["train"]["text2"][:] == ["x", "y", "z"] and data["train"]["row"][:] == [0, 1, 2]
+    assert task.label_names == ("007", "7", "8")
+    assert data["train"]["text1"][:] == ["a", "b", "c"] and data["train"]["text2"][:] == ["x", "y", "z"]
+    assert data["train"]["row"][:] == [0, 1, 2]
     assert data["train"]["label"][:] == [0, 1, 2]
 
 
