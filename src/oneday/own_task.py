@@ -92,7 +92,7 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """A file, in which these columns are strings; a .csv has quotes as spreadsheets write them."""
+    """A file; these columns of a .csv or .tsv are strings, and a .csv has quotes as spreadsheets write them."""
     if path.suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
         raise SettingError(f"The task file {path} is of an unknown kind; write .csv, .tsv, .jsonl or .parquet.")
     if path.suffix != ".csv":
