@@ -28,8 +28,8 @@ class TryArguments:
 
     run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.")
     text: str | None = setting(None, "One text instead of a conversation.")
-    max_new_tokens: int = setting(80, "Tokens a decoder goes on for.")
-    temperature: float = setting(0.8, "Of a decoder's choice; 0: always the most probable token.")
+    max_new_tokens: int = setting(80, "Most tokens that a decoder adds.")
+    temperature: float = setting(0.8, "Sampling temperature of a decoder; 0 takes the most probable token.")
     top_p: float = setting(0.9, "A decoder chooses among the tokens that make up this probability.")
 
     def __post_init__(self) -> None:

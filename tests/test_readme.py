@@ -23,13 +23,15 @@ from oneday.zero_shot_results import EvaluateArguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "EXPERIMENTS.md", "recipes/README.md", "model_configs/README.md"]
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert links
-    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()]
 
 
 def test_scripts_and_recipes_in_commands_exist():
@@ -53,10 +55,12 @@ def test_settings_in_commands_are_known():
     assert not [name for name in named if name not in known and name != "help"]
 
 
-def test_the_tree_names_every_module():
-    modules = {path.name for path in (ROOT / "src" / "oneday").glob("*.py")} - {"__init__.py"}
-    tree = README.split("## What is where")[1].split("## Add")[0]
-    assert modules == set(re.findall(r"\w+\.py", tree))
+def test_the_library_names_every_module():
+    library = ROOT / "src" / "oneday"
+    modules = [path.name for path in library.glob("*.py") if path.name != "__init__.py"]
+    rooms = [f"{path.name}/" for path in library.iterdir() if path.is_dir() and path.name != "__pycache__"]
+    named = re.findall(r"^\| `(\w+(?:\.py|/))` \|", (library / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(modules + rooms)
 
 
 def test_the_tree_names_every_script():

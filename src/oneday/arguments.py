@@ -61,8 +61,8 @@ class DataArguments:
     )
     validation_fraction: float = setting(
         0.005,
-        "Fraction of documents held out when validation_name is empty; of a stream that of max_train_documents, or of "
-        "100,000.",
+        "Fraction of documents held out if validation_name is empty. Of a stream: of max_train_documents, or of "
+        "100,000 if that is empty.",
     )
     tokenizer_name: str | None = setting(
         None, "An existing tokenizer (directory or Hub id); empty: one is trained on the corpus."
@@ -255,7 +255,12 @@ class BudgetTrainingArguments(TrainingArguments):
         5, "Steps in a row whose loss or gradient is not finite, after which the last checkpoint is taken again."
     )
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
-    lr_shape: str = setting("trapezoid", "trapezoid, linear, cosine, one_minus_sqrt, triangle or constant.")
+    lr_shape: str = setting(
+        "trapezoid",
+        "The learning rate after warmup_fraction. trapezoid and one_minus_sqrt: flat, then down to zero over "
+        "decay_fraction (in a line, or steep at first). linear and cosine: down at once. constant: flat. triangle, "
+        "without a warm-up: up from a quarter until decay_fraction is left, then down.",
+    )
     warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
     decay_fraction: float = setting(
         0.5, "Fraction of the budget over which trapezoid and one_minus_sqrt fall to zero."

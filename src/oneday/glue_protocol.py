@@ -99,9 +99,11 @@ class FinetuneArguments:
         False, "Also answer the test splits and write GLUE's submission files, by the run with the median score."
     )
     save_models: bool = setting(
-        False, "Keep the model of each run, with peft its adapter, in output_dir/runs; of random weights none."
+        False, "Keep each run's model (with peft: its adapter) in output_dir/runs; runs from random weights keep none."
     )
-    merge_adapters: bool = setting(False, "Add the adapter to the weights before saving: a stock model.")
+    merge_adapters: bool = setting(
+        False, "Merge the adapter into the weights, so that the saved model loads without peft."
+    )
     max_train_examples: int | None = setting(None, "Train on this many examples, the same for every seed.")
     max_eval_examples: int | None = setting(None, "Score this many examples of each validation split.")
     bf16: bool | None = setting(None, "bfloat16 autocast; empty: where the hardware has it.")

@@ -87,8 +87,8 @@ class KeepArguments:
 
     keep_runs: str | None = setting(
         None,
-        "Directory in which run directories of our side are kept, model and all, each in place of an older one of its "
-        "name; of runs whose record stands there is none. Empty: none is kept.",
+        "Keep the run directories of our side here, models included; an older one of the same name is replaced. Runs "
+        "that are not repeated, because their record stands, leave none. Empty: keep none.",
     )
 
 
@@ -97,7 +97,7 @@ class RecordArguments:
     """Records: every finished run is kept as a JSON file and used again while it stands."""
 
     records_dir: str = setting("runs/benchmarks", "Where records, tables and pictures are kept.")
-    reuse_ours: bool = setting(False, "Use records of our side also when this project's code has changed since.")
+    reuse_ours: bool = setting(False, "Use records of our side even if this project's code has changed since.")
 
 
 def check_positive(name: str, value: float) -> None:
