@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from oneday.arguments import SettingError
 from oneday.assembly import CLASSES
 from oneday.benchmarks.ablation import run_ablation
 from oneday.benchmarks.arguments import (
@@ -73,7 +74,9 @@ def main() -> None:
     run, mode_classes, recipe_classes, plan_recipe, default_recipe = MODES[mode]
     own = (*mode_classes, RecordArguments)
     settings = resolve_settings((*own, *recipe_classes), argv, DESCRIPTION, format_example(mode), default_recipe)
-    recipe, _ = split_command_line(argv)
+    recipe, overrides = split_command_line(argv)
+    if SeedArguments in mode_classes and "seed" in overrides:
+        raise SettingError(f"The setting seed is for one run, and {mode} has several; set seeds, say 1,2,3.")
     *mode_args, record_args = build_arguments(own, settings)
     of_recipe = {key: value for key, value in settings.items() if key not in fields_of(own)}
     plan = plan_recipe(recipe or default_recipe, of_recipe, record_args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from oneday.arguments import SettingError
 from oneday.assembly import CLASSES
 from oneday.ladder import (
     BENCHMARK_DIR,
@@ -53,6 +54,8 @@ def main() -> None:
     records = read_records(
         [args.records_dir, *([BENCHMARK_DIR] if Path(args.records_dir) == Path(LADDER_DIR) else [])]
     )
+    if not records:
+        raise SettingError(f"There is no record of a run in records_dir {args.records_dir}; name another.")
     for family in dict.fromkeys(family_of(record) for record in records):
         fitted = fit_family(records, family)
         print(format_law(fitted, family) if fitted else f"{family}: too few runs for a law")

@@ -54,6 +54,7 @@ def main() -> int:
     if settings["replay"]:
         settings = read_replayed_settings(settings)
     model_args, data_args, args = build_arguments(CLASSES, settings)
+    settings["output_dir"] = args.output_dir  # ~ is resolved there
     budget = check_settings(model_args, args)
     if inspect_run(args.output_dir, settings) == "finished":
         return say_finished(args, settings)
@@ -89,7 +90,7 @@ def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]]
         raise
     if trainer.status == "interrupted":
         if pusher:
-            pusher.wait(PUSH_SECONDS)
+            pusher.leave(PUSH_SECONDS)
         return say_interrupted(trainer)
     write(metrics)
     trainer.ranks.close()  # a push may take longer than the others would wait
@@ -138,7 +139,10 @@ def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
 
 def say_finished(args: BudgetTrainingArguments, settings: Settings) -> int:
     """There is nothing to train; a push that was cut off is done again, with what the card is to say now."""
-    logger.info("The run in %s is finished; name another output_dir to train again.", args.output_dir)
+    advice = "name another output_dir to train again"
+    if args.extend:
+        advice = "to extend it set a larger budget than it had"
+    logger.info("The run in %s is finished; %s.", args.output_dir, advice)
     if args.is_pushed and is_first_process():
         refresh_recipe(args.output_dir, {"hub_license": settings["hub_license"]})
         refresh_card(args.output_dir)

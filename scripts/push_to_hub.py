@@ -24,7 +24,9 @@ class PushArguments:
     run_dir: str = setting("runs/quickstart-bert", "A finished run directory; its checkpoints stay here.")
     hub_model_id: str = setting("", "Repository on the Hub, user/name; made when it is not there.")
     hub_license: str | None = setting(None, "Licence that the card states; empty: the one of the run's recipe.")
-    hub_private_repo: bool = setting(False, "Make a new repository private.")
+    hub_private_repo: bool | None = setting(
+        None, "Whether a new repository is private; empty: as the run's recipe has it."
+    )
     last_checkpoint: bool = setting(
         False, "Push the last checkpoint, for resume_from_hub elsewhere, not the model; the run need not be finished."
     )
@@ -57,7 +59,11 @@ def prepare_push(args: PushArguments) -> Callable[[HfApi], str]:
         SettingError: When there is none.
     """
     name, private = args.hub_model_id, args.hub_private_repo
+    if private is None:
+        private = rundir.read_recipe(args.run_dir).get("hub_private_repo")
     if args.last_checkpoint:
+        if args.hub_license is not None:
+            raise SettingError("hub_license is for a model's card, and last_checkpoint sends none; leave one out.")
         checkpoint = find_good_checkpoint(args.run_dir)
         if checkpoint is None:
             raise SettingError(f"run_dir {args.run_dir} holds no whole checkpoint; set save_steps, or name another.")

@@ -555,6 +555,8 @@ def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch, in_this
     assert [record["budget"] for record in made] == [{"tokens": 2048.0}, {"tokens": 4096.0}]
     assert all(0.9 <= record["tokens"] / record["budget"]["tokens"] <= 1.0 for record in made)
     assert len(read_records([records])) == 2
+    with pytest.raises(SettingError, match="models has 2 files named tiny"):
+        run_ladder(str(recipe), settings, LadderArguments(models=["a/tiny.json", "b/tiny.json"]))
 
 
 def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, recipe, tmp_path, in_this_process):
@@ -668,6 +670,7 @@ BAD = [
     (("versus-stock",), "baselines is empty, and stock bert has .* name config JSONs of its size"),
     (("versus-stock", "--baselines", "RIVAL"), "screen_minutes is 2.5, and the budget 0.05 minutes"),
     (("ablate",), "No change is given"),
+    (("ablate", "--seed", "7"), "seed is for one run, and ablate has several; set seeds"),
     (("ablate", "--change", "linear"), "change is 'linear'; write NAME=VALUE"),
     (("ablate", "--change", "lr_shap=linear"), "unknown setting 'lr_shap'; the nearest is 'lr_shape'"),
     (("throughput", "--grid", "optim=adamw", "--records_dir", "FILE"), "records_dir is .*cannot be written"),

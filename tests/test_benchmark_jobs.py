@@ -80,11 +80,11 @@ def test_a_stock_model_of_another_size_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = make_plan(tmp_path, "bert-datacentre/pretrain_2m.yaml", model_config="model_configs/modernbert-small.json")
     with pytest.raises(
-        SettingError, match="stock bert has 6.3 M parameters and the recipe's model .*name config JSONs"
+        SettingError, match="stock bert has 12.6 M parameters and the recipe's model .*name config JSONs"
     ):
         check_sizes(plan, {"bert": CONFIGS["bert"]}, is_chosen=False)
     check_sizes(plan, {"bert": CONFIGS["bert"]}, is_chosen=True)
-    assert "Not of one size: stock bert has 6.3 M" in caplog.text
+    assert "Not of one size: stock bert has 12.6 M" in caplog.text
 
 
 @pytest.mark.parametrize("names", [["ours.json"], ["bert", "bert"], ["a/tiny.json", "b/tiny.json"]])

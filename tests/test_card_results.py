@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from oneday.card_results import zero_shot_section
-from oneday.model_card import card_metadata, glue_section, results_table, usage
+from oneday.model_card import card_metadata, glue_section, results_table, training_table, usage
 from oneday.reporting import format_report
 
 RESULTS = {"eval_loss": 4.125, "corpus": "python-docs", "objective": "mlm"}
@@ -27,7 +28,8 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     average = {"average": 0.65625, "average_name": "average of sst2, rte"}
     glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}} | average
     (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
-    zero_shot = {"kind": "encoder", "tasks": {"blimp": BLIMP | {"max_examples": 200}, "mine": BLIMP}}
+    arc = {name: BLIMP | {"accuracy": value} for name, value in (("arc_easy", 0.3), ("arc_challenge", 0.2))}
+    zero_shot = {"kind": "encoder", "tasks": {"blimp": BLIMP | {"max_examples": 200}, "mine": BLIMP} | arc}
     (tmp_path / "zero_shot_results.json").write_text(json.dumps(zero_shot))
     (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
     metadata = card_metadata(tmp_path, RESULTS | {"hub_datasets": ["HuggingFaceFW/fineweb-edu"]})
@@ -40,11 +42,30 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     blimp = scores["blimp (subset: 200 questions)"]
     assert (blimp.dataset_type, blimp.metric_value) == ("nyu-mll/blimp", 0.61)
     assert blimp.metric_name.endswith("by pseudo-log-likelihood") and scores["mine"].dataset_type == "mine"
+    assert [scores[name].metric_value for name in arc] == [0.3, 0.2]
+    assert scores["arc_challenge"].dataset_config == "ARC-Challenge"
     assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]
     assert "alice" not in str(card)
     assert "rte (subset: 100 of 2,490" in glue_section(tmp_path) and "80.0 to 82.0" in glue_section(tmp_path)
     assert glue_section(tmp_path).endswith("\n\naverage of sst2, rte: 65.6.")
     assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)
+
+
+def test_of_several_processes_the_card_says_so(tmp_path):
+    results = {"objective": "mlm", "optim": "muon", "precision": "float32", "steps": 3, "tokens_per_second": 10.0,
+               "mfu": 0.5, "peak_flops_measured": 2e12, "peak_memory_bytes": 2**30, "seed": 1}  # fmt: skip
+    environment = {"device": "card", "threads": 4, "cores": 8, "python": "3.12", "packages": {}, "commit": "c"}
+    alone = training_table(results, environment)
+    assert "| card, 4 threads of 8 cores |" in alone and "| 50.0 % of 2.00 TFLOP/s measured |" in alone
+    of_eight = training_table(results, environment | {"num_processes": 8})
+    assert "| 8 processes, each with card, 4 threads of 8 cores |" in of_eight
+    assert "| 50.0 % of 2.00 TFLOP/s measured in each process |" in of_eight
+    assert "| 1.00 GiB in process 0 |" in of_eight
+
+
+def test_a_run_directory_named_by_a_dot_has_its_name_on_the_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert card_metadata(Path("."), RESULTS)["model-index"][0]["name"] == tmp_path.name
 
 
 @pytest.mark.parametrize("mask", ["<mask>", {"content": "<mask>"}, None])
@@ -83,8 +104,11 @@ def test_a_loss_of_several_terms_is_called_a_sum(tmp_path, objective, term, said
         "num_parameters": 1, "model_config": "a.json", "corpus_hash": "c", "threads": 1,
     } | term  # fmt: skip
     (tmp_path / "results.json").write_text(json.dumps(results))
-    (tmp_path / "budget.json").write_text(json.dumps({"used_fraction": 1.0, "limit": {"steps": 3}}))
+    limit = {"tokens": 1e6, "usd": 0.25, "seconds": 90.0, "flops": 2.5e17}
+    (tmp_path / "budget.json").write_text(json.dumps({"used_fraction": 1.0, "limit": limit}))
     (score,) = card_metadata(tmp_path, results)["model-index"][0]["results"]
     assert score["metrics"][0]["name"] == f"held-out loss, {said[0]}"
     assert f"held-out loss, {said[0]} |" in results_table(results)
     assert f"held-out loss {said[1]}" in format_report(tmp_path)
+    spent = "100.0 % of 1,000,000 tokens and 0.25 usd and 1.5 minutes and 2.5e+17 flops"
+    assert f"budget used      {spent}\n" in format_report(tmp_path)

@@ -33,7 +33,13 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     assert [path.name for path in kept] == ["checkpoint-12"]
     longer = settings | {"budget_steps": 40, "extend": True, "push_to_hub": True}
     assert inspect_run(folder, longer) == "extended"
+    scored = {"glue/glue_results.json", "glue-lora/glue_results.json", "zero_shot_results.json"}
+    for name in scored:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     extend_run(folder, longer, Budget(steps=40), "")
+    assert not any((folder / name).exists() for name in scored), "they are of weights that move on"
+    assert (folder / "glue" / "glue_results-20-steps.json").exists()
     once = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert not once["extend"] and not once["push_to_hub"], "who runs the recipe again did not ask for these"
     assert inspect_run(folder, longer) == "resumed"

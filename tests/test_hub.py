@@ -183,7 +183,8 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, status, reaso
     passing = [429, 500]
     hub.errors[("POST", "/commit/")] = [*passing, *[status] * 9]
     run = tmp_path / "run"
-    code, said = program("pretrain", output_dir=run, push_to_hub="true", hub_model_id="ann/tiny", hub_strategy="end")
+    settings = {"push_to_hub": "true", "hub_model_id": "ann/tiny", "hub_strategy": "end", "hub_private_repo": "true"}
+    code, said = program("pretrain", output_dir=run, **settings)
     assert code == 0, said
     assert read_json(run / "results.json")
     assert f"The model was not pushed to ann/tiny ({reason}" in said
@@ -197,6 +198,8 @@ def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, status, reaso
     assert code == 0 and "/commit/" in said, said
     assert sum("/commit/" in path for path, _, _ in hub.received) == 3, "what passes is tried again"
     assert "model.safetensors" in hub.branches["ann/tiny"]["main"]
+    created = [json.loads(body) for path, body, _ in hub.received if path.endswith("/repos/create")]
+    assert created and all(asked.get("visibility") == "private" or asked.get("private") for asked in created)
 
 
 def test_a_generator_is_not_sent_with_its_model(tmp_path):
@@ -240,14 +243,14 @@ def test_the_last_checkpoint_is_pushed_afterwards(hub, program, tmp_path):
         (FileNotFoundError(errno.ENOENT, "gone", "x"), "a file could not be read or copied here: No such file"),
         (ConnectionRefusedError(errno.ECONNREFUSED, "no"), "the Hub cannot be reached (ConnectionRefusedError)"),
         (TimeoutError(errno.ETIMEDOUT, "late"), "the Hub cannot be reached (TimeoutError)"),
-        (ValueError("Repo id must be\nsuch"), "Repo id must be"),
+        (ValueError("Invalid metadata in README.md.\n- bad licence"), "Invalid metadata in README.md. - bad licence"),
     ],
 )
 def test_why_a_push_failed(error, words):
     assert describe_failure(error).startswith(words)
 
 
-def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch):
+def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch, caplog):
     """While one is sent others come: only the newest of them is sent after it, and none is forgotten."""
     (tmp_path / f"{COPIES}left-by-a-killed-process").mkdir()
     sent, may_go_on = [], threading.Semaphore(0)
@@ -260,13 +263,18 @@ def test_the_newest_checkpoint_follows_the_one_on_its_way(tmp_path, monkeypatch)
         return "there"
 
     monkeypatch.setattr("oneday.hub.push_checkpoint", send)
+    pusher.leave(60)
     for step in range(1, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
         pusher.push_newest()
         while step == 1 and pusher.waiting is not None:
             time.sleep(0.001)
+    assert not caplog.messages
+    pusher.leave(0.01)
+    assert caplog.messages[0].startswith("The last checkpoint is not on the Hub yet. To push it: python scripts/")
+    assert caplog.messages[0].endswith("--hub_model_id ann/tiny --last_checkpoint")
     may_go_on.release(2)
-    pusher.wait(60)
+    assert pusher.wait(60)
     assert sent == ["checkpoint-1", "checkpoint-4"]
     (tmp_path / "checkpoint-5").mkdir()
     may_go_on.release()
@@ -300,6 +308,7 @@ def test_what_cannot_be_pushed(run_script, tmp_path):  # noqa: F811
     for argv, words in (
         (push, "holds no finished run"),
         ((*push, "--last_checkpoint"), "holds no whole checkpoint"),
+        ((*push, "--last_checkpoint", "--hub_license", "mit"), "hub_license is for a model's card"),
         (("pretrain", "--output_dir", tmp_path / "new", "--push_to_hub"), "hub_model_id is empty"),
     ):
         code, _, said = run_script(*argv)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from oneday import throughput
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES
 from oneday.budget import Budget
+from oneday.ladder import FamilyLaw
 from oneday.machines import CARDS, Machine, find_card
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
 from oneday.packed_dataset import pack_corpus
@@ -151,6 +153,7 @@ def test_the_choice():
 
 def test_cards_are_found_by_words():
     assert find_card("rtx4090").name == "RTX 4090"
+    assert find_card("2080").peak_flops == pytest.approx(13.4e12, rel=0.01), "it has no bfloat16: float32"
     assert find_card("h100").name == "H100"
     assert find_card("3090").peak_flops == pytest.approx(71e12, rel=0.01)
     assert find_card("a100-80gb").memory_gb == 80
@@ -190,7 +193,7 @@ def test_a_plan_of_this_machine(small_recipe, tmp_path):
     target = tmp_path / "plans" / "mine.yaml"
     made = plan(small_recipe, target, budget_minutes=2, probe_seconds=1, usd_per_hour=6, stated_watts=100)
     assert [Path(row.model_config).stem for row in made.rows] == ["small", "wide"]
-    assert made.rows[0].tokens > made.rows[1].tokens > 0
+    assert all(row.tokens > 0 for row in made.rows)
     assert all(row.usd == pytest.approx(0.2, rel=1e-3) for row in made.rows)
     assert all(row.kwh == pytest.approx(0.1 / 30, rel=1e-3) for row in made.rows)
     assert made.fitted is None
@@ -204,6 +207,7 @@ def test_a_plan_of_this_machine(small_recipe, tmp_path):
     assert (args.budget_minutes, args.learning_rate, args.usd_per_hour) == (2, 2e-3, 6)
     assert (args.optimizer_name, args.micro_batch_tokens, data_args.max_seq_length) == ("muon", 256, ROW_LENGTH)
     assert yaml.safe_load(target.read_text())["extends"] == "../base.yaml"
+    assert args.output_dir == "runs/mine"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,25 @@ def test_what_the_own_model_gains_and_waits_for_stands_for_all(
     assert asked == [("small", False, seconds), ("wide", False, seconds), *whole]
 
 
+def test_a_law_says_nothing_of_another_architecture_nor_a_budget_without_a_step(small_recipe, tmp_path, monkeypatch):
+    law = SimpleNamespace(covers=lambda size: True, predict=lambda size, tokens: Prediction(4.0, 3.9, 4.1))
+    fitted = FamilyLaw(law, [], "eval_loss", "text", "held out")
+    monkeypatch.setattr("oneday.planning.fit_family", lambda *args: fitted)
+    monkeypatch.setattr("oneday.planning.measure_pace", lambda *args: Pace(1e-4, 0.0, 30.0))
+    own = resolve_settings(CLASSES, [str(small_recipe)])["model_config"]
+    other = tmp_path / "other.json"
+    config = json.loads(Path(own).read_text())
+    other.write_text(json.dumps(config | {"model_type": "roberta"}))
+    target, given = tmp_path / "both.yaml", {"models": f"{own},{other}", "output_dir": tmp_path / "here"}
+    made = plan(small_recipe, target, budget_minutes=2, **given)
+    said = {Path(row.model_config).name: row.prediction for row in made.rows}
+    assert said[Path(own).name].loss == 4.0 and said["other.json"] is None
+    assert yaml.safe_load(target.read_text())["output_dir"] == str(tmp_path / "here")
+    with pytest.raises(SettingError, match="ends before the first step: .* take 30 s"):
+        plan(small_recipe, tmp_path / "short.yaml", budget_minutes=0.4, **given)
+    assert not (tmp_path / "short.yaml").exists()
+
+
 def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_path, monkeypatch):
     def prepare(trainer, is_new):
         trainer.clock.ledger["initialization"] += 5.0
@@ -250,7 +273,9 @@ def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_pa
 
 
 def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):
-    made = plan(small_recipe, tmp_path / "card.yaml", **{"for": "RTX 3090", "mfu": 0.5, "budget_hours": 1})
+    made = plan(
+        small_recipe, tmp_path / "card.yaml", **{"for": "RTX 3090", "mfu": 0.5, "budget_hours": 1, "bf16": "null"}
+    )
     rate = 0.5 * 6.1e18 / 86400
     assert made.rows[1].tokens == pytest.approx(3600 * rate / made.rows[1].probe.flops_per_token)
     assert made.rows[1].kwh == pytest.approx(0.35)
@@ -265,6 +290,7 @@ def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):
     ("settings", "message"),
     [
         ({"for": "Voodoo 2"}, "none of the cards"),
+        ({"for": "RTX 4090", "bf16": "false"}, "peaks known of cards are of bf16, and bf16 is false"),
         ({"mfu": 2}, "mfu is 2"),
         ({"probe_seconds": 0}, "probe_seconds is 0"),
         ({"gpu_memory_gb": 1e-4}, "No model fits"),

@@ -93,9 +93,10 @@ def test_the_better_of_two_measured_peaks_counts(run_script, text_file, tmp_path
     assert results["mfu"] == pytest.approx(results["flops"] / results["train_seconds"] / max(at_start, 5e9))
 
 
-def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
+def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "run"
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=out, report_to="tensorboard", logging_steps=1)
+    argv = flags(**SMALL, dataset_name=text_file, output_dir="~/run", report_to="tensorboard", logging_steps=1)
     code, _, stderr = run_script("pretrain", *argv)
     assert code == 0, stderr
     names = {path.name for path in out.iterdir()}
@@ -135,7 +136,9 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path):
 
     again, _, said = run_script("pretrain", *argv)
     assert again == 0
-    assert "finished" in said
+    assert "finished; name another output_dir to train again" in said
+    again, _, said = run_script("pretrain", *argv, "--extend")
+    assert again == 0 and "finished; to extend it set a larger budget than it had" in said
     repeated = tmp_path / "repeated"
     code, *_ = run_script("pretrain", out / "recipe.yaml", "--output_dir", repeated)
     assert code == 0

@@ -92,6 +92,7 @@ def test_what_is_no_number_is_not_made_one(name, text):
         ({"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0; it must be above zero"),
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be from 0 to below 1"),
         ({"seed": -1}, "seed is -1; it must not be below zero"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be below 2^32"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; it must not be below zero"),
         ({"hub_strategy": "sometimes"}, "hub_strategy is 'sometimes'; it must be one of end, every_save"),
     ],

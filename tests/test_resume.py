@@ -16,11 +16,13 @@ import datasets
 import pytest
 import torch
 from conftest import ROW_LENGTH, StopAt, steps_of, weights
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from oneday import saving, streamed_rows, text_streams
-from oneday.arguments import SettingError
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.modeling import build_model
+from oneday.objectives import find_objective
 from oneday.run_directory import append_metrics, lock_run, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
@@ -102,6 +104,64 @@ def test_a_model_saved_but_not_scored_is_scored_and_not_trained_again(make_train
     assert len(steps_of(second)) == 4
     assert all(torch.equal(value, weights(first)[key]) for key, value in weights(second).items())
     assert metrics["eval_loss"] == pytest.approx(make_scored(first), abs=1e-6)
+
+
+def test_a_model_saved_but_not_scored_is_not_scored_on_another_text(make_trainer, monkeypatch):
+    first = make_trainer("bert", budget_steps=2)
+    monkeypatch.setattr(first, "evaluate", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = make_trainer("bert", budget_steps=2)
+    second.data_fingerprint = "another"
+    with pytest.raises(SettingError, match="is not what .* was trained on"):
+        second.run(resume=True)
+
+
+def test_a_run_whose_time_is_spent_without_a_checkpoint_says_so(make_trainer):
+    trainer = make_trainer("bert", budget_minutes=1)
+    spent = {"status": "running", "spent": {"seconds": 59.9}}
+    Path(trainer.args.output_dir, "budget.json").write_text(json.dumps(spent))
+    with pytest.raises(SettingError, match="The 60 s that the run in .* had spent left no checkpoint"):
+        trainer.run(resume=True)
+
+
+def test_a_mixture_of_experts_is_read_back(tokenizers, packed, tmp_path):
+    """Its file names each expert, as the Hub does; the model holds all of a layer in one tensor."""
+    ids = {f"{name}_token_id": getattr(tokenizers["decoder"], f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, max_position_embeddings=64, **ids,
+    )  # fmt: skip
+
+    def make(output, seed):
+        settings = {"batch_size_tokens": 4 * ROW_LENGTH, "micro_batch_tokens": 4 * ROW_LENGTH, "objective": "clm"}
+        args = BudgetTrainingArguments(
+            output_dir=str(tmp_path / output), budget_steps=4, save_steps=2, bf16=False, optim="adamw", **settings
+        )
+        Path(args.output_dir).mkdir(exist_ok=True)
+        objective = find_objective("clm")(tokenizers["decoder"], args)
+        torch.manual_seed(seed)
+        return BudgetTrainer(build_model(config), args, objective, *packed["decoder"], objective.tokenizer)
+
+    whole = make("whole", 0)
+    whole.run()
+    run_killed(lambda: make("killed", 0), 3)
+    resumed = make("killed", 1)
+    resumed.run(resume=True)
+    assert_same_weights(whole, resumed)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "killed")
+    assert all(torch.equal(value, weights(whole)[key]) for key, value in stock.state_dict().items())
+    assert stock.config.use_cache is True, "it is to generate with its cache"
+
+
+def test_a_resumed_run_logs_as_often_as_is_asked_for_now(make_trainer):
+    settings = {"budget_steps": 6, "save_steps": 3}
+    run_killed(lambda **given: make_trainer("bert", **given, logging_steps=5), 4, **settings)
+    resumed = make_trainer("bert", **settings, logging_steps=2)
+    resumed.run(resume=True)
+    logged = [entry["step"] for entry in resumed.state.log_history if "loss" in entry]
+    assert logged == [4, 6]
+    assert not any("train_samples_per_second" in entry for entry in resumed.state.log_history)
 
 
 def make_scored(trainer):

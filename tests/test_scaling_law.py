@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oneday.arguments import SettingError
 from oneday.ladder import Family, family_of, fit_family, format_law, read_records, to_point
 from oneday.scaling_law import EXPONENTS, Point, fit_law, log_losses, objective_and_slope
 
@@ -132,11 +133,15 @@ def test_records_say_what_they_are_of(records):
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records, tmp_path):
+def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records, tmp_path, caplog):
     (tmp_path / "torn.json").write_text('{"kind": "ladder", "name"')
-    (tmp_path / "empty.json").write_text('{"kind": "ladder"}')
+    (tmp_path / "empty.json").write_text('{"kind": "ladder", "recipe": "a"}')
+    (tmp_path / "finetuned.json").write_text('{"kind": "ours", "scores": {}}')
     (tmp_path / "good.json").write_text(json.dumps(records[0]))
     assert read_records([tmp_path]) == [records[0]]
+    assert sorted(message.split()[0] for message in caplog.messages) == ["empty.json", "torn.json"]
+    with pytest.raises(SettingError, match="There is no directory .*laddr"):
+        read_records([tmp_path / "laddr"])
     assert fit_family(records, Family("bert", "mlm", 8192, 128)) is None
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerControl
 
 from oneday.benchmarks.throughput import StepTimer, measure_compile_seconds
 from oneday.glue_protocol import FinetuneArguments, choose_bf16
-from oneday.throughput import has_fast_bf16, measure_peak_flops
+from oneday.throughput import has_fast_bf16, measure_peak_flops, time_products
 
 # Resident memory in MiB that is left after 8 blocks of 24 MiB came and went.
 PROGRAM = """
@@ -90,3 +90,12 @@ def test_steps_are_timed_after_the_warm_up():
     assert timer.warmup == [5.0, 5.0, 5.0] and (timer.tokens, timer.flops) == (103 + 104, 2e6)
     assert timer.steps == [{"step": 2.0, "data": 0.25, "forward_backward": 1.5, "optimizer": 0.25}] * 2
     assert measure_compile_seconds(timer) == 15.0 - 3 * 2.0
+
+
+def test_measuring_takes_no_random_numbers_of_the_run():
+    """How many matrices it draws depends on the machine's speed."""
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    assert time_products(16, torch.device("cpu"), torch.float32) > 0
+    assert torch.equal(torch.rand(4), expected)

@@ -103,3 +103,5 @@ def test_parts_that_cannot_be(texts, tmp_path, monkeypatch):
     for shard in (-1, 2):
         with pytest.raises(SettingError, match=f"shard is {shard}; it must be from 0 to num_shards - 1, 1"):
             tokenize_shard(args, "encoder", ShardArguments(shard, 2))
+    with pytest.raises(SettingError, match="num_shards is 4, but shard is empty"):
+        ShardArguments(num_shards=4)

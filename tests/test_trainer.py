@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -245,6 +246,13 @@ def test_mixed_precision_of_an_accelerate_config_changes_nothing(make_trainer, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     trainer = make_trainer("bert", budget_steps=1, bf16=False)
     assert not trainer.accelerator.native_amp and trainer.describe_precision() == "float32"
+
+
+def test_an_accelerate_config_does_not_compile_the_model(make_trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    trainer = make_trainer("bert", budget_steps=1)
+    assert trainer.accelerator.prepare(trainer.model) is trainer.model
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "EAGER"
 
 
 def test_corpus_smaller_than_a_step_is_refused(make_trainer):

@@ -94,6 +94,13 @@ class ShardArguments:
     )
     num_shards: int = setting(1, "Parts of the text, one for each machine that tokenises.")
 
+    def __post_init__(self) -> None:
+        """Refuse what would tokenise the whole text on each machine."""
+        if self.shard is None and self.num_shards != 1:
+            raise SettingError(
+                f"The setting num_shards is {self.num_shards}, but shard is empty; set it to this machine's part."
+            )
+
 
 @dataclass
 class ExecutorArguments:
@@ -152,7 +159,7 @@ REFUSED_SETTINGS = {
             "torch_empty_cache_steps", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
             "length_column_name", "average_tokens_across_devices", "ddp_bucket_cap_mb", "ddp_static_graph",
             "ddp_find_unused_parameters", "ddp_broadcast_buffers", "bf16_full_eval", "fp16_full_eval",
-            "enable_jit_checkpoint", "save_on_each_node",
+            "enable_jit_checkpoint", "save_on_each_node", "accelerator_config",
         ),
         NO_EFFECT,
     ),
@@ -163,6 +170,7 @@ POSITIVE_SETTINGS = (
     "max_bad_steps", "discriminator_weight", "learning_rate", "muon_learning_rate", "adam_epsilon",
 )  # fmt: skip
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+MAX_SEED = 2**32
 NOT_NEGATIVE_SETTINGS = ("seed", "data_seed", "weight_decay", "max_grad_norm")
 BETWEEN_0_AND_1 = ("adam_beta1", "adam_beta2")
 RAMP_FRACTIONS = ("batch_ramp_fraction", "seq_length_ramp_fraction")
@@ -325,6 +333,9 @@ class BudgetTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise SettingError(f"The setting {name} is {value}; it must not be below zero.")
+        for name in ("seed", "data_seed"):
+            if (getattr(self, name) or 0) >= MAX_SEED:
+                raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be below 2^32.")
         for name in BETWEEN_0_AND_1:
             if not 0 <= getattr(self, name) < 1:
                 raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be from 0 to below 1.")

@@ -34,7 +34,7 @@ class Budget:
 
     Attributes:
         seconds: Wall clock from the first training step, or what prepares it (counted embeddings, compiling), to the
-            final model on disk.
+            final model on disk and scored.
         tokens: Tokens trained on, padding not counted.
         flops: Floating-point operations executed, forward and backward.
         steps: Optimizer steps.
@@ -106,7 +106,12 @@ class Budget:
     def describe(self) -> str:
         """The limits in words: `300 s, 1,000,000 tokens`."""
         units = {"seconds": "s", "usd": "USD", "kwh": "kWh"}
-        return ", ".join(f"{limit:,.6g} {units.get(kind, kind)}" for kind, limit in self.limits.items())
+        return ", ".join(f"{format_amount(limit)} {units.get(kind, kind)}" for kind, limit in self.limits.items())
+
+
+def format_amount(amount: float) -> str:
+    """`1,000,000`, `0.25`, `3e+17`."""
+    return f"{amount:,.0f}" if 1000 <= amount < 1e15 else f"{amount:,.6g}"
 
 
 @dataclass
@@ -161,7 +166,7 @@ class BudgetClock:
         self.origin, self._progress = self.spent(), 0.0
 
     def stop(self) -> None:
-        """Stop counting: the final model is on disk."""
+        """Stop counting: the final model is on disk and scored."""
         self._stopped = self.now()
 
     @property

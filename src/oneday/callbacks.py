@@ -105,7 +105,8 @@ class BudgetCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count saves and evaluations from here."""
+        """Count saves and evaluations from here; a resumed run logs as often as is asked for now."""
+        state.compute_steps(args, state.max_steps)
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
         end, limits = self.trainer.plateau_end, self.trainer.clock.budget.limits

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -30,14 +29,12 @@ def model_index(folder: Path, results: dict[str, Any], pipeline: str) -> list[di
         pipeline: The pipeline that the model serves, say fill-mask.
     """
     scores = [*held_out(results, pipeline), *fine_tuned(folder), *zero_shot(folder, pipeline)]
-    return eval_results_to_model_index(folder.name, scores)
+    return eval_results_to_model_index(folder.resolve().name, scores)
 
 
 def describe_origin(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """The licence; Hub ids of what it was trained on as `datasets`; the language where it is known."""
-    recipe = folder / rundir.RECIPE
-    settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
-    origin = {"license": settings.get("hub_license") or BudgetTrainingArguments.hub_license}
+    origin = {"license": rundir.read_recipe(folder).get("hub_license") or BudgetTrainingArguments.hub_license}
     language = {"language": "en"} if results["corpus"] == PYTHON_DOCS else {}
     ids = results.get("hub_datasets")
     return origin | language | ({"datasets": ids} if ids else {})
@@ -94,7 +91,8 @@ def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=pipeline,
-            dataset_type=HUB_SETS[name][0] if name in HUB_SETS else name,
+            # Two configs of one data set with the same task would be one entry.
+            **dict(zip(("dataset_type", "dataset_config", "dataset_split"), HUB_SETS.get(name, (name,)))),
             dataset_name=name + part,
             metric_type="accuracy",
             metric_value=round(task["accuracy"], 4),

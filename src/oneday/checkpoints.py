@@ -89,7 +89,7 @@ def find_good_checkpoint(output_dir: str | Path) -> Path | None:
         fault = find_fault(checkpoint)
         if fault is None:
             return checkpoint
-        logger.warning("%s is damaged (%s) and set aside; the one before it is used.", checkpoint.name, fault)
+        logger.warning("%s is damaged (%s) and set aside; one before it is used, if any.", checkpoint.name, fault)
         aside = checkpoint.with_name(DAMAGED + checkpoint.name)
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)

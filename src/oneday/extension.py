@@ -17,7 +17,9 @@ from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state
 from oneday.durable_files import write_json
+from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
 from oneday.schedules import find_plateau_end
+from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,10 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
         if read_state(checkpoint)["clock"]["steps_taken"] > state["steps_taken"]:
             shutil.rmtree(checkpoint)
     rundir.write_recipe(folder, settings)
-    os.replace(folder / rundir.RESULTS, folder / f"results-{report['spent']['steps']:.0f}-steps.json")
+    # The scores of weights that are about to move; results.json last, without which the run is not finished.
+    scores = [*folder.glob(f"glue*/{GLUE_RESULTS}"), folder / ZERO_SHOT_RESULTS, folder / rundir.RESULTS]
+    for path in filter(Path.exists, scores):
+        os.replace(path, path.with_name(f"{path.stem}-{report['spent']['steps']:.0f}-steps.json"))
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
 
 

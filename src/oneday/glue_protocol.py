@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from oneday.arguments import SettingError, setting
+from oneday.arguments import MAX_SEED, SettingError, setting
 from oneday.glue import expand_task_names
 from oneday.throughput import has_fast_bf16
 
@@ -31,7 +31,6 @@ PEFT_KINDS = ("lora", "dora", "qlora")
 # Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
 LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
 TUNED_FACTORS = (1, 2.5, 5)
-MAX_SEED = 2**32
 
 
 @dataclass

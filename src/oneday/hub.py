@@ -226,7 +226,7 @@ def describe_failure(error: BaseException) -> str:
         return f"a file could not be read or copied here: {os.strerror(error.errno)}"
     if status is None and not isinstance(error, (ValueError, TypeError)):
         return f"the Hub cannot be reached ({type(error).__name__})"
-    return str(error).splitlines()[0][:200]
+    return " ".join(str(error).split())[:300]
 
 
 def describe_command(run_dir: str | Path, repo_id: str) -> str:
@@ -241,7 +241,7 @@ def push_model(api: HfApi, run_dir: str | Path, repo_id: str, private: bool | No
         card = Path(folder) / rundir.CARD
         if card.is_file():
             card.write_text(card.read_text(encoding="utf-8").replace(rundir.PLACEHOLDER, repo_id), encoding="utf-8")
-        return send(api, repo_id, Path(folder), "main", f"Push {Path(run_dir).name}", private)
+        return send(api, repo_id, Path(folder), "main", f"Push {Path(run_dir).resolve().name}", private)
 
 
 def push_checkpoint(api: HfApi, checkpoint: Path, repo_id: str, strategy: str, private: bool | None = None) -> str:
@@ -301,10 +301,20 @@ class HubPusher:
             push = functools.partial(push_checkpoint, self.api, checkpoint, self.repo_id, self.strategy, self.private)
             self.attempt(push, checkpoint.name)
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Let a checkpoint on its way arrive, for so long."""
-        if self.thread is not None:
-            self.thread.join(seconds)
+    def wait(self, seconds: float | None = None) -> bool:
+        """Let a checkpoint on its way arrive, for so long; whether none is on its way any more."""
+        if self.thread is None:
+            return True
+        self.thread.join(seconds)
+        return not self.thread.is_alive()
+
+    def leave(self, seconds: float) -> None:
+        """Before the process ends without a model: let a checkpoint arrive, for so long, or say that it did not."""
+        if not self.wait(seconds):
+            logger.warning(
+                "The last checkpoint is not on the Hub yet. To push it: %s --last_checkpoint",
+                describe_command(self.run_dir, self.repo_id),
+            )
 
     def push_final(self) -> None:
         """Send the finished run after the checkpoint on its way; a Hub that stands still is given up."""
@@ -314,8 +324,7 @@ class HubPusher:
         push = functools.partial(push_model, self.api, self.run_dir, self.repo_id, self.private)
         self.thread = threading.Thread(target=self.attempt, args=(push, "The model"), daemon=True)
         self.thread.start()
-        self.wait(STILL_SECONDS)
-        if self.thread.is_alive():
+        if not self.wait(STILL_SECONDS):
             self.say_failure("The model", f"the Hub has not taken it in {STILL_SECONDS:g} s")
 
     def attempt(self, push: Callable[[], str], what: str) -> None:

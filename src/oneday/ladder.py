@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,19 +101,32 @@ def run_ladder(recipe_path: str, settings: Settings, args: LadderArguments) -> l
     others = {f"budget_{kind}": None for kind in ("hours", "minutes", "flops", "steps", "usd", "kwh")}
     plan = make_plan(recipe_path, {**settings, **others, "budget_tokens": max(args.tokens)}, args)
     seed, jobs = plan.settings["seed"], []
-    for model, tokens in itertools.product(args.models or [plan.settings["model_config"]], args.tokens):
+    models = args.models or [plan.settings["model_config"]]
+    for name, count in Counter(Path(model).stem for model in models).items():
+        if count > 1:
+            raise SettingError(
+                f"The setting models has {count} files named {name}, as their records would be; rename one."
+            )
+    for model, tokens in itertools.product(models, args.tokens):
         changes = {"model_config": model, "budget_tokens": tokens}
         jobs.append(plan.our_job("ladder", Path(model).stem, seed, 1, changes))
     return list(plan.store.obtain(jobs).values())
 
 
-def read_records(folders: Iterable[str | Path]) -> list[Record]:
-    """The records of whole runs in some directories; files that are none are passed over."""
+def read_records(folders: Sequence[str | Path]) -> list[Record]:
+    """The records of whole pretraining runs in some directories; files that are none are passed over.
+
+    Raises:
+        SettingError: When a directory that was named is not there.
+    """
     records = []
+    for folder in folders:
+        if not Path(folder).is_dir() and folder not in (LADDER_DIR, BENCHMARK_DIR):
+            raise SettingError(f"There is no directory {folder} with records for the scaling law; name another.")
     for path in sorted(path for folder in folders for path in Path(folder).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record.get("kind") in KINDS:
+            if record.get("kind") in KINDS and "recipe" in record:  # others are of fine-tuning
                 to_point(record)
                 family_of(record)
                 records.append(record)

@@ -19,7 +19,8 @@ class Card:
 
     Attributes:
         name: As its maker sells it.
-        peak_exaflop_per_day: Dense 16-bit matrix products with 32-bit sums, in 10^18 operations a day.
+        peak_exaflop_per_day: Dense bfloat16 matrix products with 32-bit sums, in 10^18 operations a day; of a card
+            without bfloat16, on which training is in float32, float32 products.
         memory_gb: Memory, in gigabytes of 10^9 bytes.
         watts: Board power.
     """
@@ -36,7 +37,7 @@ class Card:
 
 
 CARDS = (
-    Card("RTX 2080 Ti", 4.6, 11, 250),
+    Card("RTX 2080 Ti", 1.16, 11, 250),
     Card("RTX 3090", 6.1, 24, 350),
     Card("RTX A6000", 13.4, 48, 300),
     Card("RTX 4090", 14.3, 24, 450),
@@ -90,10 +91,17 @@ def find_machine(args: BudgetTrainingArguments, card_name: str | None, memory_gb
         args: Settings of training; `stated_watts` takes the place of a card's power.
         card_name: To plan for; None: what is here.
         memory_gb: To plan for, in gigabytes of 10^9 bytes; None: what it has.
+
+    Raises:
+        SettingError: When the card is not known, or its peak is not that of the settings.
     """
     given = memory_gb * 1e9 if memory_gb else None
     if card_name is not None:
         card = find_card(card_name)
+        if args.use_bf16 is False:
+            raise SettingError(
+                "The peaks known of cards are of bf16, and bf16 is false; leave one of for and bf16 out."
+            )
         watts = args.stated_watts or card.watts
         return Machine(card.name, given or card.memory_gb * 1e9, card.peak_flops, watts, card)
     bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16

@@ -122,14 +122,14 @@ def format_card(folder: Path, results: dict[str, Any]) -> str:
     budget, environment = rundir.read_json(folder / rundir.BUDGET), rundir.read_json(folder / rundir.ENVIRONMENT)
     sections = [
         f"---\n{yaml.safe_dump(card_metadata(folder, results), sort_keys=False)}---",
-        f"# {folder.name}",
+        f"# {folder.resolve().name}",
         describe_model(results),
         "## How to use it\n\n" + usage(folder, results),
         "## Results\n\n" + results_table(results) + glue_section(folder) + zero_shot_section(folder),
         f"![Training curve]({rundir.CURVE})",
         "## Budget\n\n" + budget_table(budget),
         "## Data\n\n" + describe_data(results),
-        "## Training\n\n" + training_table(folder, results, environment),
+        "## Training\n\n" + training_table(results, environment),
         "## Limits\n\n" + LIMITS,
     ]
     return "\n\n".join(sections) + "\n"
@@ -260,19 +260,26 @@ def describe_data(results: dict[str, Any]) -> str:
     )
 
 
-def training_table(folder: Path, results: dict[str, Any], environment: dict[str, Any]) -> str:
+def training_table(results: dict[str, Any], environment: dict[str, Any]) -> str:
     """Settings, hardware and versions."""
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    count = environment.get("num_processes", 1)
+    device = f"{environment['device']}, {environment['threads']} threads of {environment['cores']} cores"
+    peak, memory = (
+        f"{results['peak_flops_measured'] / 1e12:.2f} TFLOP/s measured",
+        results["peak_memory_bytes"] / 2**30,
+    )
+    each = " in each process" if count > 1 else ""
     rows = [
         ("objective", results["objective"]),
         ("optimizer", results["optim"]),
         ("precision", results["precision"]),
         ("steps", f"{results['steps']:,}"),
         ("tokens a second", f"{results['tokens_per_second']:,.0f}"),
-        ("MFU", f"{100 * results['mfu']:.1f} % of {results['peak_flops_measured'] / 1e12:.2f} TFLOP/s measured"),
-        ("peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        ("MFU", f"{100 * results['mfu']:.1f} % of {peak}{each}"),
+        ("peak memory", f"{memory:.2f} GiB" + (" in process 0" if each else "")),
         ("seed", results["seed"]),
-        ("hardware", f"{environment['device']}, {environment['threads']} threads of {environment['cores']} cores"),
+        ("hardware", f"{count} processes, each with {device}" if each else device),
         ("versions", f"Python {environment['python']}, {packages}"),
         ("commit", environment["commit"]),
     ]

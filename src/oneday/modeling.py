@@ -113,15 +113,22 @@ def name_refused_file(file: Path) -> Iterator[None]:
         raise SettingError(f"model_config: {file} is refused by transformers ({reason}); mend the file.") from error
 
 
-def read_skeleton(path: str | os.PathLike) -> PreTrainedModel:
+def read_skeleton(path: str | os.PathLike, vocab_size: int | None = None) -> PreTrainedModel:
     """The model of a config file, not fitted to a tokenizer and without storage for weights.
+
+    Args:
+        path: See `check_config_file`.
+        vocab_size: In place of the file's.
 
     Raises:
         SettingError: see `check_config_file`; transformers cannot build it.
     """
     file = check_config_file(path)
     with name_refused_file(file):
-        return build_skeleton(AutoConfig.from_pretrained(str(file)))
+        config = AutoConfig.from_pretrained(str(file))
+        if vocab_size is not None:
+            config.vocab_size, config.pad_token_id = vocab_size, None  # its id may be beyond
+        return build_skeleton(config)
 
 
 def set_special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,11 +10,10 @@ import torch
 
 from oneday.arguments import SettingError
 from oneday.budget import JOULES_PER_KWH, SECONDS_PER_HOUR, Budget
-from oneday.ladder import FamilyLaw
 from oneday.machines import Machine
 from oneday.probing import Pace, Probe, optimizer_pair
 from oneday.recipe import Settings
-from oneday.scaling_law import Prediction
+from oneday.scaling_law import Prediction, ScalingLaw
 
 # What is left of the memory for the largest layer's own work, the optimizer's and the allocator's gaps.
 USABLE_MEMORY = 0.8
@@ -104,9 +103,9 @@ def make_row(
     machine: Machine,
     settings: Settings,
     num_tokens: int | None,
-    fitted: FamilyLaw | None,
+    law: ScalingLaw | None,
 ) -> Row:
-    """What one model makes of the budget."""
+    """What one model makes of the budget; `law` is of models of its kind."""
     batch, watts = settings["batch_size_tokens"], machine.watts or pace.watts
     size = probe.num_parameters_without_embeddings
     tokens = count_tokens(probe, pace, budget, watts, batch, mean_batch_tokens(settings))
@@ -122,7 +121,7 @@ def make_row(
         epochs=None if num_tokens is None else tokens / num_tokens,
         micro_batch_tokens=fits[optim],
         optim=optim,
-        prediction=fitted.law.predict(size, tokens) if fitted and fitted.law.covers(size) else None,
+        prediction=law.predict(size, tokens) if law and law.covers(size) and tokens else None,
         usd=hours * budget.usd_per_hour if budget.usd_per_hour else None,
         kwh=hours * watts / 1000 if watts else None,
     )

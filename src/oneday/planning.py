@@ -123,10 +123,16 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
             )
         sizes = {model: measure_model(material, {**settings, "model_config": model}) for model in kept}
         paces = find_paces(material, settings, sizes, machine, plan_args)
-    rows = [
-        make_row(model, sizes[model], paces[model], budget, machine, settings, material.num_tokens, fitted)
-        for model in kept
-    ]
+    rows = []
+    for model in kept:
+        law = fitted.law if fitted and read_model_type(model) == family.model_type else None
+        rows.append(make_row(model, sizes[model], paces[model], budget, machine, settings, material.num_tokens, law))
+    if not any(row.tokens for row in rows):
+        seconds = min(paces[model].fixed_seconds for model in kept)
+        raise SettingError(
+            f"The budget ({budget.describe()}) ends before the first step: counting words and compiling take "
+            f"{seconds:.0f} s. Raise it, or set embedding_init to random and torch_compile to false."
+        )
     best = choose_row(rows, settings["model_config"])
     recipe = write_recipe(recipe_path, given, rows[best], plan_args.plan_recipe)
     left_out = [Path(model).stem for model in models if model not in kept]
@@ -216,11 +222,14 @@ def write_recipe(recipe_path: str, given: Settings, row: Row, target: str) -> Pa
     path = Path(target)
     layers = read_layers(recipe_path)
     below = layers[0][1]
+    # The recipe's own directory is for the run of another model; one given beside it is for this.
+    of_recipe = [layer["output_dir"] for _, layer in layers if "output_dir" in layer]
+    output_dir = given.get("output_dir") or f"runs/{path.stem}"
     chosen = {
         "model_config": row.model_config,
         "optim": row.optim,
         "micro_batch_tokens": row.micro_batch_tokens,
-        "output_dir": f"runs/{path.stem}",
+        "output_dir": f"runs/{path.stem}" if output_dir in of_recipe else output_dir,
     }
     settings = {**given, **chosen}
     build_arguments(CLASSES, settings)

@@ -103,6 +103,11 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
     prepare_first_step(trainer, is_new=checkpoint is None)
     if any(trainer.ranks.decide(trainer.next_step_fits())):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    elif checkpoint is None and trainer.clock.carried_seconds:
+        raise SettingError(
+            f"The {trainer.clock.carried_seconds:.0f} s that the run in {trainer.args.output_dir} had spent left no "
+            "checkpoint, and the rest of its budget holds no step; name another output_dir, and lower save_minutes."
+        )
     elif checkpoint is None:
         raise SettingError(
             f"The budget ({trainer.clock.budget.describe()}) is too small for one step: initialising and compiling "
@@ -111,6 +116,7 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
         )
     else:
         trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state.global_step = trainer.clock.steps_taken
 
 
 def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
@@ -139,6 +145,8 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
                 ranks.edit(table, lambda table: place_vectors(trainer, table, take()))
     if is_new:
         clock.start_progress()
+        if clock.carried_seconds:  # the rehearsed step was planned for the progress of a run without a checkpoint
+            trainer.loader.drop_ahead()
 
 
 def place_vectors(trainer: BudgetTrainer, table: Tensor, words: WordVectors) -> None:
@@ -149,15 +157,21 @@ def place_vectors(trainer: BudgetTrainer, table: Tensor, words: WordVectors) -> 
 
 
 def load_trained(trainer: BudgetTrainer) -> bool:
-    """Whether an earlier process saved the final model but not all of its reports; then it is loaded."""
+    """Whether an earlier process saved the final model but not all of its reports; then it is loaded.
+
+    Raises:
+        SettingError: When the corpus or the tokenizer is another one than it was trained on.
+    """
     report = trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
     if report.get("status") not in ("trained", "finished"):
         return False
+    check_text(trainer, report.get("data", trainer.data_fingerprint))  # reports of before have none
     trainer.loader.samples_seen = report["samples_seen"]
     trainer._load_from_checkpoint(trainer.args.output_dir)
     if hasattr(trainer.model, COMPANION):
         trainer.load_companion(trainer.find_good_checkpoint())
     trainer.clock.load_report(report)
+    trainer.state.global_step = trainer.clock.steps_taken
     trainer.clock.start()
     trainer.status = "trained"
     return True
@@ -190,17 +204,22 @@ def prepare_resume(trainer: BudgetTrainer) -> Path | None:
     return checkpoint
 
 
+def check_text(trainer: BudgetTrainer, fingerprint: str) -> None:
+    """Raise SettingError where `fingerprint`, of the run so far, is not of the text and tokenizer at hand."""
+    if fingerprint != trainer.data_fingerprint:
+        raise SettingError(
+            f"The text or tokenizer of dataset_name is not what {trainer.args.output_dir} was trained on so far; "
+            "bring the same text back, or name another output_dir."
+        )
+
+
 def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     """Set clock, data position and micro-batches as a checkpoint has them.
 
     Raises:
         SettingError: When the corpus or the tokenizer is another one than when it was written.
     """
-    if state["data"] != trainer.data_fingerprint:
-        raise SettingError(
-            f"The text or tokenizer of dataset_name is not what {trainer.args.output_dir} was trained on so far; "
-            "bring the same text back, or name another output_dir."
-        )
+    check_text(trainer, state["data"])
     trainer.clock.load_state_dict(state["clock"])
     trainer.loader.load_state_dict(state["loader"])
     trainer.micro_batch_limit = state["micro_batch_limit"]

@@ -65,7 +65,7 @@ def run_in_fresh_process(function: Callable[[Any], dict[str, Any]], argument: An
         outcome = receiver.recv()
     except EOFError:
         process.join()
-        outcome = {"error": describe_death(process)}
+        outcome = {"error": describe_death(process, "take a smaller model or batch")}
     except KeyboardInterrupt:
         process.join()
         logger.info("Interrupted; what is finished is kept, and the same command goes on from there.")
@@ -243,13 +243,13 @@ def refused_to_the_dead(name: str, process: BaseProcess) -> Iterator[None]:
         yield
     except (EOFError, OSError):
         process.join()
-        raise RunError(name, describe_death(process)) from None
+        raise RunError(name, describe_death(process, "set num_processes lower")) from None
 
 
-def describe_death(process: BaseProcess) -> str:
-    """How a process ended that should not have."""
+def describe_death(process: BaseProcess, remedy: str) -> str:
+    """How a process ended that should not have, and what helps against a lack of memory."""
     if process.exitcode == -signal.SIGKILL:
-        return "its process was killed, which is often a lack of memory; set num_processes lower"
+        return f"its process was killed, which is often a lack of memory; {remedy}"
     return f"its process ended with code {process.exitcode}"
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, pipeline
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
+from oneday.budget import format_amount
 from oneday.card_results import zero_shot_tasks
 from oneday.model_card import find_pipeline
 from oneday.objectives import OBJECTIVES, Objective
@@ -119,6 +120,7 @@ def task_rows(folder: Path) -> list[str]:
 def describe_limits(limits: dict[str, float]) -> str:
     """`5 minutes` or `1,000,000 tokens`, joined."""
     words = [
-        f"{limit / 60:,.4g} minutes" if kind == "seconds" else f"{limit:,.4g} {kind}" for kind, limit in limits.items()
+        f"{limit / 60:,.4g} minutes" if kind == "seconds" else f"{format_amount(limit)} {kind}"
+        for kind, limit in limits.items()
     ]
     return " and ".join(words)

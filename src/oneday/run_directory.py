@@ -93,10 +93,16 @@ def write_recipe(folder: Path, settings: dict[str, Any]) -> None:
     write_whole(folder / RECIPE, yaml.safe_dump({**settings, **ONCE}, sort_keys=True, allow_unicode=True))
 
 
+def read_recipe(output_dir: str | Path) -> dict[str, Any]:
+    """Every setting of a run; {}: there is no run."""
+    path = Path(output_dir) / RECIPE
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
 def refresh_recipe(output_dir: str | Path, settings: dict[str, Any]) -> None:
     """Enter the present values of the settings that may change when a run goes on."""
     folder = Path(output_dir)
-    before = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    before = read_recipe(folder)
     free = {name: value for name, value in settings.items() if name in FREE_SETTINGS}
     if {**before, **free, **ONCE} != before:
         with refuse_full_disk(folder):

@@ -69,6 +69,7 @@ class RunTrainer(Trainer):
         saved_at: Steps taken when the last checkpoint was written; None: none was.
         guard: Counts of bad steps.
         composite: The optimizer, as this project built it.
+        has_other_names: The checkpoint that was loaded last names weights otherwise than the model does.
     """
 
     args: BudgetTrainingArguments
@@ -83,6 +84,7 @@ class RunTrainer(Trainer):
     guard: StepGuard
     composite: CompositeOptimizer
     checkpoint_seconds = 0.0
+    has_other_names = False
     _staging_dir: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -152,7 +154,15 @@ class RunTrainer(Trainer):
         """As the parent, and what the model carries."""
         with quiet_loading():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.has_other_names:
+                stock = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+                self.model.load_state_dict(stock.state_dict(), strict=False)
         self.load_companion(Path(resume_from_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Files have the names that the Hub knows; of experts the model has others, and those fitted nowhere."""
+        self.has_other_names = bool(load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them from main memory: the parent puts the whole state on a device that may hold a share of it only."""
@@ -231,7 +241,8 @@ class RunTrainer(Trainer):
         with self.budget_lock:
             try:
                 path, seen = Path(self.args.output_dir) / rundir.BUDGET, self.loader.samples_seen
-                self.clock.write(path, self.status, is_durable=self.status != "running", samples_seen=seen)
+                facts = {"samples_seen": seen, "data": self.data_fingerprint}
+                self.clock.write(path, self.status, is_durable=self.status != "running", **facts)
             except OSError as error:
                 if not rundir.is_disk_full(error, self.args.output_dir):
                     raise

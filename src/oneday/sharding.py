@@ -41,13 +41,16 @@ def make_ranks(args: BudgetTrainingArguments) -> Ranks:
 
 @contextmanager
 def hidden_from_accelerate() -> Iterator[None]:
-    """Inside, accelerate takes a sharded run for one of whole models, and leaves model and optimizer alone."""
-    held = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    """Inside, accelerate takes a sharded run for one of whole models, and leaves model and optimizer alone.
+
+    Nor does it compile, as its config may ask for: `torch_compile` is the setting for that.
+    """
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_BACKEND")
+    held = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if held is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = held
+        os.environ.update(held)
 
 
 class ShardedRanks(Ranks):

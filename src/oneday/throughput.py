@@ -123,7 +123,8 @@ def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -
 
 def time_products(size: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.0) -> float:
     """Seconds of a product of two square matrices: the least of three, or of as many as `seconds` hold."""
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+    generator = torch.Generator(device).manual_seed(0)  # that of the run is left alone
+    left, right = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in "ab")
     left @ right
     synchronize(device)
     times: list[float] = []

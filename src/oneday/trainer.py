@@ -128,12 +128,15 @@ class BudgetTrainer(RunTrainer):
         self.loader = self.build_loader(args, train_dataset)
         name_run(args)
         args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the parent's setting would be saved with the model
         # Only placed, not wrapped: see `ranks`.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         objective.attach(model)
@@ -442,6 +445,7 @@ class BudgetTrainer(RunTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent; the trackers also get tokens, progress, throughput and MFU."""
         extra = {"tokens": self.clock.tokens, "progress": self.clock.progress}
+        logs.pop("train_samples_per_second", None)  # of a batch size that is not this run's
         if self.clock.steps:
             extra |= {"tokens_per_second": self.tokens_per_second, "mfu": self.mfu}
         super().log({**logs, **extra}, start_time)

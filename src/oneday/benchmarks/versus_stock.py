@@ -143,9 +143,10 @@ def find_baselines(plan: Plan, args: VersusStockArguments) -> dict[str, str]:
 
 def check_sizes(plan: Plan, baselines: dict[str, str], is_chosen: bool) -> None:
     """Say where a stock model is not of the recipe's size; not chosen by name, it is refused."""
-    own = count_parameters(read_skeleton(plan.settings["model_config"]))[0]
+    vocab_size = None if plan.settings["tokenizer_name"] else plan.settings["vocab_size"]
+    own = count_parameters(read_skeleton(plan.settings["model_config"], vocab_size))[0]
     for name, config in baselines.items():
-        size = count_parameters(read_skeleton(config))[0]
+        size = count_parameters(read_skeleton(config, vocab_size))[0]
         if abs(size / own - 1) <= SAME_SIZE:
             continue
         shown = f"stock {name} has {size / 1e6:.1f} M parameters and the recipe's model {own / 1e6:.1f} M"
