@@ -75,6 +75,7 @@ def test_every_run_is_shared_out_once_and_no_worse_than_dearest_first(seed):
     assert doctest.testmod(processes) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):  # noqa: F811
     args = make_args(bert, data_dir, tmp_path, num_seeds=3, num_processes=2, num_train_epochs=1)
     (tmp_path / "out").mkdir()

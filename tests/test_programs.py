@@ -146,6 +146,7 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     assert first == second, "feeding the recipe back repeats the run"
 
 
+@pytest.mark.slow
 def test_two_trackers_get_the_run_offline(text_file, tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", "")  # restored afterwards

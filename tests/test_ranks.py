@@ -250,6 +250,7 @@ def test_one_clock_and_one_signal_for_all(launch, run):
     assert list(column(folder, "step")) == list(range(1, len(steps_of(folder)) + 1))
 
 
+@pytest.mark.slow
 def test_more_processes_than_rows_are_refused(launch):
     launcher, folder = launch(2, "few", budget_steps=2, batch_size_tokens=32)
     assert launcher.wait(timeout=120) == 1
@@ -315,6 +316,7 @@ def test_processes_share_out_the_tokenising_of_a_stream(take_shared):
         assert process["tokenised"][: len(own)] == own
 
 
+@pytest.mark.slow
 def test_a_stream_that_one_process_cannot_read_ends_all_with_the_same_sentence(take_shared, tmp_path):
     damaged = tmp_path / "3.parquet"
     damaged.write_bytes(damaged.read_bytes()[:50])

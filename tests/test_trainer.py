@@ -166,6 +166,13 @@ class DisturbedEstimate(TrainerCallback):
             self.trainer.eval_seconds = 1000.0
 
 
+def test_the_held_out_loss_is_shown_once_there_is_one_of_trained_weights(make_trainer, caplog):
+    with caplog.at_level("INFO"):
+        make_trainer(budget_steps=10, num_evaluations=2, eval_on_start=True).run()
+    shown = {line.split("%")[0].strip(): "held-out" in line for line in caplog.messages if "% of the budget" in line}
+    assert not shown["10"] and shown["90"], shown
+
+
 def test_a_whole_evaluation_replaces_what_a_part_of_one_promised(make_trainer):
     trainer = make_trainer(budget_steps=4, num_evaluations=2)
     trainer.add_callback(DisturbedEstimate(trainer))

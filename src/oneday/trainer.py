@@ -373,7 +373,7 @@ class BudgetTrainer(RunTrainer):
         longest = 0.0 if self.last_eval_seconds is None else self.eval_seconds
         self.eval_seconds = max(longest, times * seconds)
         self.last_eval_seconds = seconds if self.is_in_train else self.last_eval_seconds
-        self.last_eval = metrics
+        self.last_eval = metrics if self.clock.steps else {}  # that of random weights is no news beside the loss
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         update_reserve(self)
