@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from contextlib import nullcontext
 from importlib import metadata
@@ -46,7 +47,7 @@ from oneday.modeling import FlopCounter
 from oneday.objectives import EVALUATION_SEED, find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.preparation import PreparedData
-from oneday.processes import RunError, attempt
+from oneday.processes import RunError, attempt, run_in_fresh_process
 from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
 from oneday.reporting import format_report
 from oneday.run_directory import inspect_run
@@ -546,6 +547,12 @@ def in_this_process(monkeypatch):
         return outcome["result"]
 
     monkeypatch.setattr("oneday.benchmarks.records.run_in_fresh_process", run)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_told_what_helps_there():
+    with pytest.raises(RunError, match="often a lack of memory; take a smaller model or batch"):
+        run_in_fresh_process(signal.raise_signal, signal.SIGKILL, "mine")
 
 
 def test_a_ladder_makes_a_record_a_budget(recipe, tmp_path, monkeypatch, in_this_process):

@@ -23,6 +23,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
+from oneday.pretraining import prepare_first_step
 from oneday.run_directory import append_metrics, lock_run, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
@@ -98,23 +99,27 @@ def test_a_model_saved_but_not_scored_is_scored_and_not_trained_again(make_train
     monkeypatch.setattr(first, "evaluate", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         first.run()
+    elsewhere = make_trainer("bert", budget_steps=4)
+    elsewhere.data_fingerprint = "another"
+    with pytest.raises(SettingError, match="is not what .* was trained on"):
+        elsewhere.run(resume=True)
     second = make_trainer("bert", budget_steps=4)
     metrics = second.run(resume=True)
+    assert second.state.log_history[-1]["step"] == 4, "where the trackers draw the held-out loss"
     assert second.clock.steps == 4
     assert len(steps_of(second)) == 4
     assert all(torch.equal(value, weights(first)[key]) for key, value in weights(second).items())
     assert metrics["eval_loss"] == pytest.approx(make_scored(first), abs=1e-6)
 
 
-def test_a_model_saved_but_not_scored_is_not_scored_on_another_text(make_trainer, monkeypatch):
-    first = make_trainer("bert", budget_steps=2)
-    monkeypatch.setattr(first, "evaluate", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
-    second = make_trainer("bert", budget_steps=2)
-    second.data_fingerprint = "another"
-    with pytest.raises(SettingError, match="is not what .* was trained on"):
-        second.run(resume=True)
+def test_a_step_rehearsed_after_a_run_without_a_checkpoint_is_planned_from_its_start(make_trainer, monkeypatch):
+    """A process that was killed had spent half of the time; masks and batch are again those of progress 0."""
+    trainer = make_trainer("bert", budget_minutes=1, batch_size_tokens_start=4 * ROW_LENGTH)
+    trainer.clock.carried_seconds, trainer.args.use_compile = 30.0, True
+    monkeypatch.setattr(trainer, "rehearse_step", lambda: bool(trainer.loader.peek()))
+    prepare_first_step(trainer, is_new=True)
+    trainer.loader.peek()
+    assert trainer.loader.current_plan.progress == pytest.approx(0.0, abs=0.01)
 
 
 def test_a_run_whose_time_is_spent_without_a_checkpoint_says_so(make_trainer):

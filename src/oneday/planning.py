@@ -223,13 +223,13 @@ def write_recipe(recipe_path: str, given: Settings, row: Row, target: str) -> Pa
     layers = read_layers(recipe_path)
     below = layers[0][1]
     # The recipe's own directory is for the run of another model; one given beside it is for this.
-    of_recipe = [layer["output_dir"] for _, layer in layers if "output_dir" in layer]
-    output_dir = given.get("output_dir") or f"runs/{path.stem}"
+    of_recipe = [layer.get("output_dir") for _, layer in layers]
+    is_given = given.get("output_dir") not in (None, *of_recipe)
     chosen = {
         "model_config": row.model_config,
         "optim": row.optim,
         "micro_batch_tokens": row.micro_batch_tokens,
-        "output_dir": f"runs/{path.stem}" if output_dir in of_recipe else output_dir,
+        "output_dir": given["output_dir"] if is_given else f"runs/{path.stem}",
     }
     settings = {**given, **chosen}
     build_arguments(CLASSES, settings)
