@@ -34,7 +34,7 @@ test: .venv/.installed-for-tests ## Run the tests (no network)
 test-slow: .venv/.installed-for-tests ## Run the tests that take minutes
 	$(PY) -m pytest -m slow
 
-soak: install ## Kill a run 50 times at random moments (about 20 minutes)
+soak: install ## Kill a run 50 times at random moments (about half an hour)
 	$(PY) tests/soak.py
 
 lint: install ## Check style

@@ -33,7 +33,10 @@ DESCRIPTION = (
     "and budgets; `fit` only fits the law on the records that are there."
 )
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
-EXAMPLE = "python scripts/plan_budget.py recipes/bert-cpu/pretrain_10m.yaml --budget_hours 24 --usd_per_hour 0.4"
+EXAMPLE = (
+    "python scripts/plan_budget.py recipes/bert-cpu/pretrain_10m.yaml --budget_hours 2 --usd_per_hour 0.4 "
+    "--attention_init null"
+)
 LADDER_EXAMPLE = "python scripts/plan_budget.py ladder recipes/bert-cpu/pretrain_10m.yaml --tokens 1e6,2e6,4e6"
 
 

@@ -52,7 +52,7 @@ def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
     if settings["replay"]:
-        settings = read_replayed_settings(settings)
+        settings = read_replayed_settings(settings, resolve_settings(CLASSES))
     model_args, data_args, args = build_arguments(CLASSES, settings)
     settings["output_dir"] = args.output_dir  # ~ is resolved there
     budget = check_settings(model_args, args)
@@ -72,8 +72,9 @@ def main() -> int:
 
 
 def pin_sources(args: BudgetTrainingArguments) -> None:
-    """Streams are read at the commits with which the run began, here or elsewhere."""
-    sources = read_json(Path(args.output_dir) / SOURCES)
+    """Streams are read at the commits with which the run began, here or elsewhere, or the one that is repeated."""
+    folders = filter(None, (args.output_dir, args.replay))
+    sources = next(filter(None, (read_json(Path(folder) / SOURCES) for folder in folders)), {})
     if not sources and args.resume_from_hub:
         sources = fetch_sources(args.resume_from_hub)
     hub_texts.REVISIONS.update(sources)

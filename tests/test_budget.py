@@ -222,6 +222,10 @@ def test_budget_json_says_limit_spent_and_ledger(tmp_path):
     assert report["spent"]["usd"] == pytest.approx(0.5)
     assert report["ledger_seconds"]["other"] == pytest.approx(10)
     assert report["used_fraction"] == pytest.approx(0.5)
+    assert clock.describe_spending() == "50.0 % of 100 s, 1 USD spent: 40.0 s in steps, 10.0 s in other"
+    time.seconds += 60
+    clock.stop()
+    assert clock.describe_spending().startswith("110.0 % of 100 s, 1 USD spent (more than was set): 70.0 s in other")
     assert [path.name for path in tmp_path.iterdir()] == ["budget.json"]
 
 

@@ -342,6 +342,9 @@ def test_a_data_set_of_the_hub(hub, program, texts, tmp_path, streaming):
         assert read_json(run / "sources.json") == {"ann/texts@main": commit_of(began)}
         code, said = program("pretrain", **given, budget_steps=6, extend="true")
         assert code == 0 and read_json(run / "results.json")["steps"] == 6, said
+        again = {**given, "output_dir": tmp_path / "again", "replay": run}
+        code, said = program("pretrain", **again, budget_steps=6)
+        assert code == 0 and read_json(tmp_path / "again/sources.json") == {"ann/texts@main": commit_of(began)}, said
 
 
 def test_the_sources_of_a_pushed_run(tmp_path, monkeypatch):

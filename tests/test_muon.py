@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -266,6 +267,20 @@ def test_update_equals_the_formula_in_float64(monkeypatch):
         assert torch.allclose(parameter.double(), value, atol=1e-5, rtol=0)
 
 
+def test_stacked_experts_are_updated_as_each_would_be_alone(monkeypatch):
+    monkeypatch.setattr("oneday.muon.has_fast_bf16", lambda device: False)
+    (stack,) = make_parameters((3, 12, 20))
+    experts = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    optimizers = Muon([stack], **SETTINGS), Muon(experts, **SETTINGS)
+    for seed in range(2):
+        set_gradients([stack], seed)
+        for expert, gradient in zip(experts, stack.grad):
+            expert.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(stack, torch.stack(experts), atol=1e-6)
+
+
 def test_parameters_without_gradient_stay():
     parameters = make_parameters(*SHAPES)
     set_gradients(parameters, seed=0)
@@ -286,8 +301,9 @@ def test_stacks_hold_one_shape_and_not_too_much(monkeypatch):
 
 
 def test_only_matrices_are_trained():
-    with pytest.raises(SettingError, match=r"shape \(3,\)"):
-        Muon([torch.nn.Parameter(torch.zeros(3))], **SETTINGS)
+    for shape in ((3,), (2, 3, 4, 5)):
+        with pytest.raises(SettingError, match=rf"shape {re.escape(str(shape))}"):
+            Muon([torch.nn.Parameter(torch.zeros(shape))], **SETTINGS)
 
 
 @pytest.fixture

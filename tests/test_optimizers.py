@@ -7,7 +7,15 @@ import re
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    XLNetLMHeadModel,
+)
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.optimizers import HIDDEN_OPTIMIZERS, build_optimizer, count_state_bytes, split_parameters
@@ -46,6 +54,27 @@ def test_split_covers_every_parameter_once():
     assert id(model.get_output_embeddings().weight) in map(id, tables)
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
     assert len(split_parameters(gpt)[0]) == 4
+
+
+def test_of_the_weights_of_three_dimensions_experts_are_matrices():
+    """Not their biases, XLNet's projections by heads, segments and mask, kernels of convolutions."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = AutoConfig.for_model(
+        "gpt_oss", **small, num_key_value_heads=2, head_dim=16, intermediate_size=24, num_local_experts=4,
+        num_experts_per_tok=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    xlnet = AutoConfig.for_model("xlnet", vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=48)
+    for model, matrices in (
+        (AutoModelForCausalLM.from_config(experts), {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
+        (XLNetLMHeadModel(xlnet), set()),
+    ):
+        hidden, tables, vectors = ({id(p) for p in part} for part in split_parameters(model))
+        deep = {name: id(p) for name, p in model.named_parameters() if p.ndim == 3}
+        assert {name.split(".0.")[-1] for name, key in deep.items() if key in hidden} == matrices
+        biases = {id(p) for name, p in model.named_parameters() if name.endswith("_bias")}
+        assert biases and biases <= vectors
+    convolution = torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3, groups=8))
+    assert split_parameters(convolution)[0] == []
 
 
 GIVEN = {

@@ -99,6 +99,7 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     argv = flags(**SMALL, dataset_name=text_file, output_dir="~/run", report_to="tensorboard", logging_steps=1)
     code, _, stderr = run_script("pretrain", *argv)
     assert code == 0, stderr
+    assert "100.0 % of 3 steps spent: " in stderr and " s in steps" in stderr
     names = {path.name for path in out.iterdir()}
     assert {
         "model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "metrics.jsonl", "environment.json",
@@ -127,6 +128,15 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     model = AutoModelForMaskedLM.from_pretrained(out)
     assert model.config.vocab_size % 64 == 0
     assert len(AutoTokenizer.from_pretrained(out)) == 150
+    refused = {"optim": "adamw", "dataset_name": tmp_path / "other.txt", "model_config": tmp_path / "other.json"}
+    refused["dataset_name"].write_text(text_file.read_text() + "\n\nOne more document.\n")
+    config = json.loads(Path(SMALL["model_config"]).read_text())
+    refused["model_config"].write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for (name, value), words in zip(refused.items(), ("leave optim out", "is not what", "is not what")):
+        again = flags(replay=out, output_dir=tmp_path / "again", **{name: value})
+        code, _, stderr = run_script("pretrain", *again)
+        assert code == 1 and name in stderr and words in stderr, stderr
+        assert not (tmp_path / "again").exists()
     (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
     tune = ["--model_name_or_path", out, "--task_file", tmp_path / "mine.csv", "--num_seeds", 1, "--use_cpu", "true"]
     assert run_script("finetune", *tune, "--output_dir", tmp_path / "elsewhere")[0] == 0

@@ -173,14 +173,18 @@ def make_scored(trainer):
     return trainer.measure_held_out()["eval_loss"]
 
 
-def test_another_corpus_is_not_trained_on_by_a_resumed_run(make_trainer):
+@pytest.mark.parametrize(
+    ("name", "said"), [("data_fingerprint", "is not what .* was trained on"), ("model_fingerprint", "model_config")]
+)
+def test_another_corpus_or_model_is_not_trained_by_a_resumed_run(make_trainer, name, said):
     killed = make_trainer("bert", budget_steps=8, save_steps=2)
+    setattr(killed, name, "one")
     killed.add_callback(StopAt(4))
     with pytest.raises(KeyboardInterrupt):
         killed.run()
     resumed = make_trainer("bert", budget_steps=8, save_steps=2)
-    resumed.data_fingerprint = "another"
-    with pytest.raises(SettingError, match="is not what .* was trained on"):
+    setattr(resumed, name, "another")
+    with pytest.raises(SettingError, match=said):
         resumed.run(resume=True)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
-from oneday.modeling import build_model, check_config_file, load_config, read_skeleton
+from oneday.modeling import build_model, check_config_file, hash_config, load_config, read_skeleton
 from oneday.objectives import Objective, find_objective
 from oneday.position_init import check_attention_init
 from oneday.preparation import PreparedData, prepare_data
+from oneday.run_directory import BUDGET, check_same_run, read_json
 from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
 from oneday.trackers import check_trackers
@@ -69,11 +72,14 @@ def assemble_trainer(
         SettingError: When a setting cannot work.
     """
     objective, data = prepare_objective(data_args, args)
+    model_fingerprint = hash_config(model_args.model_config)
+    if args.replay:
+        check_same_run(args.replay, read_json(Path(args.replay) / BUDGET), data.fingerprint, model_fingerprint)
     config = load_config(
         model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
     )
     torch.manual_seed(args.seed)
     model = build_model(config, objective.find_class(config), objective.is_packed)
     trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
-    trainer.preparation_seconds = data.seconds
+    trainer.preparation_seconds, trainer.model_fingerprint = data.seconds, model_fingerprint
     return trainer, data

@@ -327,6 +327,13 @@ class BudgetClock:
         booked = sum(seconds for entry, seconds in self.ledger.items() if entry != "other")
         return {**self.ledger, "other": max(0.0, self.elapsed_seconds - booked)}
 
+    def describe_spending(self) -> str:
+        """`98.4 % of 300 s spent: 265 s in steps, 19 s in compilation, ...`, the largest first; says an overrun."""
+        ledger = sorted(self.balanced_ledger().items(), key=lambda entry: -entry[1])
+        used, limits = self.used_fraction(), self.budget.describe()
+        share = f"{100 * used:.1f} % of {limits} spent" + (" (more than was set)" if used > 1.0005 else "")
+        return f"{share}: " + ", ".join(f"{seconds:.1f} s in {entry}" for entry, seconds in ledger if seconds >= 0.05)
+
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on counting."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from oneday.arguments import SettingError
 from oneday.attention import PACKED, AttentionCall, build_layout, position_offset, record_attention_calls
+from oneday.optimizers import NO_MATRICES
 
 VOCABULARY_MULTIPLE = 64  # matrix units want it: a vocabulary of 50,257 is slower than one of 50,304
 SPECIAL_TOKENS = ("pad", "bos", "eos", "cls", "sep", "mask")
@@ -60,6 +62,12 @@ def check_config_file(path: str | os.PathLike) -> Path:
         hint = f"did you mean {near[0]}?" if near else "set model_type to one that transformers has, say bert or llama"
         raise SettingError(f"model_config: {file} has the unknown model_type {model_type!r}; {hint}")
     return file
+
+
+def hash_config(path: str | os.PathLike) -> str:
+    """Equal only for config files that say the same."""
+    content = json.loads(check_config_file(path).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def suggest_config(file: Path) -> str:
@@ -292,8 +300,8 @@ class FlopCounter:
     often as they run: ALBERT shares its layer) and of attention, 2 (head_dim + value_dim) a head and query-key pair.
     Pairs are those of a document's whole square: causal masking is not discounted (as in PaLM, arXiv 2204.02311,
     appendix B), document bounds and windows are. The head outside `base_model` runs on the predicted tokens only.
-    Training is three times the forward pass. Norms, activations, lookups and recomputation are not counted, nor
-    products with bare parameters (experts of a mixture).
+    Training is three times the forward pass. Of a mixture's experts those count that a token goes to. Norms,
+    activations, lookups and recomputation are not counted.
 
     Attributes:
         body: forward FLOPs a token in the linear layers of `base_model`.
@@ -372,10 +380,27 @@ def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, 
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    # XLNet multiplies with bare parameters of three dimensions, each once a token.
-    own = model.config.model_type in OWN_ATTENTION
-    bare = sum(2.0 * p.numel() for p in model.base_model.parameters() if own and p.ndim == 3 and len(p) > 2)
-    return flops[True] + bare, flops[False], list(calls) or describe_attention(model.config)
+    body = flops[True] + measure_bare_weights(model)
+    return body, flops[False], list(calls) or describe_attention(model.config)
+
+
+def measure_bare_weights(model: PreTrainedModel) -> float:
+    """FLOPs a token of the products of `base_model` with parameters that belong to no linear layer.
+
+    Those are XLNet's projections, of three dimensions, and a mixture's routers and stacked experts, of which a token
+    goes to `num_experts_per_tok`.
+    """
+    is_own, used = model.config.model_type in OWN_ATTENTION, getattr(model.config, "num_experts_per_tok", None)
+    flops = 0.0
+    for module in model.base_model.modules():
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if name.endswith(NO_MATRICES) or weight.ndim not in (2, 3):
+                continue
+            is_stack = weight.ndim == 3 and used and not is_own
+            flops += 2.0 * weight.numel() * (used / len(weight) if is_stack else 1.0)
+    return flops
 
 
 def describe_attention(config: PreTrainedConfig) -> list[AttentionCall]:

@@ -136,15 +136,15 @@ class Muon(Optimizer):
     The same update as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` (Liu et al. 2025, arXiv 2502.16982), its
     conventions of momentum included (M <- 0.95 M + 0.05 G, and one step ahead, as Nesterov), but for the values that
     the singular values take. For matrices G of n x m it subtracts lr 0.2 sqrt(max(n, m)) orthogonalize(momentum), and
-    lr weight_decay W.
+    lr weight_decay W. A weight of three dimensions is a stack of matrices.
 
     Args:
-        params: Two-dimensional parameters, or groups of them.
+        params: Parameters of two or three dimensions, or groups of them.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
 
     Raises:
-        SettingError: When a parameter is not two-dimensional.
+        SettingError: When a parameter has another number of dimensions.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float) -> None:
@@ -154,7 +154,7 @@ class Muon(Optimizer):
         """Add a group of matrices; see `torch.optim.Optimizer`."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.ndim != 2:
+            if parameter.ndim not in (2, 3):
                 raise SettingError(
                     f"The setting optim is a muon, which trains matrices, and a parameter has the shape "
                     f"{tuple(parameter.shape)}; give it to another optimizer."
@@ -182,10 +182,10 @@ class Muon(Optimizer):
             self.write_momentum(parameter, buffer)
         ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)
         dtype = torch.bfloat16 if has_fast_bf16(parameters[0].device) else torch.float32
-        stacked = torch.stack([matrix.to(dtype) for matrix in ahead])
-        updates = orthogonalize(stacked)
+        stacked = torch.cat([as_matrices(momentum).to(dtype) for momentum in ahead])
+        updates = orthogonalize(stacked).view(len(parameters), *parameters[0].shape)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        scale = 0.2 * max(parameters[0].shape) ** 0.5
+        scale = 0.2 * max(stacked.shape[1:]) ** 0.5
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate * scale)
 
     def read_momentum(self, parameter: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Muon8bit(Muon):
     arXiv 2110.02861), which moves a momentum by about 0.011 of its norm.
 
     Args:
-        params: Two-dimensional parameters, or groups of them.
+        params: Parameters of two or three dimensions, or groups of them.
         quantizer: The module `bitsandbytes.functional`.
         min_8bit_size: Matrices of fewer elements keep their momentum in float32.
         settings: As for `Muon`.
@@ -246,6 +246,11 @@ class Muon8bit(Muon):
             return
         codes, quantization = self.quantizer.quantize_blockwise(momentum, blocksize=BLOCK_SIZE)
         self.state[parameter].update(momentum_codes=codes, momentum_scales=quantization.absmax)
+
+
+def as_matrices(weight: Tensor) -> Tensor:
+    """The matrices that a weight is, (B, rows, columns): one, or a stack of them (the experts of a mixture)."""
+    return weight if weight.ndim == 3 else weight[None]
 
 
 def stack_by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:

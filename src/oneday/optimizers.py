@@ -1,8 +1,9 @@
 """Optimizers by name, and which parameters each one trains.
 
-Hidden matrices (every two-dimensional weight that is neither an embedding nor the output projection) go to the named
-optimizer. Embeddings, norms and biases always stay with AdamW in 32 bit: 8-bit states are unstable there, and Muon is
-not defined for them. To add one: write a builder and enter it in HIDDEN_OPTIMIZERS.
+Hidden matrices (every weight of two dimensions that is neither an embedding nor the output projection, and those that
+a weight of three holds) go to the named optimizer. Embeddings, norms and biases always stay with AdamW in 32 bit:
+8-bit states are unstable there, and Muon is not defined for them. To add one: write a builder and enter it in
+HIDDEN_OPTIMIZERS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from oneday.muon import Muon, Muon8bit
 
 # Below this many elements a block-wise 8-bit state saves nothing (bitsandbytes' own default).
 MIN_8BIT_ELEMENTS = 4096
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+# Ends of names. Biases may have a row a head (XLNet) or an expert; the others are XLNet's segments and its mask.
+NO_MATRICES = ("_bias", "seg_embed", "mask_emb")
+BY_HEADS = ".rel_attn."
 
 Builder = Callable[[list[nn.Parameter], BudgetTrainingArguments], Optimizer]
 
@@ -74,18 +80,24 @@ class CompositeOptimizer(Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters as (hidden matrices, embeddings and output projection, norms and biases)."""
+    """Trainable parameters as (hidden matrices, embeddings and output projection, norms and biases).
+
+    Weights of three dimensions are stacks of matrices (a mixture's experts), but for the kernels of convolutions and
+    for XLNet's projections by heads: with Muon plm-cpu stood longer at the loss of single words (EXPERIMENTS.md,
+    2026-11-27).
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in (model, *model.children()):  # a companion has a projection of its own
         output = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
         if output is not None:
             embeddings.add(id(output.weight))
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
     hidden, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # XLNet's biases are matrices, one row a head.
-        is_matrix = parameter.ndim == 2 and not name.endswith("_bias")
+        is_stack = parameter.ndim == 3 and id(parameter) not in kernels and BY_HEADS not in name
+        is_matrix = (parameter.ndim == 2 or is_stack) and not name.endswith(NO_MATRICES)
         kind = tables if id(parameter) in embeddings else hidden if is_matrix else vectors
         kind.append(parameter)
     return hidden, tables, vectors

@@ -61,6 +61,9 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
             trainer.status = "finished"
         close_trackers(trainer)
         trainer.note_event("end", status=trainer.status)
+    if trainer.ranks.is_first:
+        logger.info("%s.", trainer.clock.describe_spending())
+        logger.info("The model is in %s.", trainer.args.output_dir)
     return metrics
 
 
@@ -160,12 +163,12 @@ def load_trained(trainer: BudgetTrainer) -> bool:
     """Whether an earlier process saved the final model but not all of its reports; then it is loaded.
 
     Raises:
-        SettingError: When the corpus or the tokenizer is another one than it was trained on.
+        SettingError: When text, tokenizer or model config are others than it was trained on.
     """
     report = trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
     if report.get("status") not in ("trained", "finished"):
         return False
-    check_text(trainer, report.get("data", trainer.data_fingerprint))  # reports of before have none
+    rundir.check_same_run(trainer.args.output_dir, report, trainer.data_fingerprint, trainer.model_fingerprint)
     trainer.loader.samples_seen = report["samples_seen"]
     trainer._load_from_checkpoint(trainer.args.output_dir)
     if hasattr(trainer.model, COMPANION):
@@ -189,7 +192,7 @@ def prepare_resume(trainer: BudgetTrainer) -> Path | None:
     """Set clock and data position from the last whole checkpoint; the time of killed processes counts.
 
     Raises:
-        SettingError: When the corpus or the tokenizer is another one than when the checkpoint was written.
+        SettingError: When text, tokenizer or model config are others than when the checkpoint was written.
     """
     clock, checkpoint = trainer.clock, trainer.find_good_checkpoint()
     if checkpoint is not None:
@@ -204,22 +207,13 @@ def prepare_resume(trainer: BudgetTrainer) -> Path | None:
     return checkpoint
 
 
-def check_text(trainer: BudgetTrainer, fingerprint: str) -> None:
-    """Raise SettingError where `fingerprint`, of the run so far, is not of the text and tokenizer at hand."""
-    if fingerprint != trainer.data_fingerprint:
-        raise SettingError(
-            f"The text or tokenizer of dataset_name is not what {trainer.args.output_dir} was trained on so far; "
-            "bring the same text back, or name another output_dir."
-        )
-
-
 def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     """Set clock, data position and micro-batches as a checkpoint has them.
 
     Raises:
-        SettingError: When the corpus or the tokenizer is another one than when it was written.
+        SettingError: When text, tokenizer or model config are others than when it was written.
     """
-    check_text(trainer, state["data"])
+    rundir.check_same_run(trainer.args.output_dir, state, trainer.data_fingerprint, trainer.model_fingerprint)
     trainer.clock.load_state_dict(state["clock"])
     trainer.loader.load_state_dict(state["loader"])
     trainer.micro_batch_limit = state["micro_batch_limit"]

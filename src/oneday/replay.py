@@ -19,6 +19,8 @@ from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.loader import StepPlan
 
 ATTEMPTS = ("step", "skip")
+# Settings that say where text and model lie; what lies there has to be the same.
+PLACES = {"dataset_name", "validation_name", "tokenizer_name", "model_config"}
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,30 @@ def read_script(run_dir: str | Path) -> list[Attempt]:
         ) from None
 
 
-def read_replayed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def read_replayed_settings(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run that is to be repeated, with those that do not touch the training from here.
 
     Args:
-        settings: What the recipe and the command line set; `replay` names the run directory.
+        settings: All of them; `replay` names the run directory.
+        given: Those that the command line, or a recipe that it names, sets.
 
     Raises:
-        SettingError: When it holds no run.
+        SettingError: When the directory holds no run, or a given setting would make this another one.
     """
     path = Path(settings["replay"]) / rundir.RECIPE
     if not path.is_file():
         raise SettingError(f"The setting replay is {settings['replay']}, which holds no run; name a run directory.")
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     may_change = rundir.FREE_SETTINGS - {"micro_batch_tokens", "extend"}
+    places = {name: value for name, value in given.items() if name in PLACES}
+    for name, value in given.items():
+        if name not in may_change | PLACES | {"replay"} and value != recorded.get(name, value):
+            raise SettingError(
+                f"{name} is {value!r} and the run in {settings['replay']}, which is repeated, has "
+                f"{recorded[name]!r}; leave {name} out, or train without replay."
+            )
     free = {name: value for name, value in settings.items() if name in may_change and value is not None}
-    return {**recorded, **free, "replay": settings["replay"], "extend": False}
+    return {**recorded, **free, **places, "replay": settings["replay"], "extend": False}
 
 
 @dataclass

@@ -43,6 +43,30 @@ FREE_SETTINGS = {
 ONCE = {"resume_from_hub": None, "extend": False, "push_to_hub": False}
 
 
+def check_same_run(folder: str | Path, record: dict[str, Any], data: str, model: str) -> None:
+    """Refuse to go on with a run, or to repeat it, on other text or with another model.
+
+    Args:
+        folder: Its directory.
+        record: Its budget.json, or a checkpoint's state; older ones lack fingerprints and pass.
+        data: Fingerprint of the text and tokenizer at hand.
+        model: That of the model config; empty where there is none.
+
+    Raises:
+        SettingError: When one of them is not the run's.
+    """
+    if record.get("data", data) != data:
+        raise SettingError(
+            f"The text or tokenizer of dataset_name is not what {folder} was trained on so far; "
+            "bring the same text back, or name another output_dir."
+        )
+    if (record.get("model") or model) != model:
+        raise SettingError(
+            f"The file of model_config is not what {folder} was begun with; "
+            "bring its contents back, or name another output_dir."
+        )
+
+
 def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
     """Whether this run is `new`, to be `resumed`, `finished`, or finished and to be `extended`. Writes nothing.
 

@@ -63,6 +63,7 @@ class RunTrainer(Trainer):
         clock: What has been spent.
         loader: Position in the data.
         data_fingerprint: What data and tokenizer these are.
+        model_fingerprint: What config file the model is built from; empty: from none.
         status: `running`, `interrupted`, `trained` (the final model is on disk) or `finished` (and scored).
         micro_batch_limit: Tokens of the largest micro-batch that memory holds, once it has run out.
         save_as_kept: The next checkpoint is one that `extend` starts from.
@@ -77,6 +78,7 @@ class RunTrainer(Trainer):
     clock: BudgetClock
     loader: StepLoader
     data_fingerprint: str
+    model_fingerprint = ""
     status = "running"
     micro_batch_limit: int | None = None
     save_as_kept = False
@@ -181,6 +183,7 @@ class RunTrainer(Trainer):
         """This project's own state beside the parent's: position in the data, the clock, what memory allowed."""
         state = {
             "data": self.data_fingerprint,
+            "model": self.model_fingerprint,
             "loader": self.loader.state_dict(),
             "clock": self.clock.state_dict(),
             "micro_batch_limit": self.micro_batch_limit,
@@ -241,7 +244,7 @@ class RunTrainer(Trainer):
         with self.budget_lock:
             try:
                 path, seen = Path(self.args.output_dir) / rundir.BUDGET, self.loader.samples_seen
-                facts = {"samples_seen": seen, "data": self.data_fingerprint}
+                facts = {"samples_seen": seen, "data": self.data_fingerprint, "model": self.model_fingerprint}
                 self.clock.write(path, self.status, is_durable=self.status != "running", **facts)
             except OSError as error:
                 if not rundir.is_disk_full(error, self.args.output_dir):

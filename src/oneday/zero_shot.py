@@ -48,6 +48,7 @@ HUB_SETS = {
     "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
     "openbook_qa": ("allenai/openbookqa", "main", "test"),
     "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
+    "social_i_qa": ("lighteval/siqa", None, "validation"),
     "blimp": ("nyu-mll/blimp", None, "train"),
 }
 
