@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
+from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
@@ -342,6 +343,16 @@ def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_thos
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert (recipe["seed"], recipe["hub_license"], recipe["push_to_hub"]) == (1, "cc-by-sa-3.0", False)
     assert recipe["save_minutes"] == 20
+
+
+def test_how_a_run_logs_saves_and_pushes_may_change_when_it_goes_on(tmp_path):
+    names = {field.name for field in dataclasses.fields(BudgetTrainingArguments)} - REFUSED_SETTINGS.keys()
+    about = {name for name in names if re.match("log|save|hub|push|report|run_name|project|trackio|ddp_timeout", name)}
+    assert {"logging_first_step", "log_level_replica", "trackio_space_id"} < about
+    create_run(tmp_path, {"seed": 1})
+    assert rundir.inspect_run(tmp_path, {"seed": 1, **dict.fromkeys(about, "another")}) == "resumed"
+    with pytest.raises(SettingError, match="adam_beta1: None, now 0.5"):
+        rundir.inspect_run(tmp_path, {"seed": 1, "adam_beta1": 0.5})
 
 
 def test_what_a_killed_fetch_left_is_no_run(tmp_path):
