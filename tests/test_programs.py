@@ -134,6 +134,11 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     assert (out / "README.md").read_text() == card, "scores that are not the directory's are not on its card"
     assert run_script("finetune", *tune)[0] == 0
     assert "| mine | accuracy |" in (out / "README.md").read_text()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.parent.name.startswith("checkpoint-") for path in files)
+    assert not [path for path in files if path.suffix in (".bin", ".py", ".pkl")], "weights are safetensors"
+    configs = [json.loads(path.read_text()) for path in files if path.name in ("config.json", "tokenizer_config.json")]
+    assert len(configs) >= 4 and not any("auto_map" in config for config in configs), "no code comes along"
 
     again, _, said = run_script("pretrain", *argv)
     assert again == 0
