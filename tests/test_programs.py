@@ -25,6 +25,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
 from oneday.run_directory import create_run, refresh_recipe
 
@@ -189,7 +190,9 @@ def test_a_model_that_cannot_start_so_is_refused_before_anything_is_read(run_scr
     assert not (tmp_path / "run").exists()
 
 
-def test_gpt_and_report(run_script, text_file, tmp_path):
+def test_gpt_and_report(run_script, text_file, tmp_path, monkeypatch):
+    # As of a stream of which nothing was read since the training.
+    monkeypatch.setattr(PackedDataset, "packing_efficiency", None)
     out = tmp_path / "run"
     settings = SMALL | {
         "model_config": str(ROOT / "model_configs/gpt2-mini.json"),
@@ -201,6 +204,8 @@ def test_gpt_and_report(run_script, text_file, tmp_path):
     assert code == 0, stderr
     results = json.loads((out / "results.json").read_text())
     assert results["bits_per_byte"] > 0 and len(results["masks_hash"]) == 16
+    assert "packing_efficiency" not in results
+    assert "packed at 32 tokens; documents in one row" in (out / "README.md").read_text()
     scores = {"accuracy": 0.612, "standard_error": 0.01, "chance": 0.5, "num_questions": 200}
     (out / "zero_shot_results.json").write_text(json.dumps({"tasks": {"blimp": scores}}))
     code, shown, _ = run_script("report", "--run_dir", out)
@@ -372,6 +377,7 @@ def test_what_a_killed_fetch_left_is_no_run(tmp_path):
 def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch, error):
     def fail(trainer, *args, **kwargs):
         (Path(trainer.args.output_dir) / "tensorboard").mkdir()
+        trainer.write_environment()
         raise error("within a library")
 
     monkeypatch.setattr("oneday.trainer.BudgetTrainer.run", fail)

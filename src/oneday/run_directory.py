@@ -137,7 +137,7 @@ def lock_run(output_dir: str | Path) -> IO[str]:
 
 def discard_run(output_dir: str | Path) -> None:
     """Take back a run that took no step, so that its directory can be used with other settings."""
-    for name in (RECIPE, METRICS, BUDGET, SOURCES, LOCK):
+    for name in (RECIPE, METRICS, BUDGET, SOURCES, ENVIRONMENT, LOCK):
         (Path(output_dir) / name).unlink(missing_ok=True)
     for name in TRACKERS:
         shutil.rmtree(Path(output_dir) / name, ignore_errors=True)

@@ -26,6 +26,7 @@ from oneday.objectives import COMPANION
 from oneday.optimizers import CompositeOptimizer
 from oneday.ranks import Ranks
 from oneday.recovery import StepGuard, are_finite
+from oneday.throughput import describe_environment
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,16 @@ class RunTrainer(Trainer):
         """Add a line to metrics.jsonl, from the first process only."""
         if self.args.should_save:
             rundir.append_metrics(self.args.output_dir, {"event": event, **self.describe_place(), **values})
+
+    def write_environment(self) -> None:
+        """Write environment.json: the machine that the run is on, of one that went on elsewhere the last.
+
+        Raises:
+            SettingError: When the disk is full.
+        """
+        if self.args.should_save:
+            with rundir.refuse_full_disk(self.args.output_dir):
+                write_json(Path(self.args.output_dir) / rundir.ENVIRONMENT, describe_environment(self.args.device))
 
     def write_budget(self) -> None:
         """Write budget.json: the report at the end, the heartbeat (from a thread of its own) before it."""
