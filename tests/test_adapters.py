@@ -19,6 +19,7 @@ from oneday.glue_protocol import FinetuneArguments
 
 SMALL = {**TINY, "vocab_size": 64, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.2}
 DECODER = {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 1}
+MODERN = {"bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}
 # The head as transformers' source has it, by the names of its modules.
 ARCHITECTURES = {
     "bert": ({}, "classifier bert.pooler"),
@@ -26,7 +27,7 @@ ARCHITECTURES = {
     "electra": ({"embedding_size": 16}, "classifier"),
     "albert": ({"embedding_size": 16}, "classifier albert.pooler"),
     "distilbert": ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}, "pre_classifier classifier"),
-    "modernbert": ({"bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1}, "head classifier"),
+    "modernbert": (MODERN, "head classifier"),
     "eurobert": (DECODER | {"mask_token_id": 2}, "dense classifier"),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}, "score"),
     "gpt_neox": ({"bos_token_id": 1, "eos_token_id": 1}, "score"),
@@ -34,6 +35,10 @@ ARCHITECTURES = {
     "llama": (DECODER, "score"),
     "mistral": (DECODER, "score"),
     "qwen3": (DECODER | {"head_dim": 16}, "score"),
+    "olmo2": (DECODER, "score"),
+    "smollm3": (DECODER, "score"),
+    "gemma3_text": (DECODER | {"head_dim": 16, "query_pre_attn_scalar": 16}, "score"),
+    "modernbert-decoder": (MODERN, "head classifier"),
     "xlnet": ({"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, "sequence_summary logits_proj"),
 }
 INPUTS = {"input_ids": torch.arange(3, 27).view(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}

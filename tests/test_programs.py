@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -21,9 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
+from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
 from oneday.run_directory import create_run, refresh_recipe
 
@@ -143,6 +145,11 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     assert (out / "README.md").read_text() == card, "scores that are not the directory's are not on its card"
     assert run_script("finetune", *tune)[0] == 0
     assert "| mine | accuracy |" in (out / "README.md").read_text()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert any(path.parent.name.startswith("checkpoint-") for path in files)
+    assert not [path for path in files if path.suffix in (".bin", ".py", ".pkl")], "weights are safetensors"
+    configs = [json.loads(path.read_text()) for path in files if path.name in ("config.json", "tokenizer_config.json")]
+    assert len(configs) >= 4 and not any("auto_map" in config for config in configs), "no code comes along"
 
     again, _, said = run_script("pretrain", *argv)
     assert again == 0
@@ -193,7 +200,9 @@ def test_a_model_that_cannot_start_so_is_refused_before_anything_is_read(run_scr
     assert not (tmp_path / "run").exists()
 
 
-def test_gpt_and_report(run_script, text_file, tmp_path):
+def test_gpt_and_report(run_script, text_file, tmp_path, monkeypatch):
+    # As of a stream of which nothing was read since the training.
+    monkeypatch.setattr(PackedDataset, "packing_efficiency", None)
     out = tmp_path / "run"
     settings = SMALL | {
         "model_config": str(ROOT / "model_configs/gpt2-mini.json"),
@@ -205,6 +214,8 @@ def test_gpt_and_report(run_script, text_file, tmp_path):
     assert code == 0, stderr
     results = json.loads((out / "results.json").read_text())
     assert results["bits_per_byte"] > 0 and len(results["masks_hash"]) == 16
+    assert "packing_efficiency" not in results
+    assert "packed at 32 tokens; documents in one row" in (out / "README.md").read_text()
     scores = {"accuracy": 0.612, "standard_error": 0.01, "chance": 0.5, "num_questions": 200}
     (out / "zero_shot_results.json").write_text(json.dumps({"tasks": {"blimp": scores}}))
     code, shown, _ = run_script("report", "--run_dir", out)
@@ -354,6 +365,16 @@ def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_thos
     assert recipe["save_minutes"] == 20
 
 
+def test_how_a_run_logs_saves_and_pushes_may_change_when_it_goes_on(tmp_path):
+    names = {field.name for field in dataclasses.fields(BudgetTrainingArguments)} - REFUSED_SETTINGS.keys()
+    about = {name for name in names if re.match("log|save|hub|push|report|run_name|project|trackio|ddp_timeout", name)}
+    assert {"logging_first_step", "log_level_replica", "trackio_space_id"} < about
+    create_run(tmp_path, {"seed": 1})
+    assert rundir.inspect_run(tmp_path, {"seed": 1, **dict.fromkeys(about, "another")}) == "resumed"
+    with pytest.raises(SettingError, match="adam_beta1: None, now 0.5"):
+        rundir.inspect_run(tmp_path, {"seed": 1, "adam_beta1": 0.5})
+
+
 def test_what_a_killed_fetch_left_is_no_run(tmp_path):
     (tmp_path / ".staging" / "checkpoint-4").mkdir(parents=True)
     assert rundir.inspect_run(tmp_path, {}) == "new"
@@ -366,6 +387,7 @@ def test_what_a_killed_fetch_left_is_no_run(tmp_path):
 def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch, error):
     def fail(trainer, *args, **kwargs):
         (Path(trainer.args.output_dir) / "tensorboard").mkdir()
+        trainer.write_environment()
         raise error("within a library")
 
     monkeypatch.setattr("oneday.trainer.BudgetTrainer.run", fail)

@@ -184,6 +184,8 @@ def test_a_replay_on_another_number_of_processes(run, alone, config):
         ({"kind": "MEGATRON_LM"}, {}, "The distributed_type is MEGATRON_LM"),
         ({}, {"ACCELERATE_USE_FSDP": "true"}, "The fsdp_version of the accelerate config is 1; set it to 2"),
         ({}, {**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "The fsdp_offload_params of the accelerate config is true"),
+        ({"gradient_checkpointing": True}, FSDP2, "The setting activation_checkpointing .* which sharded processes"),
+        ({"gradient_checkpointing": True}, {}, None),
         ({}, FSDP2, None),
     ],
 )
@@ -191,9 +193,9 @@ def test_other_strategies_are_refused(monkeypatch, changes, environment, said):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     kind = SimpleNamespace(distributed_type=SimpleNamespace(value=changes.pop("kind", "MULTI_GPU")))
-    args = {"n_gpu": 1, "distributed_state": kind, "fsdp": None, "deepspeed": None} | changes
+    args = {"n_gpu": 1, "distributed_state": kind, "fsdp": None, "deepspeed": None, "gradient_checkpointing": False}
     with nullcontext() if said is None else pytest.raises(SettingError, match=said):
-        check_strategy(SimpleNamespace(**args))
+        check_strategy(SimpleNamespace(**args | changes))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_the_library_names_every_module():
 def test_the_tree_names_every_script():
     tree = README.split("## What is where")[1]
     assert all(path.stem in tree for path in (ROOT / "scripts").glob("*.py"))
+
+
+def test_a_linked_environment_is_no_change(tmp_path):
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    (tmp_path / ".venv").symlink_to(tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    status = subprocess.run(["git", "-C", tmp_path, "status", "--short"], capture_output=True, text=True, check=True)
+    assert status.stdout == "?? .gitignore\n"
 
 
 def test_nothing_of_the_making_is_named():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
+from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.recipe import (
     build_arguments,
     complete_settings,
@@ -136,6 +138,23 @@ def test_saved_recipe_gives_the_same_settings(tmp_path):
 def test_bad_command_lines(argv, words):
     with pytest.raises(SettingError, match=words):
         resolve_settings(CLASSES, argv)
+
+
+INERT = [
+    "label_names", "dataloader_multiprocessing_context", "dataloader_in_order", "eval_do_concat_batches",
+    "eval_use_gather_object", "include_num_input_tokens_seen", "use_cache", "fsdp_config", "parallelism_config",
+    "use_liger_kernel", "liger_kernel_config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INERT)
+def test_inherited_settings_that_would_do_nothing_or_break_are_refused(name):
+    with pytest.raises(SettingError, match=rf"the command line sets {name}, which (has|is|would) .*; \w.*\.$"):
+        resolve_settings(CLASSES, [f"--{name}", "1"])
+
+
+def test_what_is_refused_is_a_setting_of_transformers():
+    assert REFUSED_SETTINGS.keys() <= {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 @pytest.mark.parametrize(

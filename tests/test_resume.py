@@ -24,7 +24,7 @@ from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
 from oneday.pretraining import prepare_first_step
-from oneday.run_directory import append_metrics, lock_run, read_metrics
+from oneday.run_directory import append_metrics, lock_run, read_json, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import FileStream
@@ -196,8 +196,13 @@ def test_a_signal_saves_and_the_run_goes_on(make_trainer):
     assert told.run() == {}
     assert told.status == "interrupted"
     assert [folder.name for folder in list_checkpoints(told.args.output_dir)] == ["checkpoint-4"]
+    environment = Path(told.args.output_dir) / "environment.json"
+    hardware = read_json(environment)
+    assert hardware["device"] and hardware["packages"]["torch"]
+    environment.write_text('{"device": "another machine"}')
     again = make_trainer("bert", "told", budget_steps=8)
     again.run(resume=True)
+    assert read_json(environment) == hardware, "that on which it ended"
     assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(again).items())
 
 

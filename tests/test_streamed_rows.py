@@ -99,6 +99,13 @@ def test_state_is_of_the_sample_asked_for_even_when_the_next_block_is_read(make_
     assert take(again, end - 1, end + 7) == expected
 
 
+def test_how_full_rows_are_is_unknown_before_one_was_read(make_rows):
+    rows = make_rows()
+    assert rows.packing_efficiency is None
+    take(rows, 0, 8)
+    assert 0.9 < rows.packing_efficiency <= 1.0
+
+
 def test_a_step_may_be_longer_than_many_blocks(make_rows):
     assert take(make_rows(), 0, 500, size=500) == take(make_rows(), 0, 500)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DECODERS, ENCODERS, ROW_LENGTH, steps_of
+from conftest import DECODERS, ENCODERS, ROW_LENGTH, steps_of, weights
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
 
 from oneday.arguments import SettingError
 from oneday.budget import Budget, BudgetClock
 from oneday.callbacks import BudgetProgressCallback
 from oneday.checkpoints import list_checkpoints
+from oneday.compilation import find_layers
 from oneday.loader import plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
@@ -110,6 +112,37 @@ def trainer_path(trainer):
     from pathlib import Path
 
     return Path(trainer.args.output_dir)
+
+
+# The name that every version of transformers here knows.
+RECOMPUTED = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@RECOMPUTED
+@pytest.mark.parametrize(("name", "objective"), [("bert", "mlm"), ("electra", "rtd"), ("qwen3", "clm")])
+def test_activations_that_are_computed_again_change_no_step(make_trainer, name, objective):
+    """The same loss, gradient and weights to the bit, also where dropout must drop the same units again."""
+    settings = {"objective": objective, "budget_steps": 1, "lr_shape": "linear"}
+    steps, ends, calls = [], [], Counter()
+    for is_on in (False, True):
+        trainer = make_trainer(name, f"{is_on}", gradient_checkpointing=is_on, **settings)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        linear = next(part for part in find_layers(trainer.model)[0].modules() if isinstance(part, torch.nn.Linear))
+        linear.register_forward_hook(lambda *given, is_on=is_on: calls.update([is_on]))
+        trainer.train()
+        steps += [(step["loss"], step["grad_norm"]) for step in steps_of(trainer)]
+        ends.append(weights(trainer))
+    assert calls[True] == 2 * calls[False] > 0
+    assert len(steps) == 2 and steps[0] == steps[1]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@RECOMPUTED
+def test_a_model_that_cannot_compute_activations_again_is_refused(make_trainer):
+    with pytest.raises(SettingError, match="gradient_checkpointing. is true, which XLNetLMHeadModel does not do"):
+        make_trainer("xlnet", objective="plm", budget_steps=1, gradient_checkpointing=True)
 
 
 def test_flop_budget(make_trainer):

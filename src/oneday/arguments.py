@@ -130,6 +130,7 @@ class ExecutorArguments:
 
 DECIDED = "the budget decides; set {} instead"
 NO_EFFECT = "has no effect here; leave it out"
+LAUNCHED = "is not read here; start accelerate launch with recipes/accelerate_configs/fsdp.yaml instead"
 # Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
 REFUSED_SETTINGS = {
     "max_steps": DECIDED.format("budget_steps"),
@@ -149,6 +150,10 @@ REFUSED_SETTINGS = {
     "hub_token": "would stand in recipe.yaml; run `hf auth login` or set HF_TOKEN instead",
     "hub_always_push": "is how it is not done: one push at a time; leave it out",
     "hub_revision": "has no effect here; leave it out",
+    "include_num_input_tokens_seen": "would count nothing here; leave it out, the trackers have tokens anyway",
+    "use_liger_kernel": "would replace parts of the model under the fused loss; leave it out",
+    "fsdp_config": LAUNCHED,
+    "parallelism_config": LAUNCHED,
     **dict.fromkeys(
         (
             "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
@@ -159,7 +164,9 @@ REFUSED_SETTINGS = {
             "torch_empty_cache_steps", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
             "length_column_name", "average_tokens_across_devices", "ddp_bucket_cap_mb", "ddp_static_graph",
             "ddp_find_unused_parameters", "ddp_broadcast_buffers", "bf16_full_eval", "fp16_full_eval",
-            "enable_jit_checkpoint", "save_on_each_node", "accelerator_config",
+            "enable_jit_checkpoint", "save_on_each_node", "accelerator_config", "label_names", "use_cache",
+            "dataloader_multiprocessing_context", "dataloader_in_order", "eval_do_concat_batches",
+            "eval_use_gather_object", "liger_kernel_config",
         ),
         NO_EFFECT,
     ),

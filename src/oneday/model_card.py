@@ -40,11 +40,10 @@ def write_reports(
     data_args: DataArguments,
     metrics: dict[str, float],
 ) -> None:
-    """Write results.json, environment.json, the curve and the card; results.json last, as the sign of the end."""
+    """Write results.json, the curve and the card; results.json last, as the sign of the end."""
     if not trainer.args.should_save:
         return
     folder = Path(trainer.args.output_dir)
-    write_json(folder / rundir.ENVIRONMENT, describe_environment(trainer.args.device))
     if trainer.args.device.type == "cpu" and trainer.args.world_size == 1:
         # What else ran at the start may have slowed the first measurement: the better of the two counts.
         again = measure_peak_flops.__wrapped__(trainer.args.device, trainer.bf16)
@@ -75,6 +74,7 @@ def collect_results(
     parameters, without_embeddings = count_parameters(trainer.model, COMPANION)
     before = next((event for event in rundir.read_metrics(args.output_dir) if event["event"] == "eval"), {})
     before = {key: value for key, value in before.items() if key.startswith("eval_") and before["step"] == 0}
+    efficiency = data.train.packing_efficiency
     return {
         **name_publicly(metrics),
         "before": name_publicly(before),
@@ -91,7 +91,7 @@ def collect_results(
         "tokenizer_hash": hash_tokenizer(data.tokenizer),
         "train_tokens_available": getattr(data.train, "num_tokens", None),
         "epochs": trainer.loader.epoch,
-        "packing_efficiency": data.train.packing_efficiency,
+        **({} if efficiency is None else {"packing_efficiency": efficiency}),
         "unknown_rate": data.unknown_rate,
         "vocab_size": len(data.tokenizer),
         "max_seq_length": data_args.max_seq_length,
@@ -251,10 +251,11 @@ def describe_data(results: dict[str, Any]) -> str:
     passes = "read as a stream"
     if results["epochs"] is not None:
         passes = f"{results['epochs']:.2f} passes over {results['train_tokens_available'] / 1e6:.1f} M tokens"
+    efficiency = results.get("packing_efficiency")
+    filled = f" with {100 * efficiency:.2f} % efficiency" if efficiency else ""
     return (
         f"Corpus `{results['corpus']}` (content hash `{results['corpus_hash']}`), {passes}, packed at "
-        f"{results['max_seq_length']} tokens with "
-        f"{100 * results['packing_efficiency']:.2f} % efficiency; documents in one row do not see each other. "
+        f"{results['max_seq_length']} tokens{filled}; documents in one row do not see each other. "
         "The held-out documents were never trained on. The tokenizer has "
         f"{results['vocab_size']:,} tokens; {100 * results['unknown_rate']:.3f} % of the held-out text is unknown."
     )

@@ -43,6 +43,7 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
         SettingError: When the budget does not hold one step, or the disk is full.
     """
     with note_signals() as trainer.signals:
+        trainer.write_environment()
         is_trained = resume and load_trained(trainer)
         if resume and not is_trained:
             take_up_clock(trainer)

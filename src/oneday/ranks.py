@@ -94,6 +94,11 @@ def check_strategy(args: BudgetTrainingArguments) -> None:
             raise SettingError(
                 f"The {option} of the accelerate config is true, which is not done here; set it to false."
             )
+    if args.gradient_checkpointing:  # transformers gives it the value of activation_checkpointing too
+        raise SettingError(
+            "The setting activation_checkpointing (or gradient_checkpointing) is true, which sharded processes do not "
+            "do; leave it out, or start with recipes/accelerate_configs/ddp.yaml."
+        )
 
 
 class Ranks:

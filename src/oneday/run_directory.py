@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 # Settings that do not touch the training: they may change when a run goes on.
 FREE_SETTINGS = {
     "output_dir", "save_minutes", "save_steps", "save_total_limit", "logging_steps", "report_to", "disable_tqdm",
-    "run_name", "cache_dir", "extend",
-    "num_threads", "log_level", "micro_batch_tokens",
+    "run_name", "cache_dir", "extend", "logging_first_step", "logging_strategy", "log_level_replica",
+    "log_on_each_node", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "num_threads", "log_level", "micro_batch_tokens", "ddp_timeout",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_license", "hub_private_repo", "resume_from_hub",
 }  # fmt: skip
 # Those of them that are of one call, by their defaults.
@@ -160,7 +161,7 @@ def lock_run(output_dir: str | Path) -> IO[str]:
 
 def discard_run(output_dir: str | Path) -> None:
     """Take back a run that took no step, so that its directory can be used with other settings."""
-    for name in (RECIPE, METRICS, BUDGET, SOURCES, LOCK):
+    for name in (RECIPE, METRICS, BUDGET, SOURCES, ENVIRONMENT, LOCK):
         (Path(output_dir) / name).unlink(missing_ok=True)
     for name in TRACKERS:
         shutil.rmtree(Path(output_dir) / name, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
 from oneday import run_directory as rundir
@@ -26,6 +26,7 @@ from oneday.objectives import COMPANION
 from oneday.optimizers import CompositeOptimizer
 from oneday.ranks import Ranks
 from oneday.recovery import StepGuard, are_finite
+from oneday.throughput import describe_environment
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,12 @@ def drop_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(state.items())}.values())
 
 
-def share_files(folder: Path) -> None:
-    """Weights get the permissions of the other files: safetensors writes them for their owner alone."""
+def tidy_files(folder: Path) -> None:
+    """Take the pickled settings away, which nothing reads, and give weights the permissions of the other files.
+
+    safetensors writes them for their owner alone.
+    """
+    (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
@@ -142,7 +147,7 @@ class RunTrainer(Trainer):
         companion = getattr(self.model, COMPANION, None)
         if companion is None:
             super()._save(output_dir, state_dict)
-            share_files(Path(output_dir or self.args.output_dir))
+            tidy_files(Path(output_dir or self.args.output_dir))
             return
         state = {key: value for key, value in self.model.state_dict().items() if not key.startswith(f"{COMPANION}.")}
         super()._save(output_dir, dict(state))  # it takes entries out
@@ -150,7 +155,7 @@ class RunTrainer(Trainer):
             shared = {parameter.data_ptr() for parameter in state.values()}
             own = {key: value for key, value in companion.state_dict().items() if value.data_ptr() not in shared}
             save_file(drop_aliases(own), Path(output_dir) / COMPANION_FILE)
-        share_files(Path(output_dir or self.args.output_dir))
+        tidy_files(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """As the parent, and what the model carries."""
@@ -218,7 +223,6 @@ class RunTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with rundir.refuse_full_disk(folder), rundir.staging(folder, "final") as new:
             self.save_model(str(new), _internal_call=True)
-            (new / "training_args.bin").unlink(missing_ok=True)
             rundir.publish_files(new, folder)
 
     def describe_place(self) -> dict[str, Any]:
@@ -236,6 +240,16 @@ class RunTrainer(Trainer):
         """Add a line to metrics.jsonl, from the first process only."""
         if self.args.should_save:
             rundir.append_metrics(self.args.output_dir, {"event": event, **self.describe_place(), **values})
+
+    def write_environment(self) -> None:
+        """Write environment.json: the machine that the run is on, of one that went on elsewhere the last.
+
+        Raises:
+            SettingError: When the disk is full.
+        """
+        if self.args.should_save:
+            with rundir.refuse_full_disk(self.args.output_dir):
+                write_json(Path(self.args.output_dir) / rundir.ENVIRONMENT, describe_environment(self.args.device))
 
     def write_budget(self) -> None:
         """Write budget.json: the report at the end, the heartbeat (from a thread of its own) before it."""

@@ -145,11 +145,11 @@ class StreamedRows:
         return pack_documents(np.concatenate(tokens), np.concatenate(lengths), *packing)
 
     @property
-    def packing_efficiency(self) -> float:
-        """Share of the packed tokens that are not padding, of the blocks at hand."""
+    def packing_efficiency(self) -> float | None:
+        """Share of the packed tokens that are not padding, of the blocks at hand; None: there are none."""
         read = sum(len(block.order) for block in self.blocks)
         held = sum(int(block.rows.doc_lengths.sum()) for block in self.blocks)
-        return held / (read * self.row_length) if read else 0.0
+        return held / (read * self.row_length) if read else None
 
     def state_dict(self, sample: int) -> dict[str, Any]:
         """Where the stream stood before the block that holds `sample`; what was read ahead does not count."""

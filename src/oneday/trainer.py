@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oneday.arguments import BudgetTrainingArguments
+from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.attention import position_offset, probe_packing
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
@@ -125,6 +125,11 @@ class BudgetTrainer(RunTrainer):
         check_optimizer(args.optimizer_name)
         check_embedding_init(args.embedding_init, train_dataset)
         check_attention_init(args.attention_init, model)
+        if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+            raise SettingError(
+                "The setting activation_checkpointing (or gradient_checkpointing) is true, which "
+                f"{type(model).__name__} does not do; leave it out."
+            )
         self.loader = self.build_loader(args, train_dataset)
         name_run(args)
         args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
