@@ -19,14 +19,14 @@ Answer = Callable[[str], None]
 DESCRIPTION = (
     "Type a text with [MASK] for an encoder to fill, or a beginning for a decoder to go on with. Ends at Ctrl-D."
 )
-EXAMPLE = "python scripts/try_model.py --run_dir runs/quickstart-bert --text 'The [MASK] is empty.'"
+EXAMPLE = "python scripts/try_model.py runs/quickstart-bert --text 'The [MASK] is empty.'"
 
 
 @dataclass
 class TryArguments:
     """What is tried."""
 
-    run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.")
+    run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.", bare_words="RUN_DIR")
     text: str | None = setting(None, "One text instead of a conversation.")
     max_new_tokens: int = setting(80, "Most tokens that a decoder adds.")
     temperature: float = setting(0.8, "Sampling temperature of a decoder; 0 takes the most probable token.")
