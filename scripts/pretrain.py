@@ -36,12 +36,12 @@ from oneday.run_directory import (
     read_json,
     refresh_recipe,
 )
+from oneday.signals import INTERRUPTED
 from oneday.trainer import BudgetTrainer
 
 DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
-INTERRUPTED = 75
 # A machine that is taken away leaves about half a minute.
 PUSH_SECONDS = 20.0
 
