@@ -43,7 +43,10 @@ class TryArguments:
 def main() -> None:
     """Answer one text, or every line that is typed."""
     (args,) = parse_recipe((TryArguments,), description=DESCRIPTION, example=EXAMPLE)
-    scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
+    try:
+        scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
+    except SettingError as error:
+        raise SettingError(str(error).replace("model_name_or_path", "run_dir")) from None
     make = make_filler if scorer.kind == "encoder" else make_writer
     answer = make(args, scorer)
     for text in [args.text] if args.text is not None else read_lines():

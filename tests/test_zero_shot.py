@@ -442,7 +442,9 @@ def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenize
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
     argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
     code, _, stderr = run_script("evaluate", *argv)
-    assert code == 1 and "no trained word head" in stderr
+    assert code == 1 and f"model_name_or_path {folder} has no trained word head" in stderr
+    code, _, stderr = run_script("try_model", folder, "--text", "ka [MASK]")
+    assert code == 1 and f"error: run_dir {folder} has no trained word head" in stderr, "by its own setting"
 
 
 def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
@@ -453,6 +455,7 @@ def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, ma
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
     argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
     assert "reads in no fixed order" in run_script("evaluate", *argv)[2]
+    assert f"error: run_dir {folder} is a xlnet model" in run_script("try_model", folder, "--text", "ka")[2]
     make_model("bert").save_pretrained(folder)
     model = make_model("bert")
     with torch.no_grad():
