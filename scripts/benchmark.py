@@ -29,6 +29,7 @@ from oneday.recipe import (
     split_command_line,
     split_mode,
 )
+from oneday.signals import resumable
 
 DESCRIPTION = (
     "Measure a recipe in one of four modes, named first: throughput, versus-stock, ablate, finetuning (against the "
@@ -79,8 +80,9 @@ def main() -> None:
         raise SettingError(f"The setting seed is for one run, and {mode} has several; set seeds, say 1,2,3.")
     *mode_args, record_args = build_arguments(own, settings)
     of_recipe = {key: value for key, value in settings.items() if key not in fields_of(own)}
-    plan = plan_recipe(recipe or default_recipe, of_recipe, record_args)
-    print(run(plan, *mode_args))
+    with resumable():
+        plan = plan_recipe(recipe or default_recipe, of_recipe, record_args)
+        print(run(plan, *mode_args))
 
 
 if __name__ == "__main__":

@@ -12,21 +12,23 @@ from oneday.comparison import draw_comparison, format_comparison, name_runs, rea
 from oneday.recipe import parse_recipe, run_program
 
 DESCRIPTION = "Compare runs by their held-out loss: a table with the time to match, and a picture of the curves."
-EXAMPLE = "python scripts/compare_runs.py --run_dirs runs/first,runs/second"
+EXAMPLE = "python scripts/compare_runs.py runs/first runs/second"
 
 
 @dataclass
 class ComparisonArguments:
     """What is compared."""
 
-    run_dirs: list[str] | None = setting(None, "Run directories, comma-separated.")
+    run_dirs: list[str] | None = setting(
+        None, "Run directories, comma-separated; or bare words.", bare_words="RUN_DIR ..."
+    )
     picture: str = setting("runs/comparison.png", "Where the picture is written.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         self.run_dirs = list(dict.fromkeys(self.run_dirs or []))
         if len(self.run_dirs) < 2:
-            raise SettingError("The setting run_dirs names fewer than two runs; give some, separated by commas.")
+            raise SettingError("The setting run_dirs names fewer than two runs; name two or more.")
 
 
 def main() -> None:

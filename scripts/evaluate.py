@@ -12,14 +12,19 @@ import torch
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.classification import hash_weights
-from oneday.corpus import resolve_cache_dir
 from oneday.durable_files import write_json
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
-from oneday.text_files import load_files
 from oneday.throughput import describe_environment, keep_freed_memory, set_threads
-from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, keep_earlier, run_tasks
+from oneday.zero_shot_results import (
+    RESULTS_FILE,
+    EvaluateArguments,
+    format_zero_shot,
+    keep_earlier,
+    read_texts,
+    run_tasks,
+)
 
 DESCRIPTION = (
     "Score zero-shot tasks with a causal model (log-likelihood) or a masked one (pseudo-log-likelihood), and measure "
@@ -40,9 +45,7 @@ def main() -> None:
     keep_freed_memory()
     folder = find_output_dir(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    texts = None
-    if args.text_name is not None:
-        texts = read_texts(args)
+    text = None if args.text_name is None else read_texts(args)
     scorer = load_scorer(args.model_name_or_path, args.batch_tokens, device)
     results = {
         "model": Path(args.model_name_or_path).name,
@@ -51,26 +54,14 @@ def main() -> None:
         "tasks": run_tasks(scorer, args, logger.info),
         "environment": describe_environment(device),
     }
-    if texts is not None:
-        name = Path(args.text_name).name
-        results["text"] = {"name": name, "max_examples": args.max_examples, **scorer.score_texts(texts)}
+    if text is not None:
+        name, documents = text
+        results["text"] = {"name": name, "max_examples": args.max_examples, **scorer.score_texts(documents)}
     results = keep_earlier(results, rundir.read_json(folder / RESULTS_FILE))
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     write_json(folder / RESULTS_FILE, results)
     refresh_card(folder)
     sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
-
-
-def read_texts(args: EvaluateArguments) -> list[str]:
-    """The text to measure on, at most `max_examples` documents of it."""
-    try:
-        texts = load_files(args.text_name, args.text_column, resolve_cache_dir(None))["text"]
-    except SettingError as error:
-        raise SettingError(str(error).replace("dataset_name", "text_name")) from None
-    texts = [text for text in texts if text and text.strip()]
-    if not texts:
-        raise SettingError(f"text_name {args.text_name!r} holds no text: every {args.text_column!r} in it is empty.")
-    return texts[: args.max_examples]
 
 
 def find_output_dir(args: EvaluateArguments) -> Path:

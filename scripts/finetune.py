@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from oneday.glue_protocol import FinetuneArguments, find_output_dir
 from oneday.glue_results import RESULTS_FILE, compare_with_full, format_results, read_earlier
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
+from oneday.signals import resumable
 
 DESCRIPTION = (
     "Fine-tune a checkpoint on each task with several seeds and print the median scores. The defaults are the "
@@ -21,26 +21,19 @@ EXAMPLE = (
     "python scripts/finetune.py recipes/glue/finetune.yaml --model_name_or_path runs/quickstart-bert "
     "--task_names sst2,rte --task_data_dir DIR"
 )
-INTERRUPTED = 75
-
-logger = logging.getLogger("oneday.finetune")
 
 
-def main() -> int:
-    """Read the settings, run the protocol, print the table; 0 when done, 75 when interrupted."""
+def main() -> None:
+    """Read the settings, run the protocol, print the table."""
     (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
-    try:
+    with resumable():
         results = run_protocol(args, may_start_processes=True)
-    except KeyboardInterrupt:
-        logger.info("Interrupted; finished runs are kept, and the same command goes on from there.")
-        return INTERRUPTED
     path = find_output_dir(args) / RESULTS_FILE
     beside = compare_with_full(results, read_earlier(path.parent.parent / "glue" / RESULTS_FILE))
     shown = "\n".join([format_results(results), *beside])
     sys.stdout.write(f"\n{shown}\n\nwritten to {path}\n")
     if path.parent == Path(args.model_name_or_path) / "glue":  # whose scores the card shows
         refresh_card(args.model_name_or_path)
-    return 0
 
 
 if __name__ == "__main__":

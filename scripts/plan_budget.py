@@ -26,6 +26,7 @@ from oneday.recipe import (
     split_command_line,
     split_mode,
 )
+from oneday.signals import resumable
 
 DESCRIPTION = (
     "Probe this machine for about half a minute and show what each model would make of the budget; write a recipe of "
@@ -53,7 +54,8 @@ def main() -> None:
         print(format_plan(plan_budget(recipe, of_recipe, args)))
         return
     if mode == "ladder":
-        run_ladder(recipe, of_recipe, args)
+        with resumable():
+            run_ladder(recipe, of_recipe, args)
     records = read_records(
         [args.records_dir, *([BENCHMARK_DIR] if Path(args.records_dir) == Path(LADDER_DIR) else [])]
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,11 +11,12 @@ from oneday import hub_texts
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.budget import Budget
-from oneday.callbacks import HubCallback, leave_on_signals
+from oneday.callbacks import leave_on_signals
 from oneday.durable_files import write_json
 from oneday.extension import extend_run
-from oneday.hub import HubPusher, fetch_run, fetch_sources
+from oneday.hub import fetch_run, fetch_sources
 from oneday.model_card import refresh_card, write_reports
+from oneday.pretraining import make_pusher, perform_run
 from oneday.recipe import (
     Settings,
     build_arguments,
@@ -36,14 +36,11 @@ from oneday.run_directory import (
     read_json,
     refresh_recipe,
 )
-from oneday.trainer import BudgetTrainer
+from oneday.signals import INTERRUPTED
 
 DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
-INTERRUPTED = 75
-# A machine that is taken away leaves about half a minute.
-PUSH_SECONDS = 20.0
 
 logger = logging.getLogger("oneday.pretrain")
 
@@ -66,7 +63,7 @@ def main() -> int:
         if state == "finished":
             code = say_finished(args, settings)
         else:
-            code = train(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
+            code = perform_run(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
     trainer.ranks.close()
     return code
 
@@ -78,26 +75,6 @@ def pin_sources(args: BudgetTrainingArguments) -> None:
     if not sources and args.resume_from_hub:
         sources = fetch_sources(args.resume_from_hub)
     hub_texts.REVISIONS.update(sources)
-
-
-def train(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]], None]) -> int:
-    """The run in an opened directory, its reports (`write` makes them of the held-out losses) and what is pushed."""
-    pusher = start_pushing(trainer)
-    try:
-        metrics = trainer.run(resume=state != "new")
-    except BaseException:  # whatever it was, Ctrl-C too: a directory without a step would refuse the corrected command
-        if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
-            discard_run(trainer.args.output_dir)
-        raise
-    if trainer.status == "interrupted":
-        if pusher:
-            pusher.leave(PUSH_SECONDS)
-        return say_interrupted(trainer)
-    write(metrics)
-    trainer.ranks.close()  # a push may take longer than the others would wait
-    if pusher:
-        pusher.push_final()
-    return 0
 
 
 def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerprint: str) -> str:
@@ -123,21 +100,6 @@ def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerpri
     return state
 
 
-def start_pushing(trainer: BudgetTrainer) -> HubPusher | None:
-    """Have checkpoints pushed to the Hub, where that was asked for."""
-    args = trainer.args
-    if not args.is_pushed or not trainer.ranks.is_first:
-        return None
-    pusher = make_pusher(args)
-    trainer.add_callback(HubCallback(trainer, pusher))
-    return pusher
-
-
-def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
-    """What sends this run to the Hub."""
-    return HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
-
-
 def say_finished(args: BudgetTrainingArguments, settings: Settings) -> int:
     """There is nothing to train; a push that was cut off is done again, with what the card is to say now."""
     advice = "name another output_dir to train again"
@@ -149,16 +111,6 @@ def say_finished(args: BudgetTrainingArguments, settings: Settings) -> int:
         refresh_card(args.output_dir)
         make_pusher(args).push_final()
     return 0
-
-
-def say_interrupted(trainer: BudgetTrainer) -> int:
-    """Where the next process goes on."""
-    where = "with a checkpoint"
-    if trainer.saved_at != trainer.clock.steps_taken:
-        where = "without a new checkpoint: the last one is"
-    logger.info("Interrupted %s in %s; run the same command again to go on.", where, trainer.args.output_dir)
-    # The first code that is not 0 has a launcher end the other processes: process 0 gives it, once all is on disk.
-    return INTERRUPTED if trainer.ranks.is_first else 0
 
 
 if __name__ == "__main__":

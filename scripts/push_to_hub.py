@@ -21,7 +21,9 @@ from oneday.recipe import parse_recipe, run_program
 class PushArguments:
     """What is pushed, and where to."""
 
-    run_dir: str = setting("runs/quickstart-bert", "A finished run directory; its checkpoints stay here.")
+    run_dir: str = setting(
+        "runs/quickstart-bert", "A finished run directory; its checkpoints stay here.", bare_words="RUN_DIR"
+    )
     hub_model_id: str = setting("", "Repository on the Hub, user/name; made when it is not there.")
     hub_license: str | None = setting(None, "Licence that the card states; empty: the one of the run's recipe.")
     hub_private_repo: bool | None = setting(
@@ -37,7 +39,7 @@ def main() -> None:
     (args,) = parse_recipe(
         (PushArguments,),
         description="Push a finished run to the Hub: model, tokenizer, card, recipe, curve, metrics; no local path.",
-        example="python scripts/push_to_hub.py --run_dir runs/quickstart-bert --hub_model_id you/my-first-bert",
+        example="python scripts/push_to_hub.py runs/quickstart-bert --hub_model_id you/my-first-bert",
     )
     if not args.hub_model_id:
         raise SettingError("hub_model_id is empty; name a repository, say you/my-first-bert.")

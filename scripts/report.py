@@ -13,7 +13,7 @@ from oneday.reporting import format_report, format_samples
 class ReportArguments:
     """What is shown."""
 
-    run_dir: str = setting("runs/quickstart-bert", "A finished run directory.")
+    run_dir: str = setting("runs/quickstart-bert", "A finished run directory.", bare_words="RUN_DIR")
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     (args,) = parse_recipe(
         (ReportArguments,),
         description="Show samples and the table of a finished run.",
-        example="python scripts/report.py --run_dir runs/quickstart-bert",
+        example="python scripts/report.py runs/quickstart-bert",
     )
     print(f"\n{args.run_dir} says\n\n{format_samples(args.run_dir)}\n")
     print(format_report(args.run_dir))

@@ -19,14 +19,14 @@ Answer = Callable[[str], None]
 DESCRIPTION = (
     "Type a text with [MASK] for an encoder to fill, or a beginning for a decoder to go on with. Ends at Ctrl-D."
 )
-EXAMPLE = "python scripts/try_model.py --run_dir runs/quickstart-bert --text 'The [MASK] is empty.'"
+EXAMPLE = "python scripts/try_model.py runs/quickstart-bert --text 'The [MASK] is empty.'"
 
 
 @dataclass
 class TryArguments:
     """What is tried."""
 
-    run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.")
+    run_dir: str = setting("runs/quickstart-bert", "A run directory, or any checkpoint.", bare_words="RUN_DIR")
     text: str | None = setting(None, "One text instead of a conversation.")
     max_new_tokens: int = setting(80, "Most tokens that a decoder adds.")
     temperature: float = setting(0.8, "Sampling temperature of a decoder; 0 takes the most probable token.")
@@ -43,7 +43,10 @@ class TryArguments:
 def main() -> None:
     """Answer one text, or every line that is typed."""
     (args,) = parse_recipe((TryArguments,), description=DESCRIPTION, example=EXAMPLE)
-    scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
+    try:
+        scorer = load_scorer(args.run_dir, batch_tokens=1024, device=torch.device("cpu"))
+    except SettingError as error:
+        raise SettingError(str(error).replace("model_name_or_path", "run_dir")) from None
     make = make_filler if scorer.kind == "encoder" else make_writer
     answer = make(args, scorer)
     for text in [args.text] if args.text is not None else read_lines():

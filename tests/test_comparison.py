@@ -76,9 +76,11 @@ def test_the_program(run_script, tmp_path, bits):  # noqa: F811
     for name, losses in (("one", [5.0, 4.0]), ("two", [4.0, 3.0])):
         write_run(tmp_path / name, losses, bits=bits)
     picture = tmp_path / "pictures" / "both.png"
-    argv = ["--run_dirs", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--picture", picture]
+    argv = [tmp_path / "one", tmp_path / "two", "--picture", picture]
     code, shown, stderr = run_script("compare_runs", *argv)
     assert code == 0, stderr
+    named = ["--run_dirs", f"{tmp_path / 'one'},{tmp_path / 'two'}", "--picture", picture]
+    assert run_script("compare_runs", *named)[:2] == (0, shown)
     assert ("bits / byte" in shown) == bits and max(map(len, shown.splitlines()[:6])) <= 80
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert run_script("compare_runs", "--run_dirs", tmp_path / "one")[2].count("fewer than two runs") == 1
@@ -93,11 +95,11 @@ def test_a_model_answers(run_script, make_model, tokenizers, tmp_path, name):  #
     make_model(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     text = "ka [MASK] mi" if name == "bert" else "ka lo"
-    argv = ["--run_dir", tmp_path / "model", "--text", text, "--max_new_tokens", 5]
+    argv = [tmp_path / "model", "--text", text, "--max_new_tokens", 5]
     code, shown, stderr = run_script("try_model", *argv)
     assert code == 0, stderr
     assert ("-> " in shown) if name == "bert" else shown.startswith("ka lo")
-    argv[3] = text + " ka" * 70  # longer than the model reads
+    argv[2] = text + " ka" * 70  # longer than the model reads
     code, shown, stderr = run_script("try_model", *argv)
     assert code == 0 and (name != "bert" or shown == "  more than the 64 tokens that the model reads: put in less\n")
     code, _, stderr = run_script("try_model", "--run_dir", tmp_path / "nowhere", "--text", text)

@@ -87,9 +87,15 @@ def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_pa
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("victim", ["program", pytest.param("worker", marks=pytest.mark.slow)])
-def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim):  # noqa: F811
-    """Ctrl-C, heard by the whole group as at a terminal; or one worker killed as for its memory."""
+SLOW_VICTIMS = [pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("group", signal.SIGTERM), ("program", signal.SIGTERM), ("program", signal.SIGUSR1), ("worker", signal.SIGKILL),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("victim", "number"), [("group", signal.SIGINT), *SLOW_VICTIMS])
+def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim, number):  # noqa: F811
+    """Ctrl-C, heard by the whole group as at a terminal; the signals of a batch system, heard by all or by the program
+    alone; or one worker killed as for its memory."""
     argv = {"model_name_or_path": bert, "task_names": "sst2", "task_data_dir": data_dir, "output_dir": tmp_path,
             "num_seeds": 50, "num_train_epochs": 3, "num_processes": 2, "use_cpu": "true"}  # fmt: skip
     command = [sys.executable, str(ROOT / "scripts" / "finetune.py")]
@@ -103,19 +109,19 @@ def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, t
         children = psutil.Process(program.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) == 2
-        if victim == "program":
-            os.killpg(program.pid, signal.SIGINT)
+        if victim == "group":
+            os.killpg(program.pid, number)
         else:
-            workers[0].kill()
+            (program if victim == "program" else workers[0]).send_signal(number)
         _, stderr = program.communicate(timeout=60)
         assert not psutil.wait_procs(children, timeout=20)[1]
     finally:
         program.kill()
-    assert program.returncode == (75 if victim == "program" else 1) and "Traceback" not in stderr, stderr
+    assert program.returncode == (1 if victim == "worker" else 75) and "Traceback" not in stderr, stderr
     said = (
-        "the same command goes on from there"
-        if victim == "program"
-        else "its process was killed, which is often a lack of memory; set num_processes"
+        "its process was killed, which is often a lack of memory; set num_processes"
+        if victim == "worker"
+        else "the same command goes on from there"
     )
     assert said in stderr.splitlines()[-1]
     lines = read_lines(tmp_path)

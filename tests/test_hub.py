@@ -304,9 +304,9 @@ def test_what_cannot_be_brought_back(hub, program, tmp_path):
 
 
 def test_what_cannot_be_pushed(run_script, tmp_path):  # noqa: F811
-    push = ("push_to_hub", "--run_dir", tmp_path, "--hub_model_id", "ann/tiny")
+    push = ("push_to_hub", tmp_path, "--hub_model_id", "ann/tiny")
     for argv, words in (
-        (push, "holds no finished run"),
+        (push, f"run_dir {tmp_path} holds no finished run"),
         ((*push, "--last_checkpoint"), "holds no whole checkpoint"),
         ((*push, "--last_checkpoint", "--hub_license", "mit"), "hub_license is for a model's card"),
         (("pretrain", "--output_dir", tmp_path / "new", "--push_to_hub"), "hub_model_id is empty"),

@@ -461,6 +461,11 @@ def test_prepare_data_says_that_datatrove_is_not_here(run_script, text_file, mon
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_every_program_only_assembles(name):
+    assert len((ROOT / "scripts" / f"{name}.py").read_text().splitlines()) < 150
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
 def test_every_program_has_help_with_an_example(run_script, name):
     code, shown, _ = run_script(name, "--help")
     assert code == 0

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from oneday.arguments import (
-    BudgetTrainingArguments,
-    DataArguments,
-    ExecutorArguments,
-    ModelArguments,
-    ShardArguments,
-)
-from oneday.benchmarks.arguments import AblationArguments, RecordArguments, ThroughputArguments
-from oneday.glue_protocol import FinetuneArguments
-from oneday.ladder import LadderArguments
-from oneday.recipe import fields_of
-from oneday.zero_shot_results import EvaluateArguments
+from oneday.arguments import SettingError
+from oneday.recipe import fields_of, resolve_settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,14 +40,80 @@ def test_make_targets_exist(target):
     subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_settings_in_commands_are_known():
-    known = fields_of((ModelArguments, DataArguments, BudgetTrainingArguments)) | fields_of((FinetuneArguments,))
-    known |= fields_of((EvaluateArguments,)) | fields_of((ShardArguments, ExecutorArguments))
-    known |= fields_of((ThroughputArguments, AblationArguments, RecordArguments, LadderArguments))
-    # Of accelerate, and of programs with settings of their own.
-    outside = {"config_file", "num_processes", "run_dir", "run_dirs", "for", "mfu", "ladder_dirs", "last_checkpoint"}
-    named = set(re.findall(r"--([a-z_]+)", README)) - outside
-    assert not [name for name in named if name not in known and name != "help"]
+def list_commands(blocks):
+    """(program, the words after it) of each command; settings that stand alone are pretraining's."""
+    found = []
+    for words in filter(None, (shlex.split(line, comments=True) for line in blocks.replace("\\\n", " ").splitlines())):
+        scripts = [place for place, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)]
+        if scripts:
+            found.append((Path(words[scripts[0]]).stem, words[scripts[0] + 1 :]))
+        elif words[0] == "./run_finetune.sh":  # it passes on what follows the model and the tasks
+            found.append(("finetune", list(itertools.dropwhile(lambda word: not word.startswith("--"), words))))
+        elif words[0] == "sbatch":
+            found.append((Path(words[1]).stem, words[2:]))
+        elif words[0].startswith("--"):
+            found.append(("pretrain", words))
+        else:
+            assert words[0] in ("make", "source", "hf"), words
+    return found
+
+
+class HaveReadError(Exception):
+    """A program has read its settings: (their classes, what was given)."""
+
+
+@pytest.fixture
+def read_command(monkeypatch):
+    """Runs a program until it has read its command line; returns (classes of its settings, those given)."""
+
+    def stop(classes, *args, **kwargs):
+        raise HaveReadError(classes, resolve_settings(classes, *args, **kwargs))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("oneday.recipe.resolve_settings", stop)
+
+    def read(name, words):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        with pytest.raises(HaveReadError) as read:
+            module.main()
+        return read.value.args
+
+    return read
+
+
+COMMANDS = list_commands(BLOCKS)
+
+
+@pytest.mark.parametrize(("name", "words"), COMMANDS, ids=[f"{name} {shlex.join(words)}" for name, words in COMMANDS])
+def test_a_command_is_read_by_the_program_that_it_calls(read_command, name, words):
+    words = [word.replace("RECIPE.yaml", "recipes/quickstart/bert.yaml") for word in words]
+    _, settings = read_command(name, words)
+    assert {word[2:] for word in words if word.startswith("--")} <= settings.keys()
+
+
+def test_commands_are_found_and_settings_of_another_program_are_refused(read_command):
+    assert {name for name, _ in COMMANDS} == {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"report"}
+    blocks = "./run_finetune.sh a rte --seed 1  # x\naccelerate launch \\\n  --n 8 scripts/pretrain.py r.yaml --seed 1"
+    assert list_commands(blocks) == [("finetune", ["--seed", "1"]), ("pretrain", ["r.yaml", "--seed", "1"])]
+    for name, words in (("finetune", ["--budget_minutes", "3"]), ("try_model", ["runs/a", "--num_seeds", "3"])):
+        with pytest.raises(SettingError, match=f"unknown setting '{words[-2][2:]}'"):
+            read_command(name, words)
+
+
+MODES = {"benchmark": ("throughput", "versus-stock", "ablate", "finetuning"), "plan_budget": ("plan", "ladder")}
+
+
+def test_settings_outside_of_commands_are_known(read_command):
+    known = {"help", "config_file"}  # the latter is accelerate's
+    for name in sorted(path.stem for path in (ROOT / "scripts").glob("*.py")):
+        for mode in MODES.get(name, ("",)):
+            classes, _ = read_command(name, [mode] if mode else [])
+            known |= {field.rstrip("_") for field in fields_of(classes)}
+    assert not set(re.findall(r"--([a-z_]+)", README)) - known
 
 
 def test_the_library_names_every_module():

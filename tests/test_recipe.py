@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from dataclasses import dataclass
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
-from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
+from oneday.arguments import (
+    REFUSED_SETTINGS,
+    BudgetTrainingArguments,
+    DataArguments,
+    ModelArguments,
+    SettingError,
+    setting,
+)
 from oneday.recipe import (
     build_arguments,
     complete_settings,
@@ -178,6 +186,52 @@ def test_extends_is_one_level(tmp_path):
         resolve_settings(CLASSES, [write(tmp_path / "c.yaml", "extends: b.yaml\n")])
 
 
+@dataclass
+class OneRun:
+    run_dir: str = setting("runs/first", "One.", bare_words="RUN_DIR")
+    last: bool = setting(False, "Whether it is the last.")
+
+
+@dataclass
+class SeveralRuns:
+    run_dirs: list[str] | None = setting(None, "Several.", bare_words="RUN_DIR ...")
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "settings"),
+    [
+        (OneRun, ["runs/a,b", "--last"], {"run_dir": "runs/a,b", "last": True}),
+        (OneRun, ["--run_dir", "runs/a"], {"run_dir": "runs/a"}),
+        (OneRun, [], {}),
+        (SeveralRuns, ["runs/a,b", "r.yaml"], {"run_dirs": ["runs/a,b", "r.yaml"]}),
+        (SeveralRuns, ["runs/a"], {"run_dirs": ["runs/a"]}),
+        (SeveralRuns, ["--run_dirs", "runs/a,runs/b"], {"run_dirs": ["runs/a", "runs/b"]}),
+    ],
+)
+def test_bare_words_are_the_setting_that_takes_them(cls, argv, settings):
+    assert resolve_settings((cls,), argv) == settings
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv", "words"),
+    [
+        (OneRun, ["runs/a", "--run_dir", "runs/b"], "names 'runs/a' beside --run_dir; give one of them."),
+        (SeveralRuns, ["--run-dirs=runs/a", "runs/b"], "names 'runs/b' beside --run_dirs; give one of them."),
+        (OneRun, ["runs/a", "runs/b"], "names 'runs/b' beside 'runs/a'; give one run_dir."),
+    ],
+)
+def test_bare_words_too_many_are_refused(cls, argv, words):
+    with pytest.raises(SettingError, match=re.escape(words)):
+        resolve_settings((cls,), argv)
+
+
+def test_the_usage_shows_what_takes_bare_words():
+    several = format_help((SeveralRuns,), "Compares.", "python scripts/compare_runs.py runs/a runs/b")
+    assert "Usage: python scripts/compare_runs.py [RUN_DIR ...] [--key value ...]\n" in several
+    one = format_help((OneRun,), "Tries.", "python scripts/try_model.py --last")
+    assert "Usage: python scripts/try_model.py [RUN_DIR] [--key value ...]\n" in one
+
+
 def test_help_names_every_own_setting_in_80_columns():
     text = format_help(CLASSES, "What it does.", "python x.py")
     assert max(map(len, text.splitlines())) < 80
@@ -188,10 +242,11 @@ def test_help_names_every_own_setting_in_80_columns():
 
 def test_the_example_of_help_can_be_pasted():
     """Lines end between words only, and what was quoted stays one word."""
-    command = "python scripts/try_model.py --run_dir runs/quickstart-bert --text 'The [MASK] is empty.'"
+    command = "python scripts/try_model.py runs/quickstart-bert --text 'The [MASK] is empty.'"
     for width in (20, 40, 70):
         lines = wrap_command(command, width)
         assert len(lines) > 1
         assert [word for line in lines for word in shlex.split(line)] == shlex.split(command)
-    assert format_usage(command) == "python scripts/try_model.py [--key value ...]"
+    usage = "python scripts/try_model.py [RUN_DIR] [--key value ...]"
+    assert format_usage(command, ("run_dir", "RUN_DIR")) == usage
     assert format_usage("python a.py ladder b.yaml --c 1") == "python a.py MODE [RECIPE.yaml] [--key value ...]"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import UNPACKED
+from datasets import Dataset
 from test_programs import run_script  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from oneday.arguments import SettingError
 from oneday.scoring import CPU_TOKENS, Score, Scorer, find_trained_length, load_scorer
 from oneday.tokenization import train_tokenizer
 from oneday.zero_shot import Question, list_local_tasks, load_task
-from oneday.zero_shot_results import EvaluateArguments, credit, evaluate_task, format_zero_shot
+from oneday.zero_shot_results import EvaluateArguments, credit, evaluate_task, format_zero_shot, read_texts
 
 PAIRS = [
     ("", "ka lo mi"),
@@ -398,6 +399,42 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
         assert code == 1 and words in stderr, stderr
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_of_the_hub_is_read(streaming, tmp_path, monkeypatch):
+    """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
+    (tmp_path / "ann").mkdir()
+    for split in ("train", "validation"):
+        rows = [f"{split} {number}" for number in range(5)]
+        pq.write_table(pa.table({"body": [" ", *rows]}), tmp_path / "ann" / f"{split}-0.parquet")
+    args = EvaluateArguments(text_name="ann", text_column="body", streaming=streaming, max_examples=3)
+    assert read_texts(args) == ("ann", ["validation 0", "validation 1", "validation 2"])
+    args.dataset_split = "train"
+    assert read_texts(args)[1] == ["train 0", "train 1", "train 2"]
+    args.dataset_split = "test"
+    with pytest.raises(SettingError, match="text_name 'ann' is no file here and could not be loaded .* dataset_split"):
+        read_texts(args)
+
+
+def test_text_has_the_forms_of_dataset_name(tmp_path, monkeypatch):
+    """The built-in corpus, held-out part first of all; several names; what is called by them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    docs = Dataset.from_dict({"text": ["to train on", "held out"], "split": ["train", "validation"]})
+    monkeypatch.setattr("oneday.corpus.build_python_docs", lambda cache: docs)
+    (tmp_path / "mine.txt").write_text("mine")
+    args = EvaluateArguments(text_name="python-docs,./mine.txt")
+    assert read_texts(args) == ("python-docs, mine.txt", ["held out", "mine"])
+    args = EvaluateArguments(text_name="python-docs", dataset_split="test")
+    with pytest.raises(SettingError, match="text_name 'python-docs' holds no text; look at it, and at dataset_split"):
+        read_texts(args)
+    with pytest.raises(SettingError, match="streaming is true and max_examples is empty"):
+        EvaluateArguments(text_name="ann/texts", streaming=True)
+
+
 def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
     folder = tmp_path / "model"
     make_model("bert").bert.save_pretrained(folder)
@@ -405,7 +442,9 @@ def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenize
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
     argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
     code, _, stderr = run_script("evaluate", *argv)
-    assert code == 1 and "no trained word head" in stderr
+    assert code == 1 and f"model_name_or_path {folder} has no trained word head" in stderr
+    code, _, stderr = run_script("try_model", folder, "--text", "ka [MASK]")
+    assert code == 1 and f"error: run_dir {folder} has no trained word head" in stderr, "by its own setting"
 
 
 def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
@@ -416,6 +455,7 @@ def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, ma
     (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
     argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
     assert "reads in no fixed order" in run_script("evaluate", *argv)[2]
+    assert f"error: run_dir {folder} is a xlnet model" in run_script("try_model", folder, "--text", "ka")[2]
     make_model("bert").save_pretrained(folder)
     model = make_model("bert")
     with torch.no_grad():

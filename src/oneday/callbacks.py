@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from oneday.beating import beating
 from oneday.checkpoints import list_kept, read_state
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
+from oneday.signals import STOP_SIGNALS, handle_signals
 from oneday.text_streams import StreamInterrupted
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ HEARTBEAT_SECONDS = 2.0
 EVALUATION_SHARE = 0.05
 # Before one was timed, a checkpoint takes as many times as long as the model alone.
 OPTIMIZER_SHARE = 4.0
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextmanager
@@ -45,7 +45,8 @@ def note_signals() -> Iterator[list[str]]:
         if names and number == signal.SIGINT:
             raise KeyboardInterrupt
         names.append(signal.Signals(number).name)
-        logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", names[-1])
+        if len(names) == 1:
+            logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", names[0])
 
     with handle_signals(STOP_SIGNALS, note):
         yield names
@@ -62,17 +63,6 @@ def leave_on_signals(code: int) -> Iterator[None]:
 
     with handle_signals([number for number in STOP_SIGNALS if number != signal.SIGINT], leave):
         yield
-
-
-@contextmanager
-def handle_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Handle some signals for a while."""
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
 
 
 @contextmanager

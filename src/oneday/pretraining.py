@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
-from oneday.callbacks import heartbeat, note_signals
+from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.callbacks import HubCallback, heartbeat, note_signals
 from oneday.checkpoints import read_state
+from oneday.hub import HubPusher
 from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
 from oneday.position_init import leave_room
 from oneday.recovery import are_finite
+from oneday.signals import INTERRUPTED
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
 
@@ -31,6 +34,8 @@ logger = logging.getLogger(__name__)
 # The final save and evaluation may take this much longer than they did when measured.
 RESERVE_MARGIN = 1.25
 RESERVE_FLOOR_SECONDS = 0.25
+# A machine that is taken away leaves about half a minute.
+PUSH_SECONDS = 20.0
 
 
 def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, float]:
@@ -246,3 +251,57 @@ def update_reserve(trainer: BudgetTrainer) -> None:
     """Keep for the end what the last evaluation and save took, with a margin."""
     measured = trainer.eval_seconds + trainer.save_seconds
     trainer.clock.reserve_seconds = RESERVE_MARGIN * measured + RESERVE_FLOOR_SECONDS
+
+
+def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, float]], None]) -> int:
+    """A whole run in an opened directory, as a program does it: trained, reported, pushed.
+
+    Args:
+        trainer: Of the run.
+        state: What was in the directory, as `inspect_run` says.
+        write: Makes the reports of the held-out losses.
+
+    Returns:
+        The program's exit code: 0 when done, 75 when interrupted with a checkpoint.
+    """
+    pusher = start_pushing(trainer)
+    try:
+        metrics = trainer.run(resume=state != "new")
+    except BaseException:  # whatever it was, Ctrl-C too: a directory without a step would refuse the corrected command
+        if state == "new" and trainer.clock.steps_taken == 0 and trainer.ranks.is_first:
+            rundir.discard_run(trainer.args.output_dir)
+        raise
+    if trainer.status == "interrupted":
+        if pusher:
+            pusher.leave(PUSH_SECONDS)
+        return say_interrupted(trainer)
+    write(metrics)
+    trainer.ranks.close()  # a push may take longer than the others would wait
+    if pusher:
+        pusher.push_final()
+    return 0
+
+
+def start_pushing(trainer: BudgetTrainer) -> HubPusher | None:
+    """Have checkpoints pushed to the Hub, where that was asked for."""
+    args = trainer.args
+    if not args.is_pushed or not trainer.ranks.is_first:
+        return None
+    pusher = make_pusher(args)
+    trainer.add_callback(HubCallback(trainer, pusher))
+    return pusher
+
+
+def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
+    """What sends this run to the Hub."""
+    return HubPusher(args.output_dir, args.hub_model_id, args.hub_strategy, args.hub_private_repo)
+
+
+def say_interrupted(trainer: BudgetTrainer) -> int:
+    """Where the next process goes on."""
+    where = "with a checkpoint"
+    if trainer.saved_at != trainer.clock.steps_taken:
+        where = "without a new checkpoint: the last one is"
+    logger.info("Interrupted %s in %s; run the same command again to go on.", where, trainer.args.output_dir)
+    # The first code that is not 0 has a launcher end the other processes: process 0 gives it, once all is on disk.
+    return INTERRUPTED if trainer.ranks.is_first else 0

@@ -24,11 +24,11 @@ import torch
 
 from oneday.arguments import SettingError
 from oneday.recipe import start_logging
+from oneday.signals import interrupted_by_signals, noted_signals, unheard_by_children
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 75
-# How often an interrupt is looked for.
+# How often a signal is looked for.
 POLL_SECONDS = 0.3
 # The longest share of the work over the mean one, below which nothing is moved any more.
 NEARLY_EVEN = 1.01
@@ -54,7 +54,7 @@ def run_in_fresh_process(function: Callable[[Any], dict[str, Any]], argument: An
 
     Raises:
         RunError: When it raised an error, or the process died.
-        SystemExit: When the user interrupted it.
+        KeyboardInterrupt: When this process was interrupted; the other one has ended then.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -67,9 +67,9 @@ def run_in_fresh_process(function: Callable[[Any], dict[str, Any]], argument: An
         process.join()
         outcome = {"error": describe_death(process, "take a smaller model or batch")}
     except KeyboardInterrupt:
+        process.terminate()  # Ctrl-C it has heard at the terminal, another signal perhaps not
         process.join()
-        logger.info("Interrupted; what is finished is kept, and the same command goes on from there.")
-        raise SystemExit(INTERRUPTED) from None
+        raise
     process.join()
     if "error" in outcome:
         raise RunError(name, outcome["error"])
@@ -142,10 +142,12 @@ def map_in_processes(
     workers: dict[Connection, BaseProcess] = {}
     parts, working = share_out(costs, min(num_processes, len(names))), {}
     try:
-        with ignored_interrupts():  # of the terminal's Ctrl-C they hear nothing: this process stops them
+        with noted_signals() as signals, unheard_by_children():  # this process stops them
             for _ in parts:
                 ours, process = start_worker(function)
                 workers[ours] = process
+        if signals:
+            raise KeyboardInterrupt
         shares = dict(zip(workers, parts))
         content = pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL)
         failure = None
@@ -155,9 +157,9 @@ def map_in_processes(
                 worker.send_bytes(content)
                 worker.send(working[worker])
         del content
-        with noted_interrupts() as interrupts:
+        with noted_signals() as signals:
             while working:
-                if interrupts:
+                if signals:
                     raise KeyboardInterrupt
                 for worker in wait(list(working), POLL_SECONDS):
                     name = names[working.pop(worker)]
@@ -203,40 +205,6 @@ def serve(function: Callable[[Any, int], dict[str, Any]], connection: Connection
 
 
 @contextmanager
-def ignored_interrupts() -> Iterator[None]:
-    """Processes started here ignore SIGINT; so does this one meanwhile, where its main thread asks for it."""
-    with handled_interrupts(signal.SIG_IGN):
-        yield
-
-
-@contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """A first Ctrl-C is noted, to be acted on where nothing is half done; a second ends at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    with handled_interrupts(note):
-        yield noted
-
-
-@contextmanager
-def handled_interrupts(handler: Any) -> Iterator[None]:
-    """Handle SIGINT for a while, where this is the main thread; elsewhere it does not arrive."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
 def refused_to_the_dead(name: str, process: BaseProcess) -> Iterator[None]:
     """A broken pipe becomes a RunError that says how the process ended."""
     try:
@@ -267,7 +235,8 @@ def work(function: Callable[[Any], dict[str, Any]], argument: Any, sender: Conne
 def attempt(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[str, Any]:
     """`{"result": ...}` or `{"error": ...}`."""
     try:
-        return {"result": function(argument)}
+        with interrupted_by_signals():
+            return {"result": function(argument)}
     except SettingError as error:
         return {"error": str(error)}
     except torch.OutOfMemoryError:

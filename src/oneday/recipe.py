@@ -50,6 +50,8 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Read `[RECIPE.yaml] [--key value ...]` into one instance of each dataclass.
 
+    Where a setting takes the words without a key (`find_bare_words`), there is no recipe.
+
     Args:
         classes: Dataclasses whose fields are the settings; a field name occurs once.
         argv: The command line without the program; `sys.argv[1:]` when None.
@@ -75,7 +77,7 @@ def resolve_settings(
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(format_help(classes, description, example))
         raise SystemExit(0)
-    recipe, overrides = split_command_line(argv, repeatable_settings(classes))
+    recipe, overrides = split_command_line(argv, repeatable_settings(classes), find_bare_words(classes))
     layers = read_layers(recipe or default_recipe) if (recipe or default_recipe) else []
     known, refused = fields_of(classes), refused_settings(classes)
     settings: Settings = {}
@@ -112,21 +114,30 @@ def repeatable_settings(classes: tuple[type, ...]) -> set[str]:
     return {field.name for cls in classes for field in dataclasses.fields(cls) if field.metadata.get("repeatable")}
 
 
-def split_command_line(argv: list[str], repeatable: Collection[str] = ()) -> tuple[str | None, Settings]:
+def find_bare_words(classes: tuple[type, ...]) -> tuple[str, str] | None:
+    """The setting that takes the words without a key, and their form in a usage; None: they name a recipe.
+
+    A program says so where it declares the setting: `setting(..., bare_words="RUN_DIR")`, or `"RUN_DIR ..."` where
+    there may be several.
+    """
+    forms = {field.name: field.metadata.get("bare_words") for cls in classes for field in dataclasses.fields(cls)}
+    return next(((name, form) for name, form in forms.items() if form is not None), None)
+
+
+def split_command_line(
+    argv: list[str], repeatable: Collection[str] = (), bare_words: tuple[str, str] | None = None
+) -> tuple[str | None, Settings]:
     """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': True})`.
 
     Of a setting given twice the last one counts; of a `repeatable` one, all: `--a 1 --a 2` -> `{'a': [1, 2]}`.
+    With `bare_words`, as `find_bare_words` gives them, the words without a key are a setting and no recipe.
     """
-    recipe, overrides, position = None, {}, 0
+    words, overrides, position = [], {}, 0
     while position < len(argv):
         word = argv[position]
         position += 1
         if not word.startswith("--"):
-            if recipe is not None:
-                raise SettingError(
-                    f"The command line names {word!r} beside the recipe {recipe!r}; give one recipe, then --key value."
-                )
-            recipe = word
+            words.append(word)
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
@@ -136,7 +147,26 @@ def split_command_line(argv: list[str], repeatable: Collection[str] = ()) -> tup
         name, value = key.replace("-", "_"), read_value(text)
         name += "_" * keyword.iskeyword(name)  # `--for` is the field `for_`
         overrides[name] = [*overrides.get(name, []), value] if name in repeatable else value
-    return recipe, overrides
+    if bare_words is not None:
+        return None, place_bare_words(words, overrides, *bare_words)
+    if len(words) > 1:
+        raise SettingError(
+            f"The command line names {words[1]!r} beside the recipe {words[0]!r}; give one recipe, then --key value."
+        )
+    return next(iter(words), None), overrides
+
+
+def place_bare_words(words: list[str], overrides: Settings, name: str, form: str) -> Settings:
+    """The settings of the command line with the words that had no key.
+
+    Raises:
+        SettingError: When they are more than the setting takes, or it is given with its key too.
+    """
+    if words and name in overrides:
+        raise SettingError(f"The command line names {words[0]!r} beside --{name}; give one of them.")
+    if len(words) > 1 and not form.endswith("..."):
+        raise SettingError(f"The command line names {words[1]!r} beside {words[0]!r}; give one {name}.")
+    return overrides | ({name: words if form.endswith("...") else words[0]} if words else {})
 
 
 def read_value(text: str) -> Any:
@@ -294,7 +324,8 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def format_help(classes: tuple[type, ...], description: str, example: str) -> str:
     """The text of `--help`, 80 columns wide: every setting of this project, by group."""
-    lines = [*textwrap.wrap(description, 79), "", f"Usage: {format_usage(example)}", "Example:"]
+    usage = format_usage(example, find_bare_words(classes))
+    lines = [*textwrap.wrap(description, 79), "", f"Usage: {usage}", "Example:"]
     lines += ["  " + " \\\n      ".join(wrap_command(example, 70)), ""]
     inherited, refused = [], refused_settings(classes)
     for cls in classes:
@@ -317,11 +348,12 @@ def format_help(classes: tuple[type, ...], description: str, example: str) -> st
     return "\n".join(lines) + "\n"
 
 
-def format_usage(example: str) -> str:
+def format_usage(example: str, bare_words: tuple[str, str] | None = None) -> str:
     """The form of a command: `python scripts/benchmark.py MODE [RECIPE.yaml] [--key value ...]`."""
     words = list(itertools.takewhile(lambda word: not word.startswith("--"), shlex.split(example)))
     end = 1 + next((place for place, word in enumerate(words) if word.endswith(".py")), -1)
     forms = ["[RECIPE.yaml]" if word.endswith(".yaml") else "MODE" for word in words[end:]]
+    forms = forms if bare_words is None else [f"[{bare_words[1]}]"]
     return " ".join([*words[:end], *forms, "[--key value ...]"])
 
 

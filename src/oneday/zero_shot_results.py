@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import defaultdict
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean, pvariance
 from typing import Any
 
-from oneday.arguments import SettingError, setting
+from oneday.arguments import DataArguments, SettingError, setting
+from oneday.corpus import load_part, name_corpus, split_names
 from oneday.scoring import Score, Scorer
 from oneday.zero_shot import Question, load_task
 
@@ -31,9 +33,18 @@ class EvaluateArguments:
         None, "Directory with TASK.jsonl or TASK/*.jsonl (also .gz, .xz); empty: from the Hub."
     )
     text_name: str | None = setting(
-        None, "Text to measure perplexity and bits a byte on: a file, directory or glob of .txt .jsonl .csv .parquet."
+        None,
+        "Text to measure perplexity and bits a byte on: python-docs (built in), a Hub id, or a file, directory or "
+        "glob of .txt .jsonl .csv .parquet; several, comma-separated.",
     )
     text_column: str = setting("text", "Column that holds the text.")
+    dataset_config_name: str | None = setting(
+        None, "Configuration of the Hub data sets in text_name; of one alone: user/name:20231101.en."
+    )
+    dataset_split: str = setting("validation", "Split of the Hub data sets in text_name, and of python-docs.")
+    streaming: bool = setting(
+        False, "Read Hub data sets as streams, max_examples documents of them, instead of downloading them first."
+    )
     max_examples: int | None = setting(
         None, "Only so many questions of each task, evenly spread, and the first so many documents of text_name."
     )
@@ -51,6 +62,8 @@ class EvaluateArguments:
                 raise SettingError(f"The setting {name} is {value}; it must be above zero.")
         if not self.task_names and self.text_name is None:
             raise SettingError("Nothing is to be evaluated; set task_names, say blimp,piqa, or text_name.")
+        if self.streaming and self.max_examples is None:
+            raise SettingError("The setting streaming is true and max_examples is empty; say how many documents.")
 
 
 def evaluate_task(scorer: Scorer, questions: Sequence[Question]) -> dict[str, Any]:
@@ -118,6 +131,28 @@ def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], Non
     return results
 
 
+def read_texts(args: EvaluateArguments) -> tuple[str, list[str]]:
+    """The public name of the text to measure on, and its first `max_examples` documents; blank ones do not count.
+
+    Raises:
+        SettingError: When it cannot be read, or holds no text.
+    """
+    assert args.text_name
+    data_args = DataArguments(
+        dataset_config_name=args.dataset_config_name, text_column=args.text_column, streaming=args.streaming
+    )
+    names = split_names(args.text_name)
+    try:
+        parts = [load_part(name, data_args, args.dataset_split) for name in names]
+    except SettingError as error:
+        raise SettingError(str(error).replace("dataset_name", "text_name")) from None
+    rows = itertools.islice(itertools.chain.from_iterable(parts), args.max_examples)
+    texts = [row["text"] for row in rows]
+    if not texts:
+        raise SettingError(f"text_name {args.text_name!r} holds no text; look at it, and at dataset_split.")
+    return name_corpus(names, data_args), texts
+
+
 def keep_earlier(results: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """The results with those of other tasks that the file held before, if these are of the same weights."""
     if earlier.get("weights_hash") != results["weights_hash"]:
@@ -152,7 +187,8 @@ def format_zero_shot(results: dict[str, Any]) -> str:
     text = results.get("text")
     if text:
         bits = f", {text['bits_per_byte']:.4f} bits a byte" if "bits_per_byte" in text else ""
-        lines.append(f"{text['name'][:20]}: loss {text['loss']:.4f}, perplexity {text['perplexity']:,.4g}{bits}")
+        name = text["name"].rpartition("/")[2]
+        lines.append(f"{name[:20]}: loss {text['loss']:.4f}, perplexity {text['perplexity']:,.4g}{bits}")
     lines.append("-" * 78)
     lines.append("accuracy: by summed log-probability; a character: divided by the choice's length")
     return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Signals that ask a program to end: Ctrl-C, SIGTERM and SIGUSR1, which Slurm sends ahead of a time limit."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# The exit code that means "run me again".
+INTERRUPTED = 75
+
+
+@contextmanager
+def handle_signals(numbers: Iterable[int], handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle some signals for a while, where this is the main thread; elsewhere they do not arrive."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """The first signal is a KeyboardInterrupt, whichever it is; after it only Ctrl-C is one."""
+    heard: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        heard.append(number)
+        if len(heard) == 1 or number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    with handle_signals(STOP_SIGNALS, interrupt):
+        yield
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A first signal is noted, to be acted on where nothing is half done; Ctrl-C after it ends at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    with handle_signals(STOP_SIGNALS, note):
+        yield noted
+
+
+@contextmanager
+def unheard_by_children() -> Iterator[None]:
+    """Processes started here hear none of the signals; to this one they come at the end."""
+    resource_tracker.ensure_running()  # starting it lets some of them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """For a program that keeps what is finished: a signal ends it with code 75, "run me again".
+
+    Raises:
+        SystemExit: When one came.
+    """
+    try:
+        with interrupted_by_signals():
+            yield
+    except KeyboardInterrupt:
+        logger.info("Interrupted; what is finished is kept, and the same command goes on from there.")
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,102 @@
+"""A program that is asked to end: what is finished is kept, and nothing that it started goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from test_programs import run_script  # noqa: F401
+
+from oneday.callbacks import note_signals
+from oneday.processes import attempt, run_in_fresh_process
+from oneday.signals import STOP_SIGNALS, interrupted_by_signals, noted_signals, unheard_by_children
+
+
+@pytest.fixture(autouse=True)
+def survive():
+    """A signal that nobody handles does not end the tests."""
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+PROGRAMS = {
+    "finetune": ("oneday.finetuning.run_protocol", []),
+    "benchmark": ("oneday.benchmarks.finetuning.make_finetuning_plan", ["finetuning"]),
+    "plan_budget": ("oneday.ladder.run_ladder", ["ladder"]),
+}
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_keep_what_is_finished_say_run_me_again(run_script, monkeypatch, name, number):  # noqa: F811
+    place, argv = PROGRAMS[name]
+
+    def work(*args, **kwargs):
+        signal.raise_signal(number)
+        pytest.fail("It went on.")
+
+    monkeypatch.setattr(place, work)
+    code, _, stderr = run_script(name, *argv)
+    assert code == 75
+    assert stderr == "Interrupted; what is finished is kept, and the same command goes on from there.\n"
+
+
+def test_one_signal_interrupts_and_after_it_ctrl_c_alone():
+    """Slurm and a terminal may send several: cleaning up after the first is not interrupted by the others."""
+    with interrupted_by_signals():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with noted_signals() as noted:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert noted == [signal.SIGUSR1, signal.SIGTERM]
+
+
+def test_a_run_that_is_asked_twice_says_once_that_it_ends(caplog):
+    caplog.set_level("INFO", "oneday.callbacks")
+    with note_signals() as names:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert names == ["SIGUSR1", "SIGTERM"] and caplog.text.count("ending after what is in hand") == 1
+
+
+def test_children_hear_nothing_and_their_parent_later():
+    code = "import json, signal; print(json.dumps(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+    with noted_signals() as noted:
+        with unheard_by_children():
+            signal.raise_signal(signal.SIGTERM)
+            assert not noted
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert noted == [signal.SIGTERM]
+    assert set(STOP_SIGNALS) <= set(json.loads(done.stdout))
+    assert not set(STOP_SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_of_its_own_ends_with_the_one_that_started_it():
+    """A signal to this process alone, as `kill` and `timeout` send it."""
+    begun = time.monotonic()
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt), interrupted_by_signals():
+        run_in_fresh_process(time.sleep, 30, "mine")
+    assert time.monotonic() - begun < 20 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_to_a_run_is_said(number):
+    assert "a signal ended it" in attempt(signal.raise_signal, number)["error"]
