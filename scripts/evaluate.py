@@ -56,7 +56,8 @@ def main() -> None:
     }
     if text is not None:
         name, documents = text
-        results["text"] = {"name": name, "max_examples": args.max_examples, **scorer.score_texts(documents)}
+        read = {"name": name, "dataset_split": args.dataset_split, "max_examples": args.max_examples}
+        results["text"] = {**read, **scorer.score_texts(documents)}
     results = keep_earlier(results, rundir.read_json(folder / RESULTS_FILE))
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     write_json(folder / RESULTS_FILE, results)

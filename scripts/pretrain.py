@@ -59,7 +59,9 @@ def main() -> int:
         held.enter_context(leave_on_signals(INTERRUPTED))
         pin_sources(args)
         trainer, data = assemble_trainer(model_args, data_args, args)
-        state = trainer.ranks.lead(lambda: open_run(held, settings, budget, data.fingerprint))
+        state = trainer.ranks.lead(
+            lambda: open_run(held, settings, budget, data.fingerprint, trainer.model_fingerprint)
+        )
         if state == "finished":
             code = say_finished(args, settings)
         else:
@@ -77,7 +79,7 @@ def pin_sources(args: BudgetTrainingArguments) -> None:
     hub_texts.REVISIONS.update(sources)
 
 
-def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerprint: str) -> str:
+def open_run(held: ExitStack, settings: Settings, budget: Budget, data: str, model: str) -> str:
     """Lock the run directory until `held` is closed; what is in it, as `inspect_run` says, ready to go on."""
     folder = settings["output_dir"]
     held.enter_context(lock_run(folder))
@@ -92,7 +94,7 @@ def open_run(held: ExitStack, settings: Settings, budget: Budget, data_fingerpri
     if not (Path(folder) / RECIPE).exists():
         create_run(folder, settings)
     elif state == "extended":
-        extend_run(folder, settings, budget, data_fingerprint)
+        extend_run(folder, settings, budget, data, model)
     elif state == "resumed":
         refresh_recipe(folder, settings)
     if hub_texts.REVISIONS and not (Path(folder) / SOURCES).exists():

@@ -37,7 +37,7 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     for name in scored:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-    extend_run(folder, longer, Budget(steps=40), "")
+    extend_run(folder, longer, Budget(steps=40), "", "")
     assert not any((folder / name).exists() for name in scored), "they are of weights that move on"
     assert (folder / "glue" / "glue_results-20-steps.json").exists()
     once = yaml.safe_load((folder / "recipe.yaml").read_text())
@@ -60,7 +60,7 @@ def test_a_second_extension_goes_on_from_the_second_plateau(make_trainer):
     settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
     folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
     for steps, base in ((16, 4), (32, 8)):
-        extend_run(folder, settings | {"budget_steps": steps}, Budget(steps=steps), "")
+        extend_run(folder, settings | {"budget_steps": steps}, Budget(steps=steps), "", "")
         resumed = make_trainer("bert", budget_steps=steps, **settings)
         resumed.run(resume=True)
         (folder / "results.json").write_text(json.dumps({"steps": steps}))
@@ -75,7 +75,7 @@ def test_discarded_time_is_reported_and_not_counted_again(make_trainer, monkeypa
     folder = finish(make_trainer("bert", budget_minutes=0.05, **settings), settings | {"budget_minutes": 0.05})
     spent = json.loads((folder / "budget.json").read_text())["spent"]["seconds"]
     longer = settings | {"budget_minutes": 0.3, "extend": True}
-    extend_run(folder, longer, Budget(seconds=18.0), "")
+    extend_run(folder, longer, Budget(seconds=18.0), "", "")
     base = json.loads((folder / "budget.json").read_text())
     assert base["spent"]["seconds"] + base["discarded_seconds"] == pytest.approx(spent)
     assert base["spent"]["seconds"] == pytest.approx(spent / 2, rel=0.35)
@@ -91,7 +91,7 @@ def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
     caplog.set_level("INFO")
     settings = {"lr_shape": "linear", "warmup_fraction": 0.2}
     folder = finish(make_trainer("bert", budget_steps=10, **settings), settings | {"budget_steps": 10})
-    extend_run(folder, settings | {"budget_steps": 30, "decay_fraction": 0.5}, Budget(steps=30), "")
+    extend_run(folder, settings | {"budget_steps": 30, "decay_fraction": 0.5}, Budget(steps=30), "", "")
     assert "warms up again" in caplog.text
     extended = make_trainer("bert", budget_steps=30, **settings)
     extended.run(resume=True)
@@ -102,19 +102,24 @@ def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
 
 def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):
     settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
-    folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
+    trainer = make_trainer("bert", budget_steps=8, **settings)
+    trainer.model_fingerprint = "one"
+    folder = finish(trainer, settings | {"budget_steps": 8})
     assert inspect_run(folder, settings | {"budget_steps": 8, "extend": True}) == "finished"
     for budget in (Budget(steps=6), Budget(steps=8), Budget(steps=20, tokens=1000)):
         with pytest.raises(SettingError, match="larger in every kind"):
-            extend_run(folder, settings, budget, "")
+            extend_run(folder, settings, budget, "", "one")
     with pytest.raises(SettingError, match="is not what .* was trained on"):
-        extend_run(folder, settings, Budget(steps=20), "another")
+        extend_run(folder, settings, Budget(steps=20), "another", "one")
+    with pytest.raises(SettingError, match="The file of model_config is not what"):
+        extend_run(folder, settings, Budget(steps=20), "", "another")
+    assert (folder / "results.json").exists(), "nothing is taken apart"
     with pytest.raises(SettingError, match="on a replay"):
-        extend_run(folder, {**settings, "replay": "runs/first"}, Budget(steps=20), "")
+        extend_run(folder, {**settings, "replay": "runs/first"}, Budget(steps=20), "", "one")
     with pytest.raises(SettingError, match="other settings"):
         inspect_run(folder, settings | {"budget_steps": 20, "extend": True, "optim": "muon"})
     weights_file = next(path for path in list_checkpoints(folder) if read_state(path)["is_kept"]) / "optimizer.pt"
     weights_file.write_bytes(b"broken")
     with pytest.raises(SettingError, match="is damaged"):
-        extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20), "")
+        extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20), "", "one")
     assert (folder / "results.json").exists(), "nothing was touched"

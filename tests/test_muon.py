@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import linprog
 from torch.utils.flop_counter import FlopCounterMode
 
+import oneday.muon
 from oneday.arguments import SettingError
 from oneday.muon import (
     QUINTICS,
@@ -267,8 +268,13 @@ def test_update_equals_the_formula_in_float64(monkeypatch):
         assert torch.allclose(parameter.double(), value, atol=1e-5, rtol=0)
 
 
-def test_stacked_experts_are_updated_as_each_would_be_alone(monkeypatch):
+@pytest.mark.parametrize("limit", [64 * 1024**2, 250])
+def test_stacked_experts_are_updated_as_each_would_be_alone(monkeypatch, limit):
+    """One after the other too, where they are more than is computed together."""
     monkeypatch.setattr("oneday.muon.has_fast_bf16", lambda device: False)
+    monkeypatch.setattr("oneday.muon.MAX_STACKED_ELEMENTS", limit)
+    sizes, orthogonalize = [], oneday.muon.orthogonalize
+    monkeypatch.setattr("oneday.muon.orthogonalize", lambda m: sizes.append(m.numel()) or orthogonalize(m))
     (stack,) = make_parameters((3, 12, 20))
     experts = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     optimizers = Muon([stack], **SETTINGS), Muon(experts, **SETTINGS)
@@ -278,6 +284,7 @@ def test_stacked_experts_are_updated_as_each_would_be_alone(monkeypatch):
             expert.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step()
+    assert max(sizes) <= limit
     assert torch.allclose(stack, torch.stack(experts), atol=1e-6)
 
 

@@ -64,6 +64,8 @@ def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_pa
     settings = read_replayed_settings(usual, given)
     assert settings["optim"] == "muon" and settings["output_dir"] == "again" and settings["save_steps"] == 3
     assert settings["dataset_name"] == "moved/*.txt", "where the same text lies here"
+    with pytest.raises(SettingError, match="use_cpu is True and the run in .* does not set it; leave use_cpu out"):
+        read_replayed_settings(usual, {**given, "use_cpu": True})
     with pytest.raises(SettingError, match="optim is 'adamw' and the run in .* has 'muon'; leave optim out"):
         read_replayed_settings(usual, {**given, "optim": "adamw"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import dataclasses
 import json
 import lzma
 import math
@@ -428,6 +429,7 @@ def test_text_has_the_forms_of_dataset_name(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("mine")
     args = EvaluateArguments(text_name="python-docs,./mine.txt")
     assert read_texts(args) == ("python-docs, mine.txt", ["held out", "mine"])
+    assert read_texts(dataclasses.replace(args, max_examples=1))[1] == ["held out", "mine"], "one of each"
     args = EvaluateArguments(text_name="python-docs", dataset_split="test")
     with pytest.raises(SettingError, match="text_name 'python-docs' holds no text; look at it, and at dataset_split"):
         read_texts(args)

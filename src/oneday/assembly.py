@@ -74,7 +74,8 @@ def assemble_trainer(
     objective, data = prepare_objective(data_args, args)
     model_fingerprint = hash_config(model_args.model_config)
     if args.replay:
-        check_same_run(args.replay, read_json(Path(args.replay) / BUDGET), data.fingerprint, model_fingerprint)
+        record = read_json(Path(args.replay) / BUDGET)
+        check_same_run(args.replay, record, data.fingerprint, model_fingerprint, "train without replay")
     config = load_config(
         model_args.model_config, data.tokenizer, data_args.max_seq_length, model_args.position_encoding
     )

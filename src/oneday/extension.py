@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 EXTENDING = "extending"
 
 
-def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget, data_fingerprint: str) -> None:
+def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget, data: str, model: str) -> None:
     """Turn a finished run into one that is resumed under a larger budget; may be called again if it was cut off.
 
     Args:
         output_dir: The run directory.
         settings: All settings, with the new budget.
         budget: That budget.
-        data_fingerprint: Of the text at hand, as in `BudgetTrainer`.
+        data: Fingerprint of the text at hand, as in `BudgetTrainer`.
+        model: That of the model config.
 
     Raises:
         SettingError: When the run cannot be extended, or the budget is not larger than what it had.
@@ -41,7 +42,8 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
     folder = Path(output_dir)
     report = rundir.read_json(folder / rundir.BUDGET)
     base = find_base(folder)
-    check_extension(folder, settings, budget, report, read_state(base)["data"] == data_fingerprint)
+    check_extension(folder, settings, budget, report)
+    rundir.check_same_run(folder, read_state(base), data, model)
     is_falling = find_plateau_end(settings["lr_shape"], settings["decay_fraction"]) == 0.0
     state = read_state(base)["clock"]
     if is_falling:
@@ -70,20 +72,14 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
 
 
-def check_extension(
-    folder: Path, settings: dict[str, Any], budget: Budget, report: dict[str, Any], is_same_text: bool
-) -> None:
+def check_extension(folder: Path, settings: dict[str, Any], budget: Budget, report: dict[str, Any]) -> None:
     """Refuse, before anything is touched, what would only cost the finished model.
 
     Raises:
-        SettingError: On a replay, another text, or a budget that is not larger in every kind.
+        SettingError: On a replay, or a budget that is not larger in every kind.
     """
     if settings.get("replay"):
         raise SettingError("extend is set on a replay, which repeats a run step by step; extend that run instead.")
-    if not is_same_text:
-        raise SettingError(
-            f"The text or tokenizer of dataset_name is not what {folder} was trained on; bring the same text back."
-        )
     for kind, limit in budget.limits.items():
         had = max(report["limit"].get(kind, 0.0), report["spent"].get(kind, 0.0))
         if limit <= had:

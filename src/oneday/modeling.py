@@ -391,6 +391,8 @@ def measure_bare_weights(model: PreTrainedModel) -> float:
     goes to `num_experts_per_tok`.
     """
     is_own, used = model.config.model_type in OWN_ATTENTION, getattr(model.config, "num_experts_per_tok", None)
+    if isinstance(used, (list, tuple)):  # one number a layer
+        used = sum(used) / len(used)
     flops = 0.0
     for module in model.base_model.modules():
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):

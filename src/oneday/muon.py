@@ -42,7 +42,7 @@ QUINTICS: tuple[Quintic, ...] = (
 # Share of the old momentum in the new.
 MOMENTUM = 0.95
 
-# Matrices of one shape are stacked up to this many elements.
+# Matrices of one shape are computed together up to this many elements.
 MAX_STACKED_ELEMENTS = 64 * 1024**2
 
 # Elements of a momentum that share one scale in 8 bits.
@@ -183,7 +183,9 @@ class Muon(Optimizer):
         ahead = torch._foreach_lerp(gradients, buffers, MOMENTUM)
         dtype = torch.bfloat16 if has_fast_bf16(parameters[0].device) else torch.float32
         stacked = torch.cat([as_matrices(momentum).to(dtype) for momentum in ahead])
-        updates = orthogonalize(stacked).view(len(parameters), *parameters[0].shape)
+        at_once = max(1, MAX_STACKED_ELEMENTS // stacked[0].numel())
+        updates = torch.cat([orthogonalize(part) for part in stacked.split(at_once)])
+        updates = updates.view(len(parameters), *parameters[0].shape)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
         scale = 0.2 * max(stacked.shape[1:]) ** 0.5
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-rate * scale)

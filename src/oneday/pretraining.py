@@ -48,7 +48,6 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
         SettingError: When the budget does not hold one step, or the disk is full.
     """
     with note_signals() as trainer.signals:
-        trainer.write_environment()
         is_trained = resume and load_trained(trainer)
         if resume and not is_trained:
             take_up_clock(trainer)
@@ -67,9 +66,6 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
             trainer.status = "finished"
         close_trackers(trainer)
         trainer.note_event("end", status=trainer.status)
-    if trainer.ranks.is_first:
-        logger.info("%s.", trainer.clock.describe_spending())
-        logger.info("The model is in %s.", trainer.args.output_dir)
     return metrics
 
 
@@ -103,6 +99,7 @@ def keep_end(trainer: BudgetTrainer) -> None:
 
 def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None:
     """The steps, from random weights or a checkpoint."""
+    trainer.write_environment()
     if trainer.clock.budget.is_timed:
         measure_end(trainer)
     if trainer.args.eval_on_start and checkpoint is None:
@@ -276,6 +273,9 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
             pusher.leave(PUSH_SECONDS)
         return say_interrupted(trainer)
     write(metrics)
+    if trainer.ranks.is_first:
+        logger.info("%s.", trainer.clock.describe_spending())
+        logger.info("The model is in %s.", trainer.args.output_dir)
     trainer.ranks.close()  # a push may take longer than the others would wait
     if pusher:
         pusher.push_final()

@@ -59,16 +59,17 @@ def run_in_fresh_process(function: Callable[[Any], dict[str, Any]], argument: An
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(function, argument, sender), name=name)
-    process.start()
-    sender.close()
     try:
+        process.start()
+        sender.close()
         outcome = receiver.recv()
     except EOFError:
         process.join()
         outcome = {"error": describe_death(process, "take a smaller model or batch")}
     except KeyboardInterrupt:
-        process.terminate()  # Ctrl-C it has heard at the terminal, another signal perhaps not
-        process.join()
+        if process.pid is not None:
+            process.terminate()  # Ctrl-C it has heard at the terminal, another signal perhaps not
+            process.join()
         raise
     process.join()
     if "error" in outcome:

@@ -20,7 +20,7 @@ from oneday.loader import StepPlan
 
 ATTEMPTS = ("step", "skip")
 # Settings that say where text and model lie; what lies there has to be the same.
-PLACES = {"dataset_name", "validation_name", "tokenizer_name", "model_config"}
+PLACES = {"dataset_name", "validation_name", "text_column", "tokenizer_name", "model_config"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def read_replayed_settings(settings: dict[str, Any], given: dict[str, Any]) -> d
     may_change = rundir.FREE_SETTINGS - {"micro_batch_tokens", "extend"}
     places = {name: value for name, value in given.items() if name in PLACES}
     for name, value in given.items():
-        if name not in may_change | PLACES | {"replay"} and value != recorded.get(name, value):
-            raise SettingError(
-                f"{name} is {value!r} and the run in {settings['replay']}, which is repeated, has "
-                f"{recorded[name]!r}; leave {name} out, or train without replay."
-            )
+        if name in may_change | PLACES | {"replay"} or (name in recorded and value == recorded[name]):
+            continue
+        had = f"has {recorded[name]!r}" if name in recorded else "does not set it"
+        raise SettingError(
+            f"{name} is {value!r} and the run in {settings['replay']}, which is repeated, {had}; "
+            f"leave {name} out, or train without replay."
+        )
     free = {name: value for name, value in settings.items() if name in may_change and value is not None}
     return {**recorded, **free, **places, "replay": settings["replay"], "extend": False}
 
@@ -122,6 +124,10 @@ class ReplayClock(BudgetClock):
     def fits(self, tokens: int, flops: float) -> bool:
         """Whether the other run took another step."""
         return self.steps_taken < len(self.script)
+
+    def describe_spending(self) -> str:
+        """As for any run; more than was set is no fault here."""
+        return super().describe_spending().replace("more than was set", "a replay takes the time it takes")
 
     def fits_seconds(self, seconds: float) -> bool:
         """A replay takes the time it takes."""

@@ -44,7 +44,9 @@ FREE_SETTINGS = {
 ONCE = {"resume_from_hub": None, "extend": False, "push_to_hub": False}
 
 
-def check_same_run(folder: str | Path, record: dict[str, Any], data: str, model: str) -> None:
+def check_same_run(
+    folder: str | Path, record: dict[str, Any], data: str, model: str, otherwise: str = "name another output_dir"
+) -> None:
     """Refuse to go on with a run, or to repeat it, on other text or with another model.
 
     Args:
@@ -52,19 +54,20 @@ def check_same_run(folder: str | Path, record: dict[str, Any], data: str, model:
         record: Its budget.json, or a checkpoint's state; older ones lack fingerprints and pass.
         data: Fingerprint of the text and tokenizer at hand.
         model: That of the model config; empty where there is none.
+        otherwise: What else can be done.
 
     Raises:
         SettingError: When one of them is not the run's.
     """
     if record.get("data", data) != data:
         raise SettingError(
-            f"The text or tokenizer of dataset_name is not what {folder} was trained on so far; "
-            "bring the same text back, or name another output_dir."
+            f"The text or tokenizer of dataset_name is not what the run in {folder} was trained on; "
+            f"bring the same text back, or {otherwise}."
         )
     if (record.get("model") or model) != model:
         raise SettingError(
-            f"The file of model_config is not what {folder} was begun with; "
-            "bring its contents back, or name another output_dir."
+            f"The file of model_config is not what the run in {folder} was begun with; "
+            f"bring its contents back, or {otherwise}."
         )
 
 

@@ -46,7 +46,7 @@ class EvaluateArguments:
         False, "Read Hub data sets as streams, max_examples documents of them, instead of downloading them first."
     )
     max_examples: int | None = setting(
-        None, "Only so many questions of each task, evenly spread, and the first so many documents of text_name."
+        None, "Only so many questions of each task, evenly spread, and the first so many documents of each text."
     )
     batch_tokens: int = setting(8192, "Most tokens of one forward pass; a CPU takes 2,048.")
     output_dir: str | None = setting(
@@ -132,7 +132,9 @@ def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], Non
 
 
 def read_texts(args: EvaluateArguments) -> tuple[str, list[str]]:
-    """The public name of the text to measure on, and its first `max_examples` documents; blank ones do not count.
+    """The public name of the text to measure on, and the first `max_examples` documents of each of its parts.
+
+    Blank ones do not count.
 
     Raises:
         SettingError: When it cannot be read, or holds no text.
@@ -144,10 +146,9 @@ def read_texts(args: EvaluateArguments) -> tuple[str, list[str]]:
     names = split_names(args.text_name)
     try:
         parts = [load_part(name, data_args, args.dataset_split) for name in names]
+        texts = [row["text"] for part in parts for row in itertools.islice(part, args.max_examples)]
     except SettingError as error:
         raise SettingError(str(error).replace("dataset_name", "text_name")) from None
-    rows = itertools.islice(itertools.chain.from_iterable(parts), args.max_examples)
-    texts = [row["text"] for row in rows]
     if not texts:
         raise SettingError(f"text_name {args.text_name!r} holds no text; look at it, and at dataset_split.")
     return name_corpus(names, data_args), texts
