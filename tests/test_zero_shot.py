@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import dataclasses
+import gzip
 import json
 import lzma
 import math
