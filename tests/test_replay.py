@@ -12,7 +12,8 @@ from test_recovery import Poison, SmallMemory
 from transformers import TrainerCallback
 
 from oneday.arguments import SettingError
-from oneday.replay import read_replayed_settings, read_script
+from oneday.budget import Budget
+from oneday.replay import ReplayClock, read_replayed_settings, read_script
 
 SETTINGS = {
     "batch_size_tokens_start": 4 * ROW_LENGTH, "max_seq_length_start": ROW_LENGTH // 4, "mlm_probability_end": 0.15,
@@ -68,6 +69,12 @@ def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_pa
         read_replayed_settings(usual, {**given, "use_cpu": True})
     with pytest.raises(SettingError, match="optim is 'adamw' and the run in .* has 'muon'; leave optim out"):
         read_replayed_settings(usual, {**given, "optim": "adamw"})
+
+
+def test_a_replay_that_takes_longer_is_no_fault():
+    clock = ReplayClock(Budget(seconds=10.0), script=[])
+    clock.load_carried({"spent": {"seconds": 20.0}})
+    assert clock.describe_spending().startswith("200.0 % of 10 s spent (a replay takes the time it takes)")
 
 
 def test_a_replay_with_less_memory_takes_smaller_micro_batches(make_trainer):

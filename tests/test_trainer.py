@@ -114,6 +114,17 @@ def trainer_path(trainer):
     return Path(trainer.args.output_dir)
 
 
+@pytest.mark.parametrize("what", ["text or tokenizer of dataset_name", "file of model_config"])
+def test_processes_that_read_something_else_are_refused(make_trainer, monkeypatch, what):
+    def gather(self, fingerprint):
+        return [fingerprint, "another"] if calls.pop() == what.split()[0] else [fingerprint, fingerprint]
+
+    calls = ["file", "text"]  # what is asked for first is last
+    monkeypatch.setattr("oneday.ranks.Ranks.gather", gather)
+    with pytest.raises(SettingError, match=f"The {what} is not the same for all processes"):
+        make_trainer("bert", budget_steps=1)
+
+
 # The name that every version of transformers here knows.
 RECOMPUTED = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 

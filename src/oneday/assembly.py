@@ -81,6 +81,7 @@ def assemble_trainer(
     )
     torch.manual_seed(args.seed)
     model = build_model(config, objective.find_class(config), objective.is_packed)
-    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, data.fingerprint)
-    trainer.preparation_seconds, trainer.model_fingerprint = data.seconds, model_fingerprint
+    fingerprints = data.fingerprint, model_fingerprint
+    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, *fingerprints)
+    trainer.preparation_seconds = data.seconds
     return trainer, data

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -131,8 +131,10 @@ class BudgetClock:
         steps: Steps that are in the weights.
         skipped_steps: Steps that were not taken because their numbers were not finite.
         steps_taken: All of them, those that a rollback threw away included.
+        overrun_words: What is said where more than the limit was spent.
     """
 
+    overrun_words: ClassVar[str] = "more than was set"
     budget: Budget
     now: Callable[[], float] = time.monotonic
     carried_seconds: float = 0.0
@@ -331,7 +333,7 @@ class BudgetClock:
         """`98.4 % of 300 s spent: 265 s in steps, 19 s in compilation, ...`, the largest first; says an overrun."""
         ledger = sorted(self.balanced_ledger().items(), key=lambda entry: -entry[1])
         used, limits = self.used_fraction(), self.budget.describe()
-        share = f"{100 * used:.1f} % of {limits} spent" + (" (more than was set)" if used > 1.0005 else "")
+        share = f"{100 * used:.1f} % of {limits} spent" + (f" ({self.overrun_words})" if used > 1.0005 else "")
         return f"{share}: " + ", ".join(f"{seconds:.1f} s in {entry}" for entry, seconds in ledger if seconds >= 0.05)
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,20 +36,9 @@ EVALUATION_SHARE = 0.05
 OPTIMIZER_SHARE = 4.0
 
 
-@contextmanager
-def note_signals() -> Iterator[list[str]]:
-    """Notes the signals that mean "save and go away"; a second interrupt from the keyboard ends at once."""
-    names: list[str] = []
-
-    def note(number: int, frame: object) -> None:
-        if names and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        names.append(signal.Signals(number).name)
-        if len(names) == 1:
-            logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", names[0])
-
-    with handle_signals(STOP_SIGNALS, note):
-        yield names
+def say_ending(name: str) -> None:
+    """What a run answers to the first signal that means "save and go away"."""
+    logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", name)
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.callbacks import HubCallback, heartbeat, note_signals
+from oneday.callbacks import HubCallback, heartbeat, say_ending
 from oneday.checkpoints import read_state
 from oneday.hub import HubPusher
 from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
 from oneday.position_init import leave_room
 from oneday.recovery import are_finite
-from oneday.signals import INTERRUPTED
+from oneday.signals import INTERRUPTED, noted_signals
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
 
@@ -47,7 +47,7 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
     Raises:
         SettingError: When the budget does not hold one step, or the disk is full.
     """
-    with note_signals() as trainer.signals:
+    with noted_signals(say_ending) as trainer.signals:
         is_trained = resume and load_trained(trainer)
         if resume and not is_trained:
             take_up_clock(trainer)

@@ -190,20 +190,18 @@ class Ranks:
         finally:
             self.decide(True)
 
-    def check_same_text(self, fingerprint: str) -> None:
+    def check_same(self, what: str, fingerprint: str) -> None:
         """Refuse processes that do not read the same.
 
         Args:
-            fingerprint: Of this process's text and tokenizer.
+            what: The start of the sentence that refuses them.
+            fingerprint: Of what this process has read.
 
         Raises:
             SettingError: When another has a different one.
         """
         if len(set(self.gather(fingerprint))) > 1:
-            raise SettingError(
-                "The text or tokenizer of dataset_name is not the same for all processes; have every machine read the "
-                "same files."
-            )
+            raise SettingError(f"{what} is not the same for all processes; have every machine read the same files.")
 
     def share_weights(self, model: nn.Module) -> None:
         """Give every process the weights and buffers of process 0, before `spread`."""

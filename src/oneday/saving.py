@@ -83,7 +83,7 @@ class RunTrainer(Trainer):
     clock: BudgetClock
     loader: StepLoader
     data_fingerprint: str
-    model_fingerprint = ""
+    model_fingerprint: str
     status = "running"
     micro_batch_limit: int | None = None
     save_as_kept = False

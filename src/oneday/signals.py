@@ -45,14 +45,20 @@ def interrupted_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """A first signal is noted, to be acted on where nothing is half done; Ctrl-C after it ends at once."""
+def noted_signals(tell: Callable[[str], None] = lambda name: None) -> Iterator[list[int]]:
+    """A first signal is noted, to be acted on where nothing is half done; Ctrl-C after it ends at once.
+
+    Args:
+        tell: Called with the name of the first.
+    """
     noted: list[int] = []
 
     def note(number: int, frame: object) -> None:
         if noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         noted.append(number)
+        if len(noted) == 1:
+            tell(signal.Signals(number).name)
 
     with handle_signals(STOP_SIGNALS, note):
         yield noted

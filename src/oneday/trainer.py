@@ -83,9 +83,10 @@ class BudgetTrainer(RunTrainer):
         eval_dataset: Packed held-out rows.
         processing_class: The tokenizer, saved with the model.
         data_fingerprint: Says what data and tokenizer these are; a run does not go on under another one.
+        model_fingerprint: Likewise, of the model's config file.
 
     Raises:
-        SettingError: When a setting cannot work, a process has several GPUs, or the processes have different texts.
+        SettingError: When a setting cannot work, a process has several GPUs, or processes differ in text or model.
     """
 
     args: BudgetTrainingArguments
@@ -99,19 +100,22 @@ class BudgetTrainer(RunTrainer):
         eval_dataset: PackedDataset,
         processing_class: PreTrainedTokenizerBase,
         data_fingerprint: str = "",
+        model_fingerprint: str = "",
     ) -> None:
         check_strategy(args)
         self.ranks = make_ranks(args)
-        self.ranks.check_same_text(data_fingerprint)
+        self.ranks.check_same("The text or tokenizer of dataset_name", data_fingerprint)
+        self.ranks.check_same("The file of model_config", model_fingerprint)
         keep_freed_memory()
-        self.objective, self.data_fingerprint = objective, data_fingerprint
+        self.objective = objective
+        self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
         self.clock = build_clock(args)
         self.guard = StepGuard(args.max_bad_steps)
         self.eval_batch_tokens = args.micro_batch_tokens
         self.multiplier = learning_rate_multiplier(args.lr_shape, args.warmup_fraction, args.decay_fraction)
         self.plateau_end = find_plateau_end(args.lr_shape, args.decay_fraction)
         self.step_record: StepRecord | None = None
-        self.signals: list[str] = []
+        self.signals: list[int] = []
         self.is_interrupted = False
         self.counted: tuple[list[Batch], tuple[int, float, dict[str, int]]] | None = None
         self.eval_seconds = self.save_seconds = 0.0
