@@ -275,7 +275,7 @@ def test_stacked_experts_are_updated_as_each_would_be_alone(monkeypatch, limit):
     monkeypatch.setattr("oneday.muon.MAX_STACKED_ELEMENTS", limit)
     sizes, orthogonalize = [], oneday.muon.orthogonalize
     monkeypatch.setattr("oneday.muon.orthogonalize", lambda m: sizes.append(m.numel()) or orthogonalize(m))
-    (stack,) = make_parameters((3, 12, 20))
+    (stack,) = make_parameters((30, 12, 20))  # more experts than rows or columns
     experts = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     optimizers = Muon([stack], **SETTINGS), Muon(experts, **SETTINGS)
     for seed in range(2):
