@@ -18,9 +18,11 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    DataCollatorForPermutationLanguageModeling,
 )
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.collators import hash_uniform
 from oneday.objectives import COMPANION, find_objective
 from oneday.objectives.replaced_tokens import draw_tokens
 from oneday.packed_dataset import pack_corpus
@@ -355,6 +357,40 @@ def test_a_target_sees_only_those_before_it_in_the_order(make):
     assert not sees.diagonal().any()
     assert torch.equal(sees | sees.T, ~torch.eye(len(places), dtype=torch.bool)), "one of each two sees the other"
     assert not (sees & sees.T).any()
+
+
+def test_spans_and_orders_are_those_of_transformers_collator(make, monkeypatch):
+    """The same draws in its hands: the same targets, and of two of them the same one sees the other."""
+    trainer = make("plm", "xlnet", budget_steps=1)
+    rows, lengths = trainer.loader.source.take(np.arange(8))
+    batch = trainer.objective.training_collator(0)(rows, lengths, np.arange(8))
+    sizes, starts, orders = (hash_uniform(trainer.args.seed, np.arange(8), rows.shape[1], i) for i in (7, 8, 9))
+    theirs, ids = DataCollatorForPermutationLanguageModeling(trainer.objective.tokenizer), torch.from_numpy(rows)
+    for row in range(8):
+        drawn = iter([draw for pair in zip(sizes[row], starts[row]) for draw in pair])
+
+        def draw_integer(low, high=None, size=None, drawn=drawn):
+            low, high = (low, high) if size is not None else (0, low)
+            return torch.tensor([low + int(next(drawn) * (high - low))])
+
+        half = rows.shape[1] // 2
+        order = torch.from_numpy(np.argsort(orders[row, :half], kind="stable"))
+        monkeypatch.setattr(torch, "randint", draw_integer)
+        monkeypatch.setattr(torch, "randperm", lambda n, order=order: order)
+        expected = theirs([ids[row].long()])
+        monkeypatch.undo()
+        is_target = expected["labels"][0] != -100
+        assert is_target.any()
+        place = batch.inputs["target_mapping"][row].nonzero()[:, 1]
+        assert torch.equal(place, is_target.nonzero()[:, 0])
+        assert torch.equal(batch.inputs["input_ids"][row], ids[row].long()), "targets stand as they are"
+        mask = batch.inputs["perm_mask"][row]
+        assert torch.equal(mask[place], expected["perm_mask"][0][place])
+        assert torch.equal(mask[~is_target], is_target.float().expand(int((~is_target).sum()), -1))
+    labels = torch.from_numpy(rows.astype(np.int64)).flatten()
+    flat = batch.inputs["target_mapping"].nonzero()
+    assert torch.equal(batch.labels, labels[flat[:, 0] * rows.shape[1] + flat[:, 2]])
+    assert torch.equal(batch.positions, flat[:, 0] * batch.inputs["target_mapping"].shape[1] + flat[:, 1])
 
 
 def test_orders_depend_on_the_sample_alone(make):

@@ -103,6 +103,27 @@ def test_runs_are_shuffled_in_their_place():
         assert np.array_equal(nothing, tokens) and not moved.any()
 
 
+@pytest.mark.parametrize("span", [2, 3, 5])
+def test_runs_are_those_of_a_loop_over_the_draws(span):
+    """The smallest draws in turn, each where its places are free and none is taken yet, until there are enough."""
+    generator = np.random.default_rng(span)
+    tokens, free = np.arange(6 * 64).reshape(6, 64), generator.random((6, 64)) < 0.8
+    draws = generator.random((6, 64))
+    free[0], draws[1] = False, 0.5  # nothing to move, and draws that are equal
+    shuffled, moved = shuffle_runs(tokens, free, draws, 0.3, span)
+    expected, taken = tokens.copy(), np.zeros_like(free)
+    for row in range(6):
+        wanted = max(1, round(0.3 * int(free[row].sum()) / span))
+        for start in sorted(range(64 - span + 1), key=lambda place: draws[row, place]):
+            run = slice(start, start + span)
+            if wanted and free[row, run].all() and not taken[row, run].any():
+                order = np.argsort(draws[row, run] * 2.0**24 % 1.0, kind="stable").tolist()
+                order = [span - 1, *range(span - 1)] if order == list(range(span)) else order
+                expected[row, run], taken[row, run], wanted = tokens[row, run][order], True, wanted - 1
+    assert taken[1:].any(1).all() and not taken[0].any()
+    assert np.array_equal(moved, taken) and np.array_equal(shuffled, expected)
+
+
 def build_row(*documents):
     tokens = [token for document in documents for token in (CLS, *document, SEP)]
     return np.array([tokens]), [np.array([len(document) + 2 for document in documents])]

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 # Tokens of a word that is masked whole.
 LONGEST_WORD = 8
 SENTENCE_ENDS = frozenset(".!?\u3002\uff01\uff1f\u2026")
+# XLNet's spans have up to five tokens; of a stretch of text a sixth is predicted.
+LONGEST_SPAN, SPAN_STRETCH = 5, 6
 # Each segment of a pair has at least this many tokens.
 LEAST_SEGMENT = 3
 
@@ -117,23 +119,54 @@ def shuffle_runs(
     shuffled, moved = tokens.copy(), np.zeros_like(free)
     if span > tokens.shape[1]:
         return shuffled, moved
-    for row in range(len(tokens)):
-        wanted = max(1, round(fraction * int(free[row].sum()) / span))
-        fits = np.convolve(free[row], np.ones(span, dtype=int), "valid") == span
-        for start in np.argsort(np.where(fits, draws[row, : len(fits)], 2.0), kind="stable").tolist():
-            run = slice(start, start + span)
-            if wanted == 0 or not fits[start]:
-                break
-            if moved[row, run].any():
-                continue
-            # The low bits: the high ones have chosen the run.
-            order = np.argsort(draws[row, run] * 2.0**24 % 1.0, kind="stable")
-            if (order == np.arange(span)).all():
-                order = np.roll(order, 1)
-            shuffled[row, run] = tokens[row, run][order]
-            moved[row, run] = True
-            wanted -= 1
+    inside, rows = np.arange(span), np.arange(len(tokens))
+    wanted = np.maximum(1, np.round(fraction * free.sum(1) / span))
+    for number in range(int(wanted.max())):
+        # The run of the smallest draw in each row, of those whose places are free and not yet taken.
+        fits = np.lib.stride_tricks.sliding_window_view(free & ~moved, span, axis=1).all(-1)
+        starts = np.where(fits, draws[:, : fits.shape[1]], 2.0).argmin(1)
+        taking = np.flatnonzero(fits[rows, starts] & (number < wanted))
+        if not len(taking):
+            break
+        row, run = taking[:, None], starts[taking][:, None] + inside
+        # The low bits: the high ones have chosen the run.
+        order = np.argsort(draws[row, run] * 2.0**24 % 1.0, axis=1, kind="stable")
+        order[(order == inside).all(1)] = np.roll(inside, 1)
+        shuffled[row, run] = np.take_along_axis(tokens[row, run], order, axis=1)
+        moved[row, run] = True
     return shuffled, moved
+
+
+def choose_spans(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(rows, row_length) bool: XLNet's spans, one to five tokens each somewhere in a stretch of six times its length.
+
+    Args:
+        lengths: (rows, row_length) uniform on [0, 1): the spans' lengths, in their order.
+        starts: The same: where in their stretches they begin.
+    """
+    row_length = lengths.shape[1]
+    most = -(-row_length // SPAN_STRETCH)  # spans of a row, all of one token
+    sizes = 1 + (lengths[:, :most] * LONGEST_SPAN).astype(np.int64)
+    first = np.cumsum(sizes * SPAN_STRETCH, axis=1) - sizes * SPAN_STRETCH
+    first += (starts[:, :most] * (sizes * (SPAN_STRETCH - 1) + 1)).astype(np.int64)
+    row, span, offset = np.nonzero(np.arange(LONGEST_SPAN) < sizes[:, :, None])
+    place = first[row, span] + offset
+    chosen = np.zeros(lengths.shape, dtype=bool)
+    chosen[row[place < row_length], place[place < row_length]] = True
+    return chosen
+
+
+def order_halves(draws: np.ndarray) -> np.ndarray:
+    """(rows, row_length) int64: each token's place in a random order, the first half of the row before the second.
+
+    Both halves have the same order, as in XLNet, whose rows may be read in two parts.
+
+    Args:
+        draws: (rows, row_length) uniform on [0, 1), of even length; the first half is used.
+    """
+    half = draws.shape[1] // 2
+    order = np.argsort(draws[:, :half], axis=1, kind="stable")
+    return np.concatenate([order, order + half], axis=1)
 
 
 def make_pairs(
