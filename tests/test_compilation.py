@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from oneday.arguments import SettingError
-from oneday.compilation import compile_layers, find_layers
+from oneday.compilation import compile_layers, decide_compiling, find_layers
 from oneday.cross_entropy import differentiate, differentiate_at_once
 from oneday.sharding import ShardedRanks
 
@@ -20,6 +21,36 @@ from oneday.sharding import ShardedRanks
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "qwen3"])
 def test_the_layers_are_found(make_model, name):
     assert len(find_layers(make_model(name))) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiles"),
+    [
+        ({"torch_compile": None, "bf16": True}, True),
+        ({"torch_compile": None, "bf16": False}, False),
+        ({"torch_compile": None, "bf16": True, "max_seq_length_start": ROW_LENGTH // 2}, False),
+        ({"torch_compile": True, "bf16": False}, True),
+        ({"torch_compile": False, "bf16": True}, False),
+        ({"bf16": True}, False),
+    ],
+)
+def test_layers_are_compiled_where_it_pays_or_as_asked(make_trainer, settings, compiles):
+    trainer = make_trainer("bert", budget_steps=1, **settings)
+    assert trainer.args.use_compile is compiles
+    assert all(bool(layer._compiled_call_impl) is compiles for layer in find_layers(trainer.model))
+
+
+def test_what_is_not_packed_is_not_compiled_unasked(make_trainer):
+    trainer = make_trainer("xlnet", objective="plm", budget_steps=1, torch_compile=None, bf16=True)
+    assert trainer.args.use_compile is False
+
+
+@pytest.mark.parametrize(("device", "compiles"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_float32_is_compiled_for_a_gpu_alone(device, compiles):
+    args = SimpleNamespace(
+        use_compile=None, device=torch.device(device), computes_in_bf16=False, max_seq_length_start=None
+    )
+    assert decide_compiling(args, is_packed=True) is compiles
 
 
 def test_where_compiling_fails_it_says_so_and_runs_uncompiled(make_trainer, monkeypatch, caplog):

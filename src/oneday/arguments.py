@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from transformers import TrainingArguments
 
+from oneday.throughput import has_fast_bf16
+
 
 class SettingError(ValueError):
     """A setting that cannot work. The message is one sentence: which setting, which value, what to do."""
@@ -326,7 +328,11 @@ class BudgetTrainingArguments(TrainingArguments):
     )
     seed: int = setting(42, "Seed of weights, masks and, unless data_seed is set, of the shuffle.")
     data_seed: int | None = setting(None, "Seed of the shuffle.")
-    torch_compile: bool = setting(False, "Compile the layers with torch.compile; the first time takes half a minute.")
+    torch_compile: bool | None = setting(
+        False,
+        "Compile the layers with torch.compile, which takes up to half a minute of the budget; null: where that soon "
+        "pays, on a GPU and on a CPU that computes in bfloat16.",
+    )
     bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
     num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")
 
@@ -368,3 +374,8 @@ class BudgetTrainingArguments(TrainingArguments):
         self.eval_strategy = self.save_strategy = "no"
         self.max_steps = 2**31
         super().__post_init__()
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """`bf16`, or what the hardware has where that is empty."""
+        return has_fast_bf16(self.device) if self.use_bf16 is None else self.use_bf16

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.throughput import has_fast_bf16, measure_peak_flops, total_memory_bytes
+from oneday.throughput import measure_peak_flops, total_memory_bytes
 
 SECONDS_PER_DAY = 86_400
 
@@ -104,8 +104,7 @@ def find_machine(args: BudgetTrainingArguments, card_name: str | None, memory_gb
             )
         watts = args.stated_watts or card.watts
         return Machine(card.name, given or card.memory_gb * 1e9, card.peak_flops, watts, card)
-    bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
-    peak = measure_peak_flops(args.device, bf16)
+    peak = measure_peak_flops(args.device, args.computes_in_bf16)
     if args.device.type == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
         return Machine(properties.name, given or properties.total_memory, peak, args.stated_watts, None)

@@ -14,6 +14,7 @@ from oneday.arguments import SettingError, setting
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import check_positive
 from oneday.budget import Budget
+from oneday.compilation import decide_compiling
 from oneday.durable_files import write_whole
 from oneday.ladder import BENCHMARK_DIR, LADDER_DIR, Family, FamilyLaw, fit_family, read_records
 from oneday.machines import Machine, find_machine
@@ -105,6 +106,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
     """
     settings = complete_settings(CLASSES, given)
     model_args, _, args = build_arguments(CLASSES, settings)
+    settings["torch_compile"] = decide_compiling(args, find_objective(args.objective).is_packed)
     budget, machine = check_settings(model_args, args), find_machine(args, plan_args.for_, plan_args.gpu_memory_gb)
     check_writable(plan_args.plan_recipe, recipe_path)
     models = list_models(plan_args.models, settings["model_config"])
@@ -187,7 +189,7 @@ def find_paces(
         rate = machine.peak_flops * plan_args.mfu
         return {model: Pace(probe.flops_per_token / rate, 0.0) for model, probe in sizes.items()}
     own = settings["model_config"] if settings["model_config"] in sizes else next(iter(sizes))
-    compiles = bool(settings["torch_compile"])
+    compiles = settings["torch_compile"]
     seconds = plan_args.probe_seconds / (len(sizes) + compiles)
     paces = {}
     for model, probe in sizes.items():

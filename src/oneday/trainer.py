@@ -21,7 +21,15 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.attention import position_offset, probe_packing
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
-from oneday.compilation import compile_layers, compile_loss, mark_varying, run_eagerly, try_compiled, uncompile
+from oneday.compilation import (
+    compile_layers,
+    compile_loss,
+    decide_compiling,
+    mark_varying,
+    run_eagerly,
+    try_compiled,
+    uncompile,
+)
 from oneday.evaluation import add_totals, name_losses, sum_held_out
 from oneday.initialization import check_embedding_init, expected_embedding_std
 from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, plan_rows
@@ -43,7 +51,7 @@ from oneday.schedules import (
     learning_rate_multiplier,
 )
 from oneday.sharding import hidden_from_accelerate, make_ranks
-from oneday.throughput import has_fast_bf16, keep_freed_memory, measure_peak_flops, synchronize
+from oneday.throughput import keep_freed_memory, measure_peak_flops, synchronize
 from oneday.trackers import name_run, place_tensorboard
 
 logger = logging.getLogger(__name__)
@@ -134,6 +142,7 @@ class BudgetTrainer(RunTrainer):
                 "The setting activation_checkpointing (or gradient_checkpointing) is true, which "
                 f"{type(model).__name__} does not do; leave it out."
             )
+        args.use_compile = decide_compiling(args, objective.is_packed)
         self.loader = self.build_loader(args, train_dataset)
         name_run(args)
         args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
@@ -153,7 +162,7 @@ class BudgetTrainer(RunTrainer):
             attend_to_neighbours(model, expected_embedding_std(args.embedding_init, model))
         self.ranks.share_weights(model)
         self.flop_counter = objective.make_flop_counter(model, self.loader.source.row_length)
-        self.bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+        self.bf16 = args.computes_in_bf16
         # What is not packed is not this project's path through the model: there autocast decides.
         self.half_weights = self.ranks.spread(model, args.device, self.bf16 and objective.is_packed)
         if args.use_compile:

@@ -31,7 +31,7 @@ from oneday.recipe import (
     read_value,
     refused_settings,
 )
-from oneday.throughput import describe_environment, has_fast_bf16, measure_peak_flops
+from oneday.throughput import describe_environment, measure_peak_flops
 
 # What a recipe sets for its own model, and a stock one may not have.
 OF_OUR_MODEL = ("attention_init", "position_encoding")
@@ -192,12 +192,11 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
     model_args, _, args = build_arguments(CLASSES, complete)
     check_settings(model_args, args)
     path = Path(recipe_path)
-    bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
     store = RecordStore(
         Path(record_args.records_dir),
         describe_environment(args.device),
         record_args.reuse_ours,
-        measure_peak_flops(args.device, bf16),
+        measure_peak_flops(args.device, args.computes_in_bf16),
     )
     return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
 

@@ -45,7 +45,7 @@ from oneday.objectives import STANDARD_MLM_PROBABILITY, Objective
 from oneday.packed_dataset import smallest_dtype
 from oneday.preparation import TEXTS_AT_ONCE, PreparedData, digest
 from oneday.recipe import build_arguments
-from oneday.throughput import has_fast_bf16, measure_peak_flops, synchronize
+from oneday.throughput import measure_peak_flops, synchronize
 from oneday.tokenization import encode_documents, special_layout
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def run_stock(job: Job) -> dict[str, Any]:
         check_settings(model_args, args)
         objective, data = prepare_objective(data_args, args)
         config = load_config(model_args.model_config, data.tokenizer, data_args.max_seq_length)
-        bf16 = has_fast_bf16(args.device) if args.use_bf16 is None else args.use_bf16
+        bf16 = args.computes_in_bf16
         peak_flops = measure_peak_flops(args.device, bf16)
         flop_counter = FlopCounter(build_stock_model(config, objective, details["seed"]))
         row_length, cache = data_args.max_seq_length, resolve_cache_dir(data_args.cache_dir)
