@@ -215,10 +215,13 @@ def test_a_plan_of_this_machine(small_recipe, tmp_path):
     [(True, "cooccurrence", 0.25, 30.0), (True, "random", 0.25, 30.0), (False, "cooccurrence", 1.0, 30.0),
      (False, "random", 1.0, 0.0)],
 )  # fmt: skip
+@pytest.mark.parametrize("is_set", [True, False])
 def test_what_the_own_model_gains_and_waits_for_stands_for_all(
-    small_recipe, tmp_path, monkeypatch, compiles, embedding_init, gain, fixed_seconds
+    small_recipe, tmp_path, monkeypatch, is_set, compiles, embedding_init, gain, fixed_seconds
 ):
     """By hand: compiled it takes a quarter of the time a token, and 30 of the 120 s pass before its first step."""
+    if not is_set:
+        monkeypatch.setattr("oneday.planning.decide_compiling", lambda args, is_packed: compiles)
     plain, asked = {"small": Pace(4e-4, 0.2), "wide": Pace(1e-3, 0.5)}, []
 
     def measure(material, settings, seconds):
@@ -229,7 +232,8 @@ def test_what_the_own_model_gains_and_waits_for_stands_for_all(
 
     monkeypatch.setattr("oneday.planning.measure_pace", measure)
     monkeypatch.setattr("oneday.planning.measure_model", lambda material, settings: PROBE)
-    given = {"torch_compile": compiles, "embedding_init": embedding_init, "batch_size_tokens_start": "null"}
+    torch_compile = compiles if is_set else "null"
+    given = {"torch_compile": torch_compile, "embedding_init": embedding_init, "batch_size_tokens_start": "null"}
     made = plan(small_recipe, tmp_path / "mine.yaml", budget_minutes=2, probe_seconds=6, **given)
     for row in made.rows:
         pace = plain[Path(row.model_config).stem]
