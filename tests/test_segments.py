@@ -15,6 +15,7 @@ from oneday.segments import (
     find_sentence_ends,
     make_pairs,
     number_words,
+    order_halves,
     shuffle_runs,
 )
 from oneday.tokenization import train_tokenizer
@@ -122,6 +123,12 @@ def test_runs_are_those_of_a_loop_over_the_draws(span):
                 expected[row, run], taken[row, run], wanted = tokens[row, run][order], True, wanted - 1
     assert taken[1:].any(1).all() and not taken[0].any()
     assert np.array_equal(moved, taken) and np.array_equal(shuffled, expected)
+
+
+def test_both_halves_of_a_row_have_one_order_and_the_first_comes_before():
+    order = order_halves(np.random.default_rng(0).random((6, 14)))
+    assert (np.sort(order[:, :7]) == np.arange(7)).all() and (order[:, 7:] == order[:, :7] + 7).all()
+    assert len({tuple(row) for row in order.tolist()}) == 6
 
 
 def build_row(*documents):
