@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.classification import hash_weights
-from oneday.durable_files import write_json
+from oneday.durable_files import make_folder, write_json
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
@@ -69,18 +68,17 @@ def find_output_dir(args: EvaluateArguments) -> Path:
     """Where the results go.
 
     Raises:
-        SettingError: When the checkpoint is no directory and none is named, or it cannot be made.
+        SettingError: When the checkpoint is no directory and none is named, it is another model's, whose card shows
+            what lies there, or it cannot be made.
     """
-    given = args.output_dir
-    if given is None and not Path(args.model_name_or_path).is_dir():
-        raise SettingError(f"model_name_or_path {args.model_name_or_path} is no directory here; set output_dir.")
-    folder = Path(given or args.model_name_or_path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"The output_dir {folder} cannot be written ({error.strerror}); name another.") from None
-    if not os.access(folder, os.W_OK):
-        raise SettingError(f"The output_dir {folder} cannot be written (no permission); name another.")
+    model = Path(args.model_name_or_path)
+    if args.output_dir is None and not model.is_dir():
+        raise SettingError(f"model_name_or_path {model} is no directory here; set output_dir.")
+    folder = Path(args.output_dir or model)
+    is_other = folder.resolve() != model.resolve()
+    if is_other and any((folder / name).exists() for name in (rundir.RECIPE, "config.json")):
+        raise SettingError(f"The output_dir {folder} holds another model than {model}; name another directory.")
+    make_folder(folder, "output_dir")
     return folder
 
 

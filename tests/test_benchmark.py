@@ -31,7 +31,7 @@ from oneday.benchmarks.ablation import describe_change, find_verdict, paired_dif
 from oneday.benchmarks.arguments import AblationArguments, KeepArguments, SeedArguments, VersusStockArguments
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, point_times
 from oneday.benchmarks.ours import run_ours
-from oneday.benchmarks.planning import Plan, Text, read_changes
+from oneday.benchmarks.planning import Plan, Text, find_machine_changes, read_changes
 from oneday.benchmarks.records import Job, RecordStore, find_speed_difference, hash_source
 from oneday.benchmarks.stock import ChunkDataset, StepClock, chunk_documents, load_chunks, note_deviation, run_stock
 from oneday.benchmarks.throughput import describe_peaks, expand_grid, measure_throughput, pick_figures
@@ -333,6 +333,28 @@ def test_a_record_falls_with_its_machine(tmp_path, caplog, change, words):
     assert words in caplog.text
 
 
+def test_a_run_whose_own_settings_change_the_machine_keeps_its_record(tmp_path):
+    """One of one thread, or in another precision, was never made with the threads and at the peak of the recipe."""
+    job = dataclasses.replace(make_job(), machine={"threads": 1, "peak_flops": 1e12})
+    write_record(tmp_path, job, ENVIRONMENT | {"threads": 1}, peak_flops_measured=1.1e12)
+    store = RecordStore(tmp_path, ENVIRONMENT, peak_flops=2e11)
+    assert store.find(job) and store.find(make_job()) is None
+    assert store.find(dataclasses.replace(job, machine={"threads": 1})) is None
+    assert store.find(dataclasses.replace(job, machine={"threads": 1, "peak_flops": None}))
+
+
+def test_what_settings_change_of_the_machine(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("oneday.benchmarks.planning.measure_peak_flops", lambda *args: asked.append(args) or 3e12)
+    base = {"bf16": False, "num_threads": None, "use_cpu": True, "optim": "muon", "budget_steps": 1}
+    settings = complete_settings(CLASSES, base | {"output_dir": str(tmp_path)})
+    assert find_machine_changes(settings, settings | {"optim": "adamw", "budget_steps": 2}) == {}
+    assert find_machine_changes(settings, settings | {"bf16": True})["peak_flops"] == 3e12
+    assert asked == [(torch.device("cpu"), True)]
+    changed = find_machine_changes(settings, settings | {"num_threads": 3})
+    assert (changed["threads"], changed["peak_flops"]) == (3, None)
+
+
 def test_a_record_falls_with_its_settings(tmp_path, caplog):
     caplog.set_level("INFO")
     write_record(tmp_path, make_job("stock"))
@@ -374,7 +396,7 @@ def test_the_best_learning_rate_is_taken(tmp_path):
     config.write_text(json.dumps(TINY_BERT))
     settings = complete_settings((BudgetTrainingArguments,), {"max_seq_length": 32})
     plan = Plan("tiny", settings, RecordStore(tmp_path, ENVIRONMENT))
-    plan.__dict__["text"] = Text("f", "h", "m", "texts", "encoder", "eval_mlm_loss")
+    plan.__dict__["text"] = Text("f", "h", "m", "texts", "encoder", "eval_mlm_loss", 150)
     args = VersusStockArguments(
         learning_rates=[3e-4, 1e-3, 3e-3], stock_rows=[8, 32], screen_minutes=2.0, sides=["ours"]
     )
@@ -673,7 +695,7 @@ BAD = [
     (("versus-stock", "--baselines", "GPT2"), "baselines has 'gpt2', which has no AutoModelForMaskedLM"),
     (("versus-stock", "--budget_steps", "5"), "one wall clock"),
     (("versus-stock", "--budget_minutes", "0"), "budget_minutes is 0"),
-    (("versus-stock", "--streaming", "true"), "streaming is True, and versus-stock cuts the whole text"),
+    (("versus-stock", "--streaming", "true", "--dataset_name", "you/texts"), "streaming is True, and versus-stock cuts the whole text"),
     (("versus-stock",), "baselines is empty, and stock bert has .* name config JSONs of its size"),
     (("versus-stock", "--baselines", "RIVAL"), "screen_minutes is 2.5, and the budget 0.05 minutes"),
     (("ablate",), "No change is given"),

@@ -47,7 +47,9 @@ def make_plan(tmp_path, recipe, **settings):  # noqa: F811
         CLASSES, {key: value for layer in [*layers, settings] for key, value in layer.items()}
     )
     plan = Plan("a-recipe", complete, RecordStore(tmp_path, ENVIRONMENT))
-    plan.__dict__["text"] = Text("f", "h", "m", "texts", kind, "eval_mlm_loss" if kind == "encoder" else "eval_loss")
+    plan.__dict__["text"] = Text(
+        "f", "h", "m", "texts", kind, "eval_mlm_loss" if kind == "encoder" else "eval_loss", 8192
+    )
     return plan
 
 
@@ -206,6 +208,6 @@ def test_losses_of_other_masks_or_weights_do_not_compare(tokenizers, texts, tmp_
     assert read_masks("mlm", mlm_probability=0.3) == read_masks("mlm"), "an encoder is compared at 15 % masks"
     masks = [read_masks("rtd"), read_masks("rtd", discriminator_weight=25.0), read_masks("rtd", mlm_probability=0.3)]
     assert len(set(masks)) == 3
-    texts = [Text("f", "h", mask, "c", "encoder", "eval_loss") for mask in masks]
+    texts = [Text("f", "h", mask, "c", "encoder", "eval_loss", 8192) for mask in masks]
     assert [name_obstacle(text, texts[0]) for text in texts] == ["", "other loss", "other loss"]
     assert name_obstacle(replace(texts[0], held_out="g"), texts[0]) == "other text"

@@ -28,8 +28,10 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     average = {"average": 0.65625, "average_name": "average of sst2, rte"}
     glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}} | average
     (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
-    arc = {name: BLIMP | {"accuracy": value} for name, value in (("arc_easy", 0.3), ("arc_challenge", 0.2))}
-    zero_shot = {"kind": "encoder", "tasks": {"blimp": BLIMP | {"max_examples": 200}, "mine": BLIMP} | arc}
+    hub = BLIMP | {"source": "hub"}
+    arc = {name: hub | {"accuracy": value} for name, value in (("arc_easy", 0.3), ("arc_challenge", 0.2))}
+    own = {"mine": BLIMP | {"source": "files"}, "piqa": BLIMP | {"source": "files"}}
+    zero_shot = {"kind": "encoder", "tasks": {"blimp": hub | {"max_examples": 200}} | own | arc}
     (tmp_path / "zero_shot_results.json").write_text(json.dumps(zero_shot))
     (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
     metadata = card_metadata(tmp_path, RESULTS | {"hub_datasets": ["HuggingFaceFW/fineweb-edu"]})
@@ -42,6 +44,7 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     blimp = scores["blimp (subset: 200 questions)"]
     assert (blimp.dataset_type, blimp.metric_value) == ("nyu-mll/blimp", 0.61)
     assert blimp.metric_name.endswith("by pseudo-log-likelihood") and scores["mine"].dataset_type == "mine"
+    assert (scores["piqa"].dataset_type, scores["piqa"].dataset_split) == ("piqa", None), "a file of that name"
     assert [scores[name].metric_value for name in arc] == [0.3, 0.2]
     assert scores["arc_challenge"].dataset_config == "ARC-Challenge"
     assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,41 @@ def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
     rates = [step["lr"] for step in steps_of(extended)]
     assert len(rates) == 30 and rates[10] < rates[12] and max(rates[10:]) > 0.8 * max(rates[:10])
     assert rates[-1] < 0.1 * max(rates)
+
+
+def test_a_checkpoint_of_after_the_plateau_is_never_kept(make_trainer, tmp_path):
+    """Fetched from the Hub it comes without the one before: a run that goes on from it cannot be extended."""
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 2}
+    trainer = make_trainer("bert", "whole", budget_steps=12, **settings)
+    finish(trainer, settings | {"budget_steps": 12})
+    folder = tmp_path / "elsewhere"
+    source = Path(trainer.args.output_dir)
+    newest = max(list_checkpoints(source), key=lambda path: read_state(path)["clock"]["steps"])
+    assert read_state(newest)["clock"]["progress"] > 0.5 and not read_state(newest)["is_kept"]
+    shutil.copytree(newest, folder / newest.name)
+    shutil.copy(source / "recipe.yaml", folder)
+    resumed = make_trainer("bert", "elsewhere", budget_steps=12, **settings)
+    resumed.run(resume=True)
+    assert list_checkpoints(folder) and not list_kept(folder)
+    with pytest.raises(SettingError, match="from before its learning rate fell is not there"):
+        extend_run(folder, settings | {"budget_steps": 24}, Budget(steps=24), "", resumed.model_fingerprint)
+
+
+@pytest.mark.parametrize("left", ["no state", "half a state"])
+def test_an_extension_that_was_cut_off_is_taken_up_again(make_trainer, left):
+    """Killed while it removed the checkpoints of the cool-down."""
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 2}
+    trainer = make_trainer("bert", budget_steps=12, **settings)
+    folder = finish(trainer, settings | {"budget_steps": 12})
+    base = list_kept(folder)[-1]
+    undone = [path for path in list_checkpoints(folder) if path != base]
+    assert undone
+    state = undone[-1] / "oneday_state.json"
+    state.write_text(state.read_text()[: 50 * (left == "half a state")])
+    extend_run(folder, settings | {"budget_steps": 24}, Budget(steps=24), "", trainer.model_fingerprint)
+    assert list_checkpoints(folder) == [base]
+    report = json.loads((folder / "budget.json").read_text())
+    assert report["status"] == "extending"
 
 
 def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):

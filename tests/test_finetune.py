@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -35,9 +36,16 @@ from transformers import (
 from oneday import finetuning_processes
 from oneday.adapters import save_classifier
 from oneday.arguments import SettingError
-from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, set_dropout
+from oneday.classification import (
+    build_classifier,
+    encode_batch,
+    limit_length,
+    load_checkpoint,
+    pad_batch,
+    set_dropout,
+)
 from oneday.finetuning import finetune_task, prepare_task, run_protocol
-from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run
+from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run, put_in_place
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions, draw_results
 from oneday.glue_protocol import FinetuneArguments, check_arguments, complete_arguments, name_protocol
@@ -214,11 +222,58 @@ def test_finished_runs_are_not_run_again(bert, data_dir, tmp_path, monkeypatch):
 
 
 def test_a_later_task_joins_the_earlier_ones_only_under_the_same_settings(bert, data_dir, tmp_path):
+    """And the same inputs; of a task that is scored again on fewer splits none stays from before."""
     args = make_args(bert, data_dir, tmp_path, num_train_epochs=1, max_train_examples=16, max_eval_examples=8)
     run_protocol(args)
     assert list(run_protocol(dataclasses.replace(args, task_names=["stsb"]))["tasks"]) == ["sst2", "stsb"]
     other = dataclasses.replace(args, task_names=["stsb"], learning_rate=1e-4)
     assert list(run_protocol(other)["tasks"]) == ["stsb"]
+    shutil.copytree(data_dir / "mnli", tmp_path / "both" / "mnli")
+    matched = tmp_path / "both" / "mnli" / "validation_matched.jsonl"
+    shutil.copy(matched, matched.with_name("validation_mismatched.jsonl"))
+    of_mnli = dataclasses.replace(other, task_names=["mnli"], task_data_dir=str(tmp_path / "both"))
+    assert list(run_protocol(of_mnli)["tasks"]) == ["stsb", "mnli_matched", "mnli_mismatched"]
+    less = dataclasses.replace(of_mnli, task_data_dir=str(data_dir))
+    assert list(run_protocol(less)["tasks"]) == ["stsb", "mnli_matched"]
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    assert list(run_protocol(dataclasses.replace(other, model_name_or_path=str(copy)))["tasks"]) == ["stsb"]
+
+
+def test_each_number_says_on_which_machines_its_runs_were_made(bert, data_dir, tmp_path, monkeypatch):
+    """Those of a finished run are not those of the call that reads it."""
+    args = make_args(bert, data_dir, tmp_path, num_train_epochs=1, max_train_examples=16, max_eval_examples=8)
+    first = run_protocol(args)["tasks"]["sst2"]["environments"]
+    describe = finetuning_processes.describe_environment
+    monkeypatch.setattr(
+        finetuning_processes, "describe_environment", lambda device: describe(device) | {"commit": "another"}
+    )
+    assert run_protocol(args)["tasks"]["sst2"]["environments"] == first
+    both = run_protocol(dataclasses.replace(args, num_seeds=2))["tasks"]["sst2"]["environments"]
+    assert both == [*first, first[0] | {"commit": "another"}]
+    kept = run_protocol(dataclasses.replace(args, num_seeds=2, task_names=["stsb"]))["tasks"]
+    assert kept["sst2"]["environments"] == both and kept["stsb"]["environments"] == both[1:]
+
+
+def test_a_finished_run_is_put_in_place_whole(tmp_path):
+    """What lies there is of the same run: its model stays where there is no new one."""
+    for name, content in (("run", "old"), (".run", "new")):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "validation.parquet").write_text(content)
+        (tmp_path / name / "model" / "config.json").write_text(content)
+    shutil.rmtree(tmp_path / ".run" / "model")
+    put_in_place(tmp_path / ".run", tmp_path / "run")
+    assert not (tmp_path / ".run").exists()
+    assert (tmp_path / "run" / "validation.parquet").read_text() == "new"
+    assert (tmp_path / "run" / "model" / "config.json").read_text() == "old"
+    (tmp_path / ".run" / "model").mkdir(parents=True)
+    (tmp_path / ".run" / "model" / "adapter_config.json").write_text("new")
+    put_in_place(tmp_path / ".run", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "model").iterdir()] == ["adapter_config.json"]
+    (tmp_path / ".other").mkdir()
+    put_in_place(tmp_path / ".other", tmp_path / "other")
+    assert (tmp_path / "other").is_dir()
 
 
 def test_seed_decides_everything(bert, data_dir, tmp_path):
@@ -247,6 +302,39 @@ def test_classifier_holds_the_checkpoint_and_a_head_of_the_seed(bert):
     random = build_classifier(checkpoint, find_task("mnli"), 0.1, 0, True).state_dict()
     assert not torch.equal(random[name], saved[name])
     assert models[0].config.hidden_dropout_prob == models[0].config.attention_probs_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("old_task", ["mnli", "cola"])
+def test_a_checkpoint_of_another_task_begins_with_a_new_head(bert, tmp_path, old_task):
+    """Whether or not the old one has as many classes; what was pretrained stays, the pooler too."""
+    start = load_checkpoint(bert)
+    old = build_classifier(start, find_task(old_task), 0.0, 7, False)
+    old.save_pretrained(tmp_path)
+    start.tokenizer.save_pretrained(tmp_path)
+    checkpoint = load_checkpoint(str(tmp_path))
+    states = [build_classifier(checkpoint, find_task("cola"), 0.0, seed, False).state_dict() for seed in (0, 1)]
+    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+    assert all(not torch.equal(state["classifier.weight"], old.classifier.weight) for state in states)
+    for name in ("bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.weight"):
+        assert all(torch.equal(state[name], old.state_dict()[name]) for state in states)
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "dropped"),
+    [
+        (transformers.ModernBertConfig, {"head.dense.weight", "head.norm.weight"}, {"classifier.weight"}),
+        (transformers.ElectraConfig, set(), {"classifier.dense.weight", "classifier.out_proj.weight"}),
+        (transformers.Qwen3Config, set(), {"score.weight"}),
+    ],
+)
+def test_of_a_classifier_the_layers_that_words_trained_stay(bert, tmp_path, config, kept, dropped):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    grouped = {"num_key_value_heads": 2, "head_dim": 16} if config is transformers.Qwen3Config else {}
+    config = config(vocab_size=120, pad_token_id=0, num_labels=2, **small, **grouped)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    weights = set(load_checkpoint(str(tmp_path)).weights)
+    assert kept <= weights and not dropped & weights and len(weights) > 8
 
 
 @pytest.mark.parametrize(
@@ -299,6 +387,18 @@ def test_positions_bound_the_length(bert, caplog):
     assert "32 positions" in caplog.text and limit_length(16, checkpoint) == 16
     config = transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1)
     assert limit_length(128, dataclasses.replace(checkpoint, config=config)) == 32
+
+
+def test_a_padded_batch_stays_within_the_positions(bert):
+    """32 positions: a GPU's multiple of 24 would make 48 of 30 tokens."""
+    checkpoint = load_checkpoint(bert)
+    rows = [{"input_ids": [5] * n, "attention_mask": [1] * n, "label": 1, "row": 0, "length": n} for n in (30, 7)]
+    for multiple, lengths in ((24, (32, 24)), (None, (30, 7)), (8, (32, 8))):
+        for chosen, length in zip((rows, rows[1:]), lengths):
+            batch = pad_batch(chosen, checkpoint, multiple)
+            assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(chosen), length)
+            assert batch["attention_mask"].sum(1).tolist() == [row["length"] for row in chosen]
+            assert set(batch) == {"input_ids", "attention_mask", "labels"}
 
 
 def test_protocol_keeps_its_name_only_with_its_settings():
@@ -374,6 +474,13 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
     (folder / "test.jsonl").write_text(json.dumps({"sentence": texts[0], "label": -1}) + "\n")
     run_protocol(asked)
     assert (tmp_path / "out" / "submission" / "SST-2.tsv").read_text() == "\n".join(lines[:2]) + "\n"
+    # All files of a submission are of one table of scores; what is not of it is not taken away.
+    for name in ("RTE.tsv", "notes.txt"):
+        (tmp_path / "out" / "submission" / name).write_text("mine")
+    run_protocol(asked)
+    assert (tmp_path / "out" / "submission" / "RTE.tsv").exists()
+    run_protocol(dataclasses.replace(asked, learning_rate=1e-3, num_train_epochs=1))
+    assert {path.name for path in (tmp_path / "out" / "submission").iterdir()} == {"SST-2.tsv", "notes.txt"}
     # A merged model too is kept where the same run is asked for its answers alone.
     lora = dataclasses.replace(args, peft="lora", output_dir=str(tmp_path / "lora"))
     run_protocol(dataclasses.replace(lora, save_models=True, merge_adapters=True))
@@ -525,6 +632,32 @@ def test_checkpoint_without_a_tokenizer_is_refused(bert, tmp_path):
     assert "tokenizer" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_damaged_weights_are_one_sentence(bert, data_dir, tmp_path):
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(SettingError, match="The weights in model_name_or_path .*copy cannot be loaded"):
+        run_protocol(make_args(copy, data_dir, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_read(bert, data_dir, tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("a file")
+    monkeypatch.setattr("oneday.finetuning.load_checkpoint", None)
+    with pytest.raises(SettingError, match="output_dir is '.*out', which cannot be written .out is a file."):
+        run_protocol(make_args(bert, data_dir, tmp_path))
+
+
+def test_a_full_disk_is_one_sentence(bert, data_dir, tmp_path, monkeypatch):
+    def fill_disk(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("oneday.finetuning_run.write_predictions", fill_disk)
+    args = make_args(bert, data_dir, tmp_path, num_train_epochs=1, max_train_examples=16, max_eval_examples=8)
+    with pytest.raises(SettingError, match="The disk of output_dir .*out is full"):
+        run_protocol(args)
+
+
 def test_tokenizer_of_another_model_is_refused(bert, tmp_path):
     model = BertForMaskedLM.from_pretrained(bert)
     model.resize_token_embeddings(20)
@@ -577,7 +710,8 @@ def test_a_task_of_ones_own_is_run_by_one_command_and_under_another_metric(bert,
     assert [rows[row]["label"] for row in kept["row"]] == kept["label"] and len(set(kept["row"])) == 20
     results = run_protocol(dataclasses.replace(args, metric="f1"))
     assert results["tasks"]["rte (own)"]["metric"] == "f1" == results["tasks"]["rte (own)"]["own_task"]["metric"]
-    assert results["environment"]["packages"]["torch"] == torch.__version__
+    (made,) = results["tasks"]["rte (own)"]["environments"]
+    assert made["packages"]["torch"] == torch.__version__ and results["device"] == "cpu" == made["device_type"]
 
 
 def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp_path):

@@ -26,7 +26,7 @@ from oneday.glue import (
     score_majority,
     score_predictions,
 )
-from oneday.glue_results import format_results, summarize_average
+from oneday.glue_results import compare_with_full, format_results, summarize_average
 
 # The Hub's columns (nyu-mll/glue and aps/super_glue), label names in the order of their ids, and rows, written down
 # apart from the table under test.
@@ -315,6 +315,31 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     assert "* a task of one's: 10,000 of 10,000 training rows, 10,000 of 10,000 scored" in table
     assert "lora: 0.18 M of 6.30 M parameters, peak memory 1.02 GB of the process" in table
     assert "average of 10 numbers" in table and "GLUE average" not in table and "protocol: custom" in table
+
+
+def test_adapters_stand_beside_all_weights_only_where_the_rows_are_the_same():
+    entries = [make_entry(0.5) | {"data_hash": rows} for rows in ("some", "others")]
+    of_adapters = {"weights_hash": "w", "settings": {"peft": "lora"}, "tasks": {"rte": entries[0], "sst2": entries[0]}}
+    full = {"weights_hash": "w", "settings": {"peft": None}, "protocol": "cramming", "device": "cpu"}
+    full["tasks"] = {"rte": entries[0], "sst2": entries[1]}
+    lines = compare_with_full(of_adapters, full)
+    assert len(lines) == 3 and lines[1].split() == ["rte", "50.0", "/", "50.0"]
+    assert compare_with_full(of_adapters, full | {"weights_hash": "v"}) == compare_with_full(of_adapters, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [("rte", ["rte/train", "rte/validation"]), ("ax", ["mnli/train", "ax/test"]),
+     ("mnli", ["mnli/train", "mnli/validation_matched", "mnli/validation_mismatched"])],
+)  # fmt: skip
+def test_a_hub_out_of_reach_names_the_files_that_serve(monkeypatch, name, files):
+    def fail(*arguments, **settings):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(SettingError, match="no network") as said:
+        load_task(name, None)
+    assert f"a directory with {' and '.join(f'{file}.parquet' for file in files)}." in str(said.value)
 
 
 def test_scores_of_a_task_cover_its_metrics():

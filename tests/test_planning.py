@@ -276,6 +276,54 @@ def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_pa
     assert 0 < pace.seconds_per_token < 1 and 0 < pace.seconds_per_step < 20
 
 
+def test_a_config_beside_the_recipes_that_cannot_take_it_is_left_out(small_recipe, tmp_path, monkeypatch):
+    """Its own model and those that are named must; the table says who was left out."""
+    wide = json.loads((tmp_path / "wide.json").read_text())
+    (tmp_path / "short.json").write_text(json.dumps(wide | {"max_position_embeddings": ROW_LENGTH - 1}))
+    monkeypatch.setattr("oneday.planning.measure_model", lambda *args: PROBE)
+    monkeypatch.setattr("oneday.planning.measure_pace", lambda *args: Pace(1e-4, 0.0, 0.0))
+    made = plan(small_recipe, tmp_path / "mine.yaml")
+    assert made.unfit == ["short"] and [Path(row.model_config).stem for row in made.rows] == ["small", "wide"]
+    assert "other rows or positions than the recipe's: short." in " ".join(format_plan(made).split())
+    for settings in ({"models": tmp_path / "short.json"}, {"model_config": tmp_path / "short.json"}):
+        with pytest.raises(SettingError, match="short.json has .* positions"):
+            plan(small_recipe, tmp_path / "no.yaml", **settings)
+
+
+def test_a_tokenizer_that_is_given_is_the_one_of_the_law_and_of_the_probes(
+    small_recipe, tokenizers, tmp_path, monkeypatch
+):
+    tokenizers["encoder"].save_pretrained(tmp_path / "tokenizer")
+    asked = []
+    monkeypatch.setattr("oneday.planning.fit_family", lambda records, family, held_out: asked.append(family))
+    monkeypatch.setattr("oneday.planning.measure_model", lambda *args: PROBE)
+    monkeypatch.setattr("oneday.planning.measure_pace", lambda *args: Pace(1e-4, 0.0, 0.0))
+    for given in ({}, {"tokenizer_name": tmp_path / "tokenizer"}):
+        plan(small_recipe, tmp_path / "mine.yaml", vocab_size=120, **given)
+    assert [family.vocab_size for family in asked] == [120, len(tokenizers["encoder"])]
+    given = {"streaming": True, "dataset_name": "user/name", "tokenizer_name": str(tmp_path / "tokenizer")}
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]) | given)
+    stand_in = find_material(settings, tmp_path / "stand-in")
+    assert stand_in.num_tokens is None and stand_in.tokenizer.get_vocab() == tokenizers["encoder"].get_vocab()
+
+
+def test_text_on_disk_is_planned_as_such_whatever_streaming_says(small_recipe, tmp_path):
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe), "--streaming", "true"]))
+    assert find_material(settings, tmp_path).num_tokens > 0
+
+
+def test_padding_is_no_token_of_a_plan():
+    """Of rows that are a quarter full, a step of 4,096 places shows 1,024 tokens."""
+    pace, budget = Pace(1e-4, 0.1), Budget(steps=10)
+    roomy = dataclasses.replace(MACHINE, memory_bytes=1e9)
+    full = make_row("a.json", PROBE, pace, budget, roomy, SETTINGS, 10_000, None)
+    quarter = make_row(
+        "a.json", dataclasses.replace(PROBE, token_share=0.25), pace, budget, roomy, SETTINGS, 10_000, None
+    )
+    assert (full.tokens, full.epochs, quarter.tokens, quarter.epochs) == (40_960, 4.096, 10_240, 1.024)
+    assert quarter.hours == pytest.approx(10 * (1024e-4 + 0.1) / 3600)
+
+
 def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):
     made = plan(
         small_recipe, tmp_path / "card.yaml", **{"for": "RTX 3090", "mfu": 0.5, "budget_hours": 1, "bf16": "null"}

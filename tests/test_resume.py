@@ -365,6 +365,49 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_trainer, 
     assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(folder))
 
 
+def test_where_no_checkpoint_is_whole_or_one_cannot_be_read_nothing_is_begun_again(make_trainer, monkeypatch):
+    """Nor set aside: what a disk does not give now it may give later."""
+    settings = {"budget_steps": 10, "save_steps": 3}
+    folder = run_killed(lambda **given: make_trainer("bert", "killed", **given), 7, **settings)
+    before = list_checkpoints(folder)
+
+    def fail_to_read(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("oneday.checkpoints.hash_file", fail_to_read)
+        with pytest.raises(SettingError, match="checkpoint-6 cannot be read .Input/output error.*same command"):
+            make_trainer("bert", "killed", **settings).run(resume=True)
+    assert list_checkpoints(folder) == before and len(before) > 1
+    for checkpoint in before:
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(SettingError, match=f"checkpoint-6 is damaged .optimizer.pt is missing., as are {len(before) - 1} "):
+        make_trainer("bert", "killed", **settings).run(resume=True)
+    assert list_checkpoints(folder) == before
+    for checkpoint in before:
+        shutil.rmtree(checkpoint)
+    again = make_trainer("bert", "killed", **settings)
+    again.run(resume=True)
+    assert again.clock.steps == 10
+
+
+def test_a_line_of_the_metrics_that_a_disk_refuses_does_not_end_the_training(make_trainer, monkeypatch, caplog):
+    trainer = make_trainer("bert", "stumbling", budget_steps=4)
+    dump = json.dumps
+
+    def stumble(event, **given):
+        if isinstance(event, dict) and event.get("event") == "step" and event["step"] == 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return dump(event, **given)
+
+    monkeypatch.setattr("oneday.run_directory.json.dumps", stumble)
+    trainer.run()
+    assert "It was not written (Stale file handle): step of step 2 is not in metrics.jsonl" in caplog.text
+    monkeypatch.undo()
+    steps = [event["step"] for event in read_metrics(trainer.args.output_dir) if event["event"] == "step"]
+    assert steps == [1, 3, 4]
+
+
 def test_a_full_disk_at_a_checkpoint_does_not_end_the_training(make_trainer, monkeypatch, caplog):
     publish = saving.publish_checkpoint
     calls = []

@@ -225,6 +225,13 @@ def test_bad_tasks_are_refused(tmp_path, name, content, words):
         load_task(name, str(tmp_path))
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    pair, half = json.dumps("\U0001f600"), '"\\ud83d"'
+    (tmp_path / "mine.jsonl").write_text(f'{{"sentence_good": {pair}, "sentence_bad": {half}}}\n')
+    (question,) = load_task("mine", str(tmp_path))
+    assert question.pairs == (("", " \U0001f600"), ("", " \ufffd"))
+
+
 def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path):
     rows = [{"text": f"number {index} ends"} for index in range(100)]
     rows[60] = {"a": 1}
@@ -389,11 +396,15 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     other.save_pretrained(folder)
     assert run_script("evaluate", *argv[:-1], "more")[0] == 0
     assert list(json.loads((folder / "zero_shot_results.json").read_text())["tasks"]) == ["more"], "other weights"
+    another = tmp_path / "another"
+    another.mkdir()
+    (another / "recipe.yaml").write_text("")  # of a run that goes on
     pq.write_table(pa.table({"text": ["", " "]}), tmp_path / "blank.parquet")
     for wrong, words in (
         (["--task_names", "ordre"], "the nearest is order"),
         (["--model_name_or_path", "nowhere"], "set output_dir"),
         (["--batch_tokens", "0"], "batch_tokens is 0"),
+        (["--output_dir", another], "holds another model"),
         (["--text_name", tmp_path / "blank.parquet"], "holds no text"),
     ):
         code, _, stderr = run_script("evaluate", *argv, *wrong)

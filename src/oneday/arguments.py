@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import trainer_log_levels
 
 from oneday.throughput import has_fast_bf16
 
@@ -42,8 +43,8 @@ class DataArguments:
     dataset_name: str | list[str] = setting(
         "python-docs",
         "python-docs (built in), a Hub id, or a file, directory or glob of .txt .jsonl .csv .parquet "
-        "(also .gz .xz .zst); several, comma-separated, make a mixture. Small .txt files beside others are a document "
-        "each; one alone, or over 1 MB, is cut at blank lines.",
+        "(also .gz .xz .zst); several, comma-separated, make a mixture. Small .txt files beside others of one "
+        "directory or glob are a document each; one alone, or over 1 MB, is cut at blank lines.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Weights of a mixture, comma-separated, by documents; empty: in proportion to size."
@@ -355,6 +356,10 @@ class BudgetTrainingArguments(TrainingArguments):
         for name in RAMP_FRACTIONS:
             if not 0 < getattr(self, name) <= 1:
                 raise SettingError(f"The setting {name} is {getattr(self, name)}; it must be above 0, at most 1.")
+        for name in ("log_level", "log_level_replica"):
+            if getattr(self, name) not in trainer_log_levels:
+                levels = ", ".join(trainer_log_levels)
+                raise SettingError(f"The setting {name} is {getattr(self, name)!r}; it must be one of {levels}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
             self.use_cpu = True  # accelerate, finding no GPU, would take each process for a run of its own
         self.optimizer_name = self.optim

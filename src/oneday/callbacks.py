@@ -91,7 +91,8 @@ class BudgetCallback(TrainerCallback):
         end, limits = self.trainer.plateau_end, self.trainer.clock.budget.limits
         # One kept under a smaller budget (`extend`) is not the end of this plateau.
         has_kept = any(read_state(path)["clock"]["limits"] == limits for path in list_kept(args.output_dir))
-        self.is_past_plateau = end == 0.0 or (has_kept and self.trainer.clock.progress >= end)
+        was_past = self.trainer.resumed_progress >= end  # its learning rate has fallen: nothing is left to keep
+        self.is_past_plateau = end == 0.0 or was_past or (has_kept and self.trainer.clock.progress >= end)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -92,7 +92,7 @@ def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
         EvalResult(
             task_type=pipeline,
             # Two configs of one data set with the same task would be one entry.
-            **dict(zip(("dataset_type", "dataset_config", "dataset_split"), HUB_SETS.get(name, (name,)))),
+            **dict(zip(("dataset_type", "dataset_config", "dataset_split"), find_set(name, task))),
             dataset_name=name + part,
             metric_type="accuracy",
             metric_value=round(task["accuracy"], 4),
@@ -100,6 +100,11 @@ def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
         )
         for name, task, part in zero_shot_tasks(folder)
     ]
+
+
+def find_set(name: str, task: dict[str, Any]) -> tuple[str | None, ...]:
+    """(id, configuration, split) of a set that was read from the Hub; of files only what they are called."""
+    return HUB_SETS[name] if task.get("source") == "hub" else (name,)
 
 
 def zero_shot_section(folder: Path) -> str:

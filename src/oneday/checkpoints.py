@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from oneday.arguments import SettingError
 from oneday.durable_files import synchronize_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,19 +57,23 @@ def seal_checkpoint(folder: Path) -> None:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a sealed checkpoint, in words; None when every file is as it was written."""
+    """What is wrong with a sealed checkpoint, in words; None when every file is as it was written.
+
+    Raises:
+        SettingError: When a file cannot be read, which says nothing of what is in it.
+    """
     try:
         seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-    except OSError:
-        return f"{SEAL} is missing"
-    except ValueError:
-        return f"{SEAL} is damaged"
-    try:
         faults = [find_file_fault(checkpoint / name, entry["bytes"], entry["sha256"]) for name, entry in seal.items()]
-    except (KeyError, TypeError, AttributeError):
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{SEAL} is damaged"
     except OSError as error:
-        return f"a file cannot be read: {error.strerror}"
+        raise SettingError(
+            f"{checkpoint} cannot be read ({error.strerror or error}); look at its disk and permissions, then run the "
+            "same command again."
+        ) from None
     if STATE not in seal:
         return f"{SEAL} is damaged"
     return next((fault for fault in faults if fault is not None), None)
@@ -84,16 +89,38 @@ def find_file_fault(path: Path, num_bytes: int, sha256: str) -> str | None:
 
 
 def find_good_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named and set aside as `damaged-checkpoint-N`."""
+    """The newest whole checkpoint; damaged ones after it are named and set aside as `damaged-checkpoint-N`.
+
+    Returns:
+        None where there is no checkpoint.
+
+    Raises:
+        SettingError: When there are some and none is whole, or one cannot be read; then nothing is set aside.
+    """
+    faults: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(output_dir)):
         fault = find_fault(checkpoint)
         if fault is None:
+            set_aside(faults)
             return checkpoint
-        logger.warning("%s is damaged (%s) and set aside; one before it is used, if any.", checkpoint.name, fault)
+        faults[checkpoint] = fault
+    if faults:
+        newest, fault = next(iter(faults.items()))
+        others = f", as are {len(faults) - 1} before it" if len(faults) > 1 else ""
+        raise SettingError(
+            f"{newest} is damaged ({fault}){others}, and no other is there; bring a copy back, or remove what is "
+            "damaged: the same command then begins again with what is left of the budget."
+        )
+    return None
+
+
+def set_aside(faults: dict[Path, str]) -> None:
+    """Say what is wrong with damaged checkpoints, and give them another name."""
+    for checkpoint, fault in faults.items():
+        logger.warning("%s is damaged (%s) and set aside; the one before it is used.", checkpoint.name, fault)
         aside = checkpoint.with_name(DAMAGED + checkpoint.name)
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(checkpoint, aside)
-    return None
 
 
 def publish_checkpoint(source: Path, target: Path) -> None:

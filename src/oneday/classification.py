@@ -21,6 +21,8 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
+    DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 # What a configuration says of where it was read and what wrote it.
 ORIGIN = ("_name_or_path", "transformers_version")
+# Classes whose head is of a task that was learnt before, or told replaced tokens: every run begins with a new one.
+OF_A_TASK = ("ForSequenceClassification", "ForTokenClassification")
+# Outside the encoder and no part of such a head: ModernBERT's, which masked words train.
+PRETRAINED_LAYERS = ("head.",)
 
 
 @dataclass(frozen=True)
@@ -127,12 +133,13 @@ def load_checkpoint(name: str) -> Checkpoint:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # no weights, damaged ones, other sizes: each library has its own errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingError(f"The weights in model_name_or_path {name} cannot be loaded ({reason}).") from None
     new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
-    if any(name.endswith("ForTokenClassification") for name in config.architectures or []):
-        new |= {key for key in model.state_dict() if key.startswith("classifier.")}  # it told replaced tokens
+    if any(name.endswith(OF_A_TASK) for name in config.architectures or []):
+        kept = (f"{model.base_model_prefix}.", *PRETRAINED_LAYERS)
+        new |= {key for key in model.state_dict() if not key.startswith(kept)}
     weights = {key: tensor.detach().clone() for key, tensor in model.state_dict().items() if key not in new}
     if not weights:
         raise SettingError(f"No weight in model_name_or_path {name} fits its own config.json; save the model again.")
@@ -174,17 +181,34 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         )
 
 
-def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
-    """`max_seq_length`, or less where the model has fewer positions."""
-    config = checkpoint.config
-    num_positions = getattr(config, "max_position_embeddings", None) or max_seq_length
+def count_positions(config: PreTrainedConfig) -> int | None:
+    """The most tokens of a text that a model has positions for; None: any number."""
+    num_positions = getattr(config, "max_position_embeddings", None) or 0
     if num_positions > 0 and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         # These count positions from the padding id on.
         num_positions -= (config.pad_token_id or 0) + 1
-    if 0 < num_positions < max_seq_length:
+    return num_positions if num_positions > 0 else None
+
+
+def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
+    """`max_seq_length`, or less where the model has fewer positions."""
+    num_positions = count_positions(checkpoint.config)
+    if num_positions is not None and num_positions < max_seq_length:
         logger.info("max_seq_length is %d and the model has %d positions: used", max_seq_length, num_positions)
         return num_positions
     return max_seq_length
+
+
+def pad_batch(rows: list[dict], checkpoint: Checkpoint, multiple: int | None) -> BatchEncoding:
+    """Rows of a prepared task as a batch, (rows, tokens): the length of the longest, or the next multiple of it.
+
+    Never more than the model has positions.
+    """
+    longest = max(row["length"] for row in rows)
+    length = longest if multiple is None else -(-longest // multiple) * multiple
+    length = max(longest, min(length, count_positions(checkpoint.config) or length))
+    inputs = [{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows]
+    return DataCollatorWithPadding(checkpoint.tokenizer, padding="max_length", max_length=length)(inputs)
 
 
 def tokenize_split(rows: Dataset, encode: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:

@@ -31,6 +31,39 @@ def write_json(path: str | Path, content: Any, is_durable: bool = True) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n", is_durable)
 
 
+def check_folder(folder: Path, setting: str) -> None:
+    """Look, and make nothing: is a directory that a setting names there and writable, or can it be made?
+
+    Raises:
+        SettingError: When it cannot be.
+    """
+    # Not Path.exists, which raises where a directory above may not be read.
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    reason = None if os.access(nearest, os.W_OK | os.X_OK) else "no permission"
+    refuse_folder(folder, setting, reason if nearest.is_dir() else f"{nearest.name} is a file")
+
+
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a directory that a setting names.
+
+    Raises:
+        SettingError: When it cannot be written.
+    """
+    check_folder(folder, setting)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse_folder(folder, setting, error.strerror or str(error))
+
+
+def refuse_folder(folder: Path, setting: str, reason: str | None) -> None:
+    """Raise SettingError where there is a reason that a directory cannot be written."""
+    if reason is not None:
+        raise SettingError(
+            f"The setting {setting} is {str(folder)!r}, which cannot be written ({reason}); name another."
+        )
+
+
 def synchronize_path(path: Path) -> None:
     """Bring a file's bytes, or a directory's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -7,15 +7,15 @@ The others (linear, cosine, triangle) have decayed all along: they go on from th
 from __future__ import annotations
 
 import logging
+import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import Budget
-from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state
+from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state, remove_checkpoint
 from oneday.durable_files import write_json
 from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
 from oneday.schedules import find_plateau_end
@@ -52,7 +52,7 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
             settings["lr_shape"],
         )
     discarded = report["spent"]["seconds"] - state["elapsed_seconds"] + report.get("discarded_seconds", 0.0)
-    energy = {"kwh": state["metered_kwh"]} if budget.needs_meter else {}
+    energy = {"kwh": state["metered_kwh"]} if state["metered_kwh"] > 0.0 else {}
     if report.get("status") != EXTENDING:
         report |= {
             "status": EXTENDING,
@@ -62,8 +62,9 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
         }
         write_json(folder / rundir.BUDGET, report)
     for checkpoint in list_checkpoints(folder):
-        if read_state(checkpoint)["clock"]["steps_taken"] > state["steps_taken"]:
-            shutil.rmtree(checkpoint)
+        clock = read_state(checkpoint).get("clock", {})  # of a damaged one nothing
+        if clock.get("steps_taken", math.inf) > state["steps_taken"]:
+            remove_checkpoint(checkpoint)
     rundir.write_recipe(folder, settings)
     # The scores of weights that are about to move; results.json last, without which the run is not finished.
     scores = [*folder.glob(f"glue*/{GLUE_RESULTS}"), folder / ZERO_SHOT_RESULTS, folder / rundir.RESULTS]

@@ -19,7 +19,7 @@ from oneday.classification import (
     silence_libraries,
     tokenize_split,
 )
-from oneday.durable_files import write_json
+from oneday.durable_files import check_folder, make_folder, write_json
 from oneday.finetuning_processes import obtain_runs
 from oneday.finetuning_run import (
     WEIGHTS,
@@ -33,9 +33,10 @@ from oneday.finetuning_run import (
 from oneday.glue import Task, complete_task, find_task, load_task, take_examples
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import TUNED, FinetuneArguments, check_arguments, complete_arguments, find_output_dir
-from oneday.glue_results import RESULTS_FILE, read_earlier, summarize_runs
+from oneday.glue_results import RESULTS_FILE, describe_table, keep_earlier, read_earlier, summarize_runs
 from oneday.own_task import load_own_task
-from oneday.predictions import read_test_splits, write_submission
+from oneday.predictions import read_test_splits, remove_submission, write_submission
+from oneday.run_directory import refuse_full_disk
 from oneday.throughput import keep_freed_memory, set_threads
 from oneday.tuning import choose_setting, hold_out, spread_grid
 
@@ -56,20 +57,30 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
         "average_over", ...}`; scores are fractions (accuracy 0.9, not 90).
 
     Raises:
-        SettingError: When a setting cannot work (nothing has been written then), or a run in a process of its own
-            failed (finished ones are kept).
+        SettingError: When a setting cannot work (nothing has been written then), a run in a process of its own
+            failed, or the disk is full (finished runs are kept).
     """
     args = complete_arguments(args)
     names = check_arguments(args)
+    output_dir = find_output_dir(args)
+    check_folder(output_dir, "output_dir")
     set_threads(args.num_threads)
     keep_freed_memory()
     checkpoint = load_checkpoint(args.model_name_or_path)
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     check_test_splits(args, prepared)
-    output_dir = find_output_dir(args)
     if args.task_file:
         check_name_is_free(args, prepared[0], read_earlier(output_dir / RESULTS_FILE))
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir, "output_dir")
+    with refuse_full_disk(output_dir):
+        return score_tasks(checkpoint, prepared, args, may_start_processes)
+
+
+def score_tasks(
+    checkpoint: Checkpoint, prepared: list[PreparedTask], args: FinetuneArguments, may_start_processes: bool
+) -> dict:
+    """Do the runs that are missing, and write what all of them come to; see `run_protocol`."""
+    output_dir = find_output_dir(args)
     kinds = (False, True) if args.random_baseline else (False,)
     plan = [(task, from_random) for task in prepared for from_random in kinds]
     settings, choices = [args] * len(plan), {}
@@ -81,9 +92,12 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
         for seed in range(args.seed, args.seed + args.num_seeds)
     ]
     lines = obtain_runs(checkpoint, args, runs, may_start_processes)
+    table = describe_table(args, checkpoint)
+    kept = keep_earlier(table, read_earlier(output_dir / RESULTS_FILE))
+    if args.write_submission and not kept:
+        remove_submission(output_dir)
     submissions = write_submissions(args, prepared, runs, lines)
-    earlier = read_earlier(output_dir / RESULTS_FILE)
-    results = summarize_runs(args, checkpoint, prepared, lines, earlier, choices, submissions)
+    results = summarize_runs(args, table, prepared, lines, kept, choices, submissions)
     write_json(output_dir / RESULTS_FILE, results)
     draw_results(results, count_answers(prepared, runs), output_dir / PICTURE_FILE)
     return results

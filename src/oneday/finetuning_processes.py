@@ -13,7 +13,13 @@ from oneday.finetuning_run import PlannedRun, describe_run, measure_run
 from oneday.glue_protocol import FinetuneArguments, choose_device, find_output_dir
 from oneday.glue_results import RUNS_FILE, append_run, read_runs
 from oneday.processes import map_in_processes
-from oneday.throughput import available_memory_bytes, keep_freed_memory, set_threads, usable_cores
+from oneday.throughput import (
+    available_memory_bytes,
+    describe_environment,
+    keep_freed_memory,
+    set_threads,
+    usable_cores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +61,10 @@ def obtain_runs(
         num_processes = max(1, min(num_processes, available_memory_bytes() // process_bytes(checkpoint, missing)))
     if num_processes > 1:
         logger.info("%d runs at a time, %d thread%s each", num_processes, num_threads, "s" * (num_threads > 1))
+    environment = {k: v for k, v in describe_environment(choose_device(args)).items() if k != "threads"}  # a run's own
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=title, unit="run", disable=None) as bar:
         for line in perform_runs(checkpoint, missing, num_processes, num_threads):
+            line["environment"] = environment
             lines[line["key"]] = line
             append_run(path, line)
             bar.set_postfix_str(describe_run(line), refresh=False)

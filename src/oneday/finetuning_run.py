@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oneday.adapters import count_trained, restrict_training, save_classifier
-from oneday.classification import Checkpoint, PreparedTask, build_classifier, silence_libraries
+from oneday.classification import Checkpoint, PreparedTask, build_classifier, pad_batch, silence_libraries
 from oneday.dropout import hasten_dropout
 from oneday.glue import Task, score_predictions
 from oneday.glue_protocol import (
@@ -117,14 +118,23 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         write_predictions(new, task, logits)
         if run.saves_model:
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
-        elif (run.folder / "model").is_dir():  # of the same key: not taken away
-            shutil.copytree(run.folder / "model", new / "model")
-        shutil.rmtree(run.folder, ignore_errors=True)
-        new.rename(run.folder)
+        put_in_place(new, run.folder)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}
     facts["diverged"] = not all(np.isfinite(outputs).all() for outputs in logits.values())
     return line | facts | cost
+
+
+def put_in_place(new: Path, folder: Path) -> None:
+    """Move what a run has left to where it belongs; what lies there is of the same run, and stays or is replaced."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    for part in new.iterdir():
+        if part.is_dir():
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+        part.rename(folder / part.name)
+    new.rmdir()
 
 
 def train_classifier(
@@ -225,11 +235,7 @@ def build_trainer(
     training_args.mixed_precision = "bf16" if choose_bf16(args) else "no"  # not an accelerate config's
     # Several visible GPUs would multiply the batch, and with it change the protocol.
     training_args._n_gpu = min(training_args.n_gpu, 1)
-    pad = DataCollatorWithPadding(checkpoint.tokenizer, pad_to_multiple_of=choose_pad_multiple(args))
-
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        return pad([{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows])
-
+    collate = functools.partial(pad_batch, checkpoint=checkpoint, multiple=choose_pad_multiple(args))
     trainer = ClassificationTrainer(
         model, training_args, data_collator=collate, train_dataset=prepared.splits["train"]
     )

@@ -270,8 +270,14 @@ def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingError(
             f"The task {task.name} cannot be read from the Hub ({reason}); "
-            f"set task_data_dir to a directory with {task.name}/train.parquet and {task.name}/validation.parquet."
+            f"set task_data_dir to a directory with {list_files(task)}."
         ) from None
+
+
+def list_files(task: Task) -> str:
+    """The local files of a task, in words."""
+    training = f"{task.train_task or task.name}/train.parquet"
+    return " and ".join([training, *[f"{task.name}/{split}.parquet" for split in task.validation_splits]])
 
 
 def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:

@@ -9,7 +9,6 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
 from oneday.glue import GLUE_NUMBERS, TASKS, name_labels, score_majority
@@ -23,18 +22,14 @@ from oneday.glue_protocol import (
     TUNED_SETTINGS,
     FinetuneArguments,
     choose_bf16,
-    choose_device,
     choose_pad_multiple,
     name_protocol,
 )
-from oneday.throughput import describe_environment
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "glue_results.json"
 RUNS_FILE = "glue_runs.jsonl"
-# What may differ between calls whose scores stand in one table.
-CHANGING = ("model", "threads", "environment")
 COST_KEYS = ("trainable_parameters", "total_parameters", "peak_memory_bytes")
 METRIC_TITLES = {
     "accuracy": "accuracy",
@@ -46,12 +41,35 @@ METRIC_TITLES = {
 }
 
 
+def describe_table(args: FinetuneArguments, checkpoint: Checkpoint) -> dict:
+    """What all scores of one `glue_results.json` have in common: weights, inputs and settings."""
+    settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
+    if args.protocol == TUNED:
+        settings |= {name: getattr(args, name) for name in TUNED_SETTINGS} | dict.fromkeys(CHOSEN_SETTINGS)
+    return {
+        "protocol": name_protocol(args),
+        "model": checkpoint.name,
+        "weights_hash": checkpoint.weights_hash,
+        "architecture_hash": checkpoint.architecture_hash,
+        "settings": settings | {"bf16": choose_bf16(args)},
+    }
+
+
+def keep_earlier(table: dict, earlier: dict) -> dict[str, dict]:
+    """The numbers of an earlier call that may stand beside those of this one; none of other weights or settings."""
+    if all(earlier.get(name) == value for name, value in table.items() if name != "model"):
+        return earlier["tasks"]
+    if earlier:
+        logger.info("scores of other weights or settings are replaced; their runs stay in the runs file")
+    return {}
+
+
 def summarize_runs(
     args: FinetuneArguments,
-    checkpoint: Checkpoint,
+    table: dict,
     prepared: list[PreparedTask],
     runs: list[dict],
-    earlier: dict,
+    kept: dict[str, dict],
     choices: dict[tuple[str, str], dict],
     submissions: dict[str, dict],
 ) -> dict:
@@ -59,29 +77,15 @@ def summarize_runs(
 
     Args:
         args: The protocol.
-        checkpoint: What was fine-tuned.
+        table: From `describe_table`.
         prepared: The tasks of this call.
         runs: Their lines of `glue_runs.jsonl`.
-        earlier: What the file held before; its tasks are kept when all but the tasks is the same.
+        kept: Numbers of earlier calls, from `keep_earlier`; of tasks that this call has, its own count alone.
         choices: Of the tuned protocol, by task and kind of weights.
         submissions: By task, the seed and the files of what was written for GLUE's server.
     """
-    settings = {name: getattr(args, name) for name in (*PROTOCOL_SETTINGS, "seed")}
-    if args.protocol == TUNED:
-        settings |= {name: getattr(args, name) for name in TUNED_SETTINGS} | dict.fromkeys(CHOSEN_SETTINGS)
-    header = {
-        "protocol": name_protocol(args),
-        "model": checkpoint.name,
-        "weights_hash": checkpoint.weights_hash,
-        "settings": settings | {"bf16": choose_bf16(args)},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else "cpu",
-        "threads": sorted({run.get("threads", torch.get_num_threads()) for run in runs}),
-        "environment": {k: v for k, v in describe_environment(choose_device(args)).items() if k != "threads"},
-    }
-    is_same = all(earlier.get(name) == value for name, value in header.items() if name not in CHANGING)
-    if earlier and not is_same:
-        logger.info("scores of other weights or settings are replaced; their runs stay in the runs file")
-    tasks = dict(earlier["tasks"]) if is_same else {}
+    again = {task.task.name for task in prepared}
+    tasks = {number: entry for number, entry in kept.items() if entry["task"] not in again}
     for task in prepared:
         mine = [run for run in runs if run["task"] == task.task.name]
         for split in task.scored_splits:
@@ -93,7 +97,7 @@ def summarize_runs(
                 tasks[task.task.name_number(split)]["own_task"] = own
             if task.task.name in submissions:
                 tasks[task.task.name_number(split)]["submission"] = submissions[task.task.name]
-    return header | {"tasks": tasks} | summarize_average(tasks)
+    return table | summarize_machines(tasks) | {"tasks": tasks} | summarize_average(tasks)
 
 
 def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> dict:
@@ -129,10 +133,29 @@ def summarize_number(prepared: PreparedTask, split: str, runs: list[dict]) -> di
         "seconds": round(sum(run["seconds"] for run in runs), 1),
         "data_hash": prepared.data_hash,
         "diverged_runs": sum(run["diverged"] for run in runs),
+        "threads": sorted({run["threads"] for run in runs if "threads" in run}),
+        "environments": list_environments(runs),
     }
     if main["random"]:
         entry["random_weights"] = {"median": statistics.median(main["random"]), "scores": main["random"]}
     return entry
+
+
+def list_environments(runs: list[dict]) -> list[dict]:
+    """The machines, versions and commits that runs were made with, each once; none of lines that say nothing."""
+    found = []
+    for run in runs:
+        if run.get("environment") not in (None, *found):
+            found.append(run["environment"])
+    return found
+
+
+def summarize_machines(tasks: dict[str, dict]) -> dict[str, object]:
+    """`device` (`cpu`, or the GPUs' names) and `threads` of all numbers."""
+    environments = [environment for entry in tasks.values() for environment in entry["environments"]]
+    names = {"cpu" if made["device_type"] == "cpu" else made["device"] for made in environments}
+    threads = {number for entry in tasks.values() for number in entry["threads"]}
+    return {"device": ", ".join(sorted(names)), "threads": sorted(threads)}
 
 
 def summarize_average(tasks: dict[str, dict]) -> dict[str, object]:
@@ -194,7 +217,11 @@ def format_results(results: dict) -> str:
 def compare_with_full(results: dict, full: dict) -> list[str]:
     """Lines that set the scores of adapters beside those of training all weights of the same checkpoint."""
     is_full = full.get("weights_hash") == results["weights_hash"] and not full["settings"]["peft"]
-    shared = [name for name in results["tasks"] if name in full["tasks"]] if is_full else []
+    # Of the same rows, those trained on and those scored.
+    rows, others = (
+        {name: entry["data_hash"] for name, entry in side.get("tasks", {}).items()} for side in (results, full)
+    )
+    shared = [name for name in rows if rows[name] == others.get(name)] if is_full else []
     if not results["settings"]["peft"] or not shared:
         return []
     lines = [f"{results['settings']['peft']} / all weights (protocol {full['protocol']}):"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from oneday.arguments import SettingError, setting
@@ -55,21 +56,30 @@ class Family:
     embedding_init: str = "random"
     weight_decay: float = 0.01
     optim: str = "muon"
+    batch_size_tokens: int | None = None
+    learning_rate: float | None = None
+    muon_learning_rate: float | None = None
+    mlm_probability: float | None = None
 
     @classmethod
     def of_settings(cls, settings: Settings, model_type: str) -> Family:
         """The family that a recipe's runs belong to."""
         names = ("objective", "vocab_size", "max_seq_length")
-        others = ("attention_init", "embedding_init", "weight_decay", "optim")  # of which old records may have none
+        # Of which old records may have none.
+        others = tuple(field.name for field in fields(cls) if field.name not in ("model_type", *names))
         given = {name: settings[name] for name in others if settings.get(name) is not None}
         given["optim"] = given.get("optim", cls.optim).removesuffix("_8bit")  # its states may be held in 8 bits
         return cls(model_type, *(settings[name] for name in names), **given)
 
     def __str__(self) -> str:
         start = ", ".join(name for name in (self.attention_init, self.embedding_init) if name not in (None, "random"))
+        batch = f", steps of {self.batch_size_tokens:,}" if self.batch_size_tokens else ""
+        rates = [rate for rate in (self.muon_learning_rate, self.learning_rate) if rate is not None]
+        masks = f" at {100 * self.mlm_probability:g} %" if self.mlm_probability and self.objective != "clm" else ""
         return (
-            f"{self.model_type}, {self.objective}, {self.vocab_size:,} tokens of vocabulary, rows of "
-            f"{self.max_seq_length}{f', {start}' if start else ''}, decay {self.weight_decay:g}, {self.optim}"
+            f"{self.model_type}, {self.objective}{masks}, vocabulary of {self.vocab_size:,}, rows of "
+            f"{self.max_seq_length}{batch}, {self.optim}{' at ' * bool(rates)}{' / '.join(f'{r:g}' for r in rates)}, "
+            f"decay {self.weight_decay:g}{f', {start}' if start else ''}"
         )
 
 
@@ -114,7 +124,7 @@ def run_ladder(recipe_path: str, settings: Settings, args: LadderArguments) -> l
 
 
 def read_records(folders: Sequence[str | Path]) -> list[Record]:
-    """The records of whole pretraining runs in some directories; files that are none are passed over.
+    """The records of whole pretraining runs in some directories and those below; files that are none are passed over.
 
     Raises:
         SettingError: When a directory that was named is not there.
@@ -123,7 +133,7 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
     for folder in folders:
         if not Path(folder).is_dir() and folder not in (LADDER_DIR, BENCHMARK_DIR):
             raise SettingError(f"There is no directory {folder} with records for the scaling law; name another.")
-    for path in sorted(path for folder in folders for path in Path(folder).glob("*.json")):
+    for path in sorted({path for folder in folders for path in Path(folder).rglob("*.json")}):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if record.get("kind") in KINDS and "recipe" in record:  # others are of fine-tuning
@@ -169,7 +179,7 @@ def format_law(fitted: FamilyLaw, family: Family) -> str:
     """The law, its range, and each run beside what the law says of it; in 80 columns."""
     law = fitted.law
     lines = [
-        str(family)[:80],
+        *textwrap.wrap(str(family), 80),
         f"{law.describe()}   (N, D in millions)",
         f"{'run':44}{'N':>8}{'D':>9}{'loss':>8}{'law':>8}",
         "-" * 78,

@@ -106,9 +106,9 @@ def make_row(
     law: ScalingLaw | None,
 ) -> Row:
     """What one model makes of the budget; `law` is of models of its kind."""
-    batch, watts = settings["batch_size_tokens"], machine.watts or pace.watts
+    batch, watts = probe.token_share * settings["batch_size_tokens"], machine.watts or pace.watts
     size = probe.num_parameters_without_embeddings
-    tokens = count_tokens(probe, pace, budget, watts, batch, mean_batch_tokens(settings))
+    tokens = count_tokens(probe, pace, budget, watts, batch, probe.token_share * mean_batch_tokens(settings))
     hours = (tokens / pace.tokens_per_second(batch) + pace.fixed_seconds) / SECONDS_PER_HOUR
     names = [settings["optim"], *[name for name in optimizer_pair(settings["optim"]) if name]]
     fits = {name: largest_micro_batch(probe, name, machine, settings) for name in names}

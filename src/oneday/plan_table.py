@@ -101,9 +101,11 @@ def make_notes(plan: BudgetPlan) -> list[str]:
     if plan.mfu is not None:
         notes.append(
             f"estimate: {100 * plan.mfu:g} % of {plan.machine.peak_flops / 1e12:.0f} TFLOP/s (data sheet) is stated, "
-            "nothing was measured on the card."
+            "nothing was measured on the card; memory is of the precision and the kernels here."
         )
     notes.append(f"micro: the largest micro-batch, in tokens, in {100 * USABLE_MEMORY:g} % of the memory.")
     if plan.left_out:
         notes.append(f"left out, fewer tokens than parameters even at the peak: {', '.join(plan.left_out)}.")
+    if plan.unfit:
+        notes.append(f"left out, made for other rows or positions than the recipe's: {', '.join(plan.unfit)}.")
     return notes

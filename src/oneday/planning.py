@@ -15,6 +15,7 @@ from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import check_positive
 from oneday.budget import Budget
 from oneday.compilation import decide_compiling
+from oneday.corpus import list_hub_ids
 from oneday.durable_files import write_whole
 from oneday.ladder import BENCHMARK_DIR, LADDER_DIR, Family, FamilyLaw, fit_family, read_records
 from oneday.machines import Machine, find_machine
@@ -74,6 +75,7 @@ class BudgetPlan:
         rows: One a model, smallest first.
         best: Place of the one to take.
         left_out: Names of models that are too large for the budget.
+        unfit: Names of models that cannot take the recipe: too few positions for its rows, say.
         fitted: The law; None: there is none for this family.
         family: Whose law it is.
         is_own_text: Whether the law's text is the plan's.
@@ -86,6 +88,7 @@ class BudgetPlan:
     rows: list[Row]
     best: int
     left_out: list[str]
+    unfit: list[str]
     fitted: FamilyLaw | None
     family: Family
     is_own_text: bool
@@ -110,13 +113,16 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
     budget, machine = check_settings(model_args, args), find_machine(args, plan_args.for_, plan_args.gpu_memory_gb)
     check_writable(plan_args.plan_recipe, recipe_path)
     models = list_models(plan_args.models, settings["model_config"])
-    family = Family.of_settings(settings, read_model_type(settings["model_config"]))
     with tempfile.TemporaryDirectory(prefix="oneday-plan-") as folder:
         material = find_material(settings, Path(folder))
         held_out = material.validation.index.key
+        # Of a tokenizer that is given the setting says nothing.
+        size = settings["vocab_size"] if settings["tokenizer_name"] is None else len(material.tokenizer)
+        family = Family.of_settings({**settings, "vocab_size": size}, read_model_type(settings["model_config"]))
         fitted = fit_family(read_records(plan_args.ladder_dirs), family, held_out)
-        counts = {model: count_flops(material, {**settings, "model_config": model}) for model in models}
-        kept = [model for model in models if is_within_reach(*counts[model], budget, machine)]
+        needed = plan_args.models or [settings["model_config"]]
+        counts, unfit = count_flops_of_all(material, settings, models, needed)
+        kept = [model for model in counts if is_within_reach(*counts[model], budget, machine)]
         kept = sorted(kept, key=lambda model: counts[model][1])
         if not kept:
             raise SettingError(
@@ -137,10 +143,29 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
         )
     best = choose_row(rows, settings["model_config"])
     recipe = write_recipe(recipe_path, given, rows[best], plan_args.plan_recipe)
-    left_out = [Path(model).stem for model in models if model not in kept]
+    left_out = [Path(model).stem for model in counts if model not in kept]
     is_own_text = fitted is not None and fitted.held_out == held_out
     mfu = plan_args.mfu if machine.card else None
-    return BudgetPlan(budget, machine, rows, best, left_out, fitted, family, is_own_text, mfu, recipe)
+    return BudgetPlan(budget, machine, rows, best, left_out, unfit, fitted, family, is_own_text, mfu, recipe)
+
+
+def count_flops_of_all(
+    material: Material, settings: Settings, models: list[str], needed: list[str]
+) -> tuple[dict[str, tuple[int, float]], list[str]]:
+    """(parameters, FLOPs a token) of the models that can take the recipe, and the names of those that cannot.
+
+    Raises:
+        SettingError: When one that was asked for cannot.
+    """
+    counts, unfit = {}, []
+    for model in models:
+        try:
+            counts[model] = count_flops(material, {**settings, "model_config": model})
+        except SettingError:  # too few positions for the rows, say
+            if model in needed:
+                raise
+            unfit.append(Path(model).stem)
+    return counts, unfit
 
 
 def read_model_type(model_config: str) -> str:
@@ -171,7 +196,7 @@ def has_model_type(path: Path, kind: str) -> bool:
 def find_material(settings: Settings, folder: Path) -> Material:
     """The recipe's text, prepared as the run will take it from the cache; for a stream, random words."""
     _, data_args, args = build_arguments(CLASSES, settings)
-    if data_args.streaming:
+    if data_args.streaming and list_hub_ids(data_args.dataset_name):
         return make_stand_in(find_objective(args.objective), settings, folder)
     objective, data = prepare_objective(data_args, args)
     return Material(objective, data.tokenizer, data.train, data.validation, data.train.num_tokens)

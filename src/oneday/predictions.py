@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from oneday.classification import PreparedTask
+from oneday.durable_files import write_whole
 from oneday.glue import Task, find_task, name_labels, normalize_split, read_splits
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,14 @@ def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[
         table = pq.read_table(folder / f"{file}.parquet", columns=["row", "prediction"])
         answers = sorted(zip(table["row"].to_pylist(), table["prediction"].to_pylist()))
         lines = [f"{index}\t{spell_answer(task, answer)}\n" for index, answer in answers]
-        (target / f"{file}.tsv").write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
+        write_whole(target / f"{file}.tsv", "index\tprediction\n" + "".join(lines))
     return {"seed": run["seed"], "files": [f"{file}.tsv" for file in prepared.test_splits]}
+
+
+def remove_submission(output_dir: Path) -> None:
+    """Take away the server's files, which are of other weights or settings than those that come now."""
+    for name in (*(name for files in SUBMISSION_FILES.values() for name in files.values()), "AX"):
+        (output_dir / SUBMISSION_DIR / f"{name}.tsv").unlink(missing_ok=True)
 
 
 def spell_answer(task: Task, answer: float | int) -> str:

@@ -218,6 +218,8 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     """
     rundir.check_same_run(trainer.args.output_dir, state, trainer.data_fingerprint, trainer.model_fingerprint)
     trainer.clock.load_state_dict(state["clock"])
+    is_same_budget = state["clock"]["limits"] == trainer.clock.budget.limits
+    trainer.resumed_progress = state["clock"]["progress"] if is_same_budget else 0.0
     trainer.loader.load_state_dict(state["loader"])
     trainer.micro_batch_limit = state["micro_batch_limit"]
     for name, value in state["bad_steps"].items():
@@ -272,7 +274,8 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
         if pusher:
             pusher.leave(PUSH_SECONDS)
         return say_interrupted(trainer)
-    write(metrics)
+    with rundir.refuse_full_disk(trainer.args.output_dir):
+        write(metrics)
     if trainer.ranks.is_first:
         logger.info("%s.", trainer.clock.describe_spending())
         logger.info("The model is in %s.", trainer.args.output_dir)

@@ -27,7 +27,7 @@ from oneday.packed_dataset import PackedDataset, pack_corpus
 from oneday.pretraining import prepare_first_step
 from oneday.recipe import Settings, build_arguments
 from oneday.row_sources import RowSource
-from oneday.tokenization import train_tokenizer
+from oneday.tokenization import load_tokenizer, train_tokenizer
 from oneday.trainer import BudgetTrainer
 
 # A parameter of this shape shows what an optimizer keeps an element; block-wise states have their blocks in it.
@@ -36,6 +36,8 @@ SAMPLE_SHAPE = (1024, 1024)
 TABLE_STATE_BYTES = 8
 # A forward and backward pass of a probe may take this long, by a guess at a third of the peak.
 PASS_SECONDS, GUESSED_MFU = 0.5, 0.3
+# Rows whose FLOPs are counted: padded ones differ.
+COUNTED_ROWS = 64
 STAND_IN_DOCUMENTS, STAND_IN_WORDS = 1500, 250
 
 
@@ -69,6 +71,7 @@ class Probe:
         model_bytes: Weights, their bfloat16 copy, and the gradients of both.
         activation_bytes: Kept from forward to backward, a token of a micro-batch.
         state_bytes: Of the optimizer in 32 and in 8 bit, by optimizer.
+        token_share: Of the places in a batch, those that are no padding.
     """
 
     num_parameters: int
@@ -77,6 +80,7 @@ class Probe:
     model_bytes: int
     activation_bytes: float
     state_bytes: dict[str, int]
+    token_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,16 @@ def count_saved_bytes(known: set[int]) -> Iterator[dict[int, int]]:
 
 
 def make_stand_in(objective_class: type[Objective], settings: Settings, folder: Path) -> Material:
-    """Rows of random words under a vocabulary of the recipe's size, where its text is a stream."""
+    """Rows of random words under the recipe's tokenizer, or a vocabulary of its size, where its text is a stream."""
     _, data_args, args = build_arguments(CLASSES, settings)
     kind, generator = objective_class.kind, np.random.default_rng(0)
     words = ["".join(generator.choice(list("abcdefghijkl"), 4)) for _ in range(2000)]
     texts = [" ".join(generator.choice(words, STAND_IN_WORDS)) for _ in range(STAND_IN_DOCUMENTS)]
-    tokenizer = train_tokenizer(texts, data_args.tokenizer_type, 1000, data_args.lowercase, kind)
-    tokenizer.add_tokens([f"<{index}>" for index in range(data_args.vocab_size - len(tokenizer))])
+    if data_args.tokenizer_name is not None:
+        tokenizer = load_tokenizer(data_args.tokenizer_name)
+    else:
+        tokenizer = train_tokenizer(texts, data_args.tokenizer_type, 1000, data_args.lowercase, kind)
+        tokenizer.add_tokens([f"<{index}>" for index in range(data_args.vocab_size - len(tokenizer))])
     packing = (tokenizer, kind, data_args.max_seq_length, data_args.packing_strategy)
     train, validation = (
         pack_corpus([part], *packing, folder / name)
@@ -192,7 +199,7 @@ def measure_model(material: Material, settings: Settings) -> Probe:
         settings: Every setting of the recipe, with this `model_config`.
     """
     row = settings["max_seq_length"]
-    small = {"torch_compile": False, "batch_size_tokens": 2 * row, "micro_batch_tokens": 2 * row}
+    small = {"torch_compile": False, "batch_size_tokens": COUNTED_ROWS * row, "micro_batch_tokens": 2 * row}
     with probing(material, {**settings, **small, "embedding_init": "random"}) as trainer:
         model = trainer.model
         saved = [measure_activations(trainer, num_rows) for num_rows in (1, 2)]
@@ -214,6 +221,7 @@ def measure_model(material: Material, settings: Settings) -> Probe:
                 )
                 for name in pair
             },
+            token_share=material.train.packing_efficiency or 1.0,
         )
 
 

@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 
 from oneday.arguments import SettingError
-from oneday.durable_files import synchronize_path, write_whole
+from oneday.durable_files import check_folder, synchronize_path, write_whole
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
 # What the code on a card calls the model, until a push to the Hub puts the id there.
@@ -79,8 +79,7 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
     """
     folder = Path(output_dir)
     recipe = folder / RECIPE
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"The setting output_dir is {output_dir}, which is a file; name a directory.")
+    check_folder(folder, "output_dir")
     if not recipe.exists():
         if folder.exists() and any(path.name not in (LOCK, STAGING) for path in folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
@@ -230,17 +229,16 @@ def refuse_full_disk(output_dir: str | Path) -> Iterator[None]:
 
 
 def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl; on a full disk the line is lost, the training is not."""
+    """Add one line to metrics.jsonl; where that fails the line is lost, the training is not."""
     try:
         with open(Path(output_dir) / METRICS, "a+b") as handle:
             end = handle.seek(0, os.SEEK_END)
             handle.seek(max(0, end - 1))
             is_torn = end > 0 and handle.read(1) != b"\n"  # a line that a full disk or a kill cut off
             handle.write(b"\n" * is_torn + json.dumps(event).encode() + b"\n")
-    except OSError as error:
-        if not is_disk_full(error, output_dir):
-            raise
-        logger.warning("The disk is full: %s of step %s is not in %s.", event["event"], event["step"], METRICS)
+    except OSError as error:  # a network disk may stumble; the next line may reach it again
+        reason = "The disk is full" if is_disk_full(error, output_dir) else f"It was not written ({error.strerror})"
+        logger.warning("%s: %s of step %s is not in %s.", reason, event["event"], event["step"], METRICS)
 
 
 def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> list[dict[str, Any]]:

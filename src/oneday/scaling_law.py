@@ -32,6 +32,8 @@ NUM_PARAMETERS_OF_LAW = 5
 NUM_FITTED, NUM_FITTED_OF_ONE_SIZE = (5, 2), (3, 1)
 # Models of fewer sizes do not tell E from A N^-a: one constant stands for both, and the law is of that size alone.
 LEAST_SIZES = 3
+# Up to this ratio two runs of one size had one budget, and say nothing of what more tokens bring.
+SAME_BUDGET = 1.2
 BOOTSTRAPS, BOOTSTRAP_SEED = 100, 0
 INTERVAL = (5.0, 95.0)
 
@@ -132,6 +134,15 @@ def count_sizes(points: Sequence[Point]) -> int:
     return len({point.parameters for point in points})
 
 
+def count_budgets(points: Sequence[Point]) -> int:
+    """Budgets of tokens that differ, over all sizes; seeds of one wall clock, a few per cent apart, are one."""
+    count, last = 0, (math.nan, math.nan)
+    for point in sorted(points, key=lambda point: (point.parameters, point.tokens)):
+        if point.parameters != last[0] or point.tokens > SAME_BUDGET * last[1]:
+            count, last = count + 1, (point.parameters, point.tokens)
+    return count
+
+
 def log_terms(values: np.ndarray, points: Sequence[Point]) -> np.ndarray:
     """(3, points) logarithms of E, A N^-a and B D^-b."""
     log_e, log_a, a, log_b, b = values
@@ -197,7 +208,7 @@ def fit_law(points: Sequence[Point]) -> ScalingLaw | None:
     """
     points = keep_one_size(points) if count_sizes(points) < LEAST_SIZES else tuple(points)
     num_fitted, num_drawn = NUM_FITTED if count_sizes(points) >= LEAST_SIZES else NUM_FITTED_OF_ONE_SIZE
-    if len({(point.parameters, point.tokens) for point in points}) <= num_fitted - num_drawn:
+    if count_budgets(points) <= num_fitted - num_drawn:
         return None
     targets = np.log([point.loss for point in points])
     starts = [np.array(start) for start in itertools.product(*STARTS)]

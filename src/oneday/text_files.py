@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from oneday.arguments import SettingError
 from oneday.run_directory import is_disk_full
+from oneday.tokenization import replace_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -252,8 +253,8 @@ def read_jsonl(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
         if column not in row:
             raise SettingError(describe_missing_column(column, row, f"{file}, line {number}"))
         text = row[column] if row[column] is not None else ""
-        if "\\u" in line and isinstance(text, str):  # escapes can spell half of a surrogate pair, which is no text
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if "\\u" in line and isinstance(text, str):
+            text = replace_surrogates(text)
         if not isinstance(text, str):
             kind = type(text).__name__
             raise SettingError(f"text_column {column!r} of {file!r} holds {kind} in line {number}, not text.")

@@ -80,7 +80,7 @@ def train_tokenizer(
     kind = objective_kind or DEFAULT_KIND.get(tokenizer_type)
     if kind is None:
         raise SettingError(f"tokenizer_type={tokenizer_type!r} is not known: use wordpiece, bpe or unigram.")
-    texts = [_replace_surrogates(text) for text in texts if text.strip()]
+    texts = [replace_surrogates(text) for text in texts if text.strip()]
     if not texts:
         raise SettingError("The tokenizer has no text to train on: dataset_name gave only empty documents.")
     names = choose_special_tokens(tokenizer_type, kind)
@@ -365,10 +365,10 @@ def _encode_chunk(backend: Tokenizer, texts: list[str]) -> list:
         return backend.encode_batch_fast(texts, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
         # The whole batch is refused for one lone surrogate.
-        return backend.encode_batch_fast([_replace_surrogates(text) for text in texts], add_special_tokens=False)
+        return backend.encode_batch_fast([replace_surrogates(text) for text in texts], add_special_tokens=False)
 
 
-def _replace_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Lone surrogates, as broken JSON escapes give, have no UTF-8 form: each becomes U+FFFD."""
     try:
         text.encode()

@@ -13,7 +13,7 @@ A question is a set of (context, continuation) pairs, of which a model should fi
     context, continuation                           LAMBADA: the last word is to be the most probable one
 
 so that a file of a user's own in one of these layouts is a task too. Prompts are those of lm-evaluation-harness, but
-for CommonsenseQA and Social IQa, whose answers are scored themselves and not their letters.
+for CommonsenseQA, whose answers are scored themselves and not their letters.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import datasets
 
 from oneday.arguments import SettingError
+from oneday.tokenization import replace_surrogates
 
 Row = dict[str, Any]
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -217,11 +218,17 @@ def read_local(name: str, folder: Path) -> Iterator[Row]:
             with OPENERS[path.suffix](path, "rt", encoding="utf-8") as lines:
                 for line in lines:
                     if line.strip():
-                        yield json.loads(line)
+                        yield read_json_line(line)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
             raise SettingError(
                 f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())})."
             ) from None
+
+
+def read_json_line(line: str) -> Any:
+    """What a line holds; half a surrogate pair, which escapes can spell and which is no text, becomes U+FFFD."""
+    row = json.loads(line)
+    return json.loads(replace_surrogates(json.dumps(row, ensure_ascii=False))) if "\\u" in line else row
 
 
 def read_hub(name: str) -> Iterable[Row]:

@@ -127,7 +127,8 @@ def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], Non
     results = {}
     for name, questions in tasks.items():
         tell(f"{name}: {len(questions):,} questions")
-        results[name] = {**evaluate_task(scorer, questions), "max_examples": args.max_examples}
+        source = "hub" if args.task_data_dir is None else "files"
+        results[name] = {**evaluate_task(scorer, questions), "max_examples": args.max_examples, "source": source}
     return results
 
 

@@ -15,9 +15,10 @@ from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import KeepArguments, RecordArguments
 from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.ours import run_ours
-from oneday.benchmarks.records import Job, RecordStore, hash_source, make_folder, normalise
+from oneday.benchmarks.records import Job, RecordStore, hash_source, normalise
 from oneday.benchmarks.stock import run_stock
 from oneday.budget import Budget
+from oneday.durable_files import make_folder
 from oneday.evaluation import hash_evaluation
 from oneday.modeling import check_config_file
 from oneday.recipe import (
@@ -31,10 +32,12 @@ from oneday.recipe import (
     read_value,
     refused_settings,
 )
-from oneday.throughput import describe_environment, measure_peak_flops
+from oneday.throughput import describe_environment, measure_peak_flops, usable_cores
 
 # What a recipe sets for its own model, and a stock one may not have.
 OF_OUR_MODEL = ("attention_init", "position_encoding")
+# Settings that change which machine a run sees.
+OF_THE_MACHINE = ("num_threads", "bf16", "use_cpu")
 # Characters of a label in a file's name.
 LONGEST_LABEL = 100
 # A benchmark's own choices over the recipe: only the final evaluation, as on the other side, and no trackers.
@@ -57,6 +60,7 @@ class Text:
         corpus: Its public name.
         kind: `encoder` or `decoder`.
         measure: Name of the held-out loss.
+        vocab_size: Ids of the tokenizer.
     """
 
     fingerprint: str
@@ -65,6 +69,7 @@ class Text:
     corpus: str
     kind: str
     measure: str
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,14 @@ class Plan:
         settings = {
             **describe_settings(recipe),
             **describe_text(text),
+            # Of a tokenizer that is given the setting says nothing.
+            **({"vocab_size": text.vocab_size} if recipe.get("tokenizer_name") is not None else {}),
             "num_points": num_points,
             "seed": seed,
         }
         run_dir = None if self.keep_runs is None else self.keep_runs / name
         run = functools.partial(run_ours, run_dir=run_dir)
-        return Job(kind, name, run, recipe, details, normalise(settings))
+        return Job(kind, name, run, recipe, details, normalise(settings), find_machine_changes(self.settings, recipe))
 
     def stock_job(
         self,
@@ -201,6 +208,18 @@ def make_plan(recipe_path: str, settings: Settings, record_args: RecordArguments
     return Plan("-".join(filter(None, [path.parent.name, path.stem])), complete, store)
 
 
+def find_machine_changes(settings: Settings, changed: Settings) -> dict[str, Any]:
+    """What of this machine is another for changed settings: parts of its description, and `peak_flops`."""
+    names = [name for name in OF_THE_MACHINE if settings.get(name) != changed.get(name)]
+    if not names:
+        return {}
+    args = build_arguments(CLASSES, changed)[2]
+    environment = describe_environment(args.device)
+    if "num_threads" in names:  # the peak of so many is not measured here
+        return environment | {"threads": changed["num_threads"] or usable_cores(), "peak_flops": None}
+    return environment | {"peak_flops": measure_peak_flops(args.device, args.computes_in_bf16)}
+
+
 def merge_changes(settings: Settings, changes: Settings) -> Settings:
     """Settings with changes; of settings that are one (budget_hours and budget_minutes) the changed one counts."""
     replaced = {name for names in SAME_KIND if any(changes.get(n) is not None for n in names) for name in names}
@@ -223,6 +242,7 @@ def read_text(settings: Settings) -> Text:
         corpus=data.corpus.name,
         kind=objective.kind,
         measure=name_measure(objective),
+        vocab_size=len(data.tokenizer),
     )
 
 

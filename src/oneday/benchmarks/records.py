@@ -6,15 +6,13 @@ import ast
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
-from oneday.durable_files import write_json
+from oneday.durable_files import make_folder, write_json
 from oneday.processes import RunError, run_in_fresh_process
 
 logger = logging.getLogger(__name__)
@@ -39,6 +37,7 @@ class Job:
         recipe: Every setting of the recipe, for `run`; may hold paths and goes into no record.
         details: Facts for `run` that the record repeats (budget_seconds, seed, learning_rate ...).
         settings: Everything that decides the result beside machine and code; a record counts only where it is equal.
+        machine: What of this machine its own settings change: parts of the environment, and `peak_flops`.
     """
 
     kind: str
@@ -47,6 +46,7 @@ class Job:
     recipe: dict[str, Any]
     details: dict[str, Any]
     settings: dict[str, Any]
+    machine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ class RecordStore:
         path = self.folder / f"{job.name}.json"
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            difference = find_difference(record, job, self.environment, self.reuse_ours)
+            difference = find_difference(record, job, self.environment | job.machine, self.reuse_ours)
             # What a budget of tokens or steps comes to does not follow from how fast the machine is.
             if job.details.get("budget_seconds", True) is not None:
-                difference = difference or find_speed_difference(record, self.peak_flops)
+                difference = difference or find_speed_difference(
+                    record, job.machine.get("peak_flops", self.peak_flops)
+                )
         except OSError:
             return None
         except (ValueError, KeyError, TypeError):
@@ -131,23 +133,6 @@ class RecordStore:
         }
         write_json(self.folder / f"{job.name}.json", record)
         return record
-
-
-def make_folder(folder: Path, setting: str) -> None:
-    """Make a directory that a setting names.
-
-    Raises:
-        SettingError: When it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "no permission"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason is not None:
-        raise SettingError(
-            f"The setting {setting} is {str(folder)!r}, which cannot be written ({reason}); name another."
-        )
 
 
 def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse_ours: bool) -> str | None:

@@ -13,7 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.arguments import ThroughputArguments
-from oneday.benchmarks.planning import QUIET, Plan, describe_settings, describe_text, read_setting, slug
+from oneday.benchmarks.planning import (
+    QUIET,
+    Plan,
+    describe_settings,
+    describe_text,
+    find_machine_changes,
+    read_setting,
+    slug,
+)
 from oneday.benchmarks.records import Job, Record, normalise, write_summary
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION
@@ -208,9 +216,8 @@ def make_job(plan: Plan, point: Settings, measure_seconds: float) -> Job:
     details = {"recipe": plan.name, "point": point, "measure_seconds": measure_seconds, "seed": recipe["seed"]}
     text = {key: value for key, value in describe_text(plan.text).items() if key != "held_out"}
     settings = {**describe_settings(recipe), **text, "seed": recipe["seed"], "measure_seconds": measure_seconds}
-    return Job(
-        "throughput", f"throughput-{plan.name}-{slug(label)}", measure_throughput, recipe, details, normalise(settings)
-    )
+    name, machine = f"throughput-{plan.name}-{slug(label)}", find_machine_changes(plan.settings, recipe)
+    return Job("throughput", name, measure_throughput, recipe, details, normalise(settings), machine)
 
 
 def format_table(plan: Plan, rows: list[dict[str, Any]], records: list[Record]) -> str:

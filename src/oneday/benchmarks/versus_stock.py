@@ -18,6 +18,7 @@ from oneday.benchmarks.picture import draw_versus_stock
 from oneday.benchmarks.planning import Plan
 from oneday.benchmarks.records import Job, Record, write_summary
 from oneday.comparison import Match, time_to_match
+from oneday.corpus import list_hub_ids
 from oneday.modeling import check_config_file, count_parameters, read_skeleton
 from oneday.objectives import OBJECTIVES, find_objective
 
@@ -79,7 +80,7 @@ def check_budget(plan: Plan) -> float:
     Raises:
         SettingError: When there is none, another limit could end our side before stock's, or the text is a stream.
     """
-    if plan.settings["streaming"]:
+    if plan.settings["streaming"] and list_hub_ids(plan.settings["dataset_name"]):
         raise SettingError(
             "streaming is True, and versus-stock cuts the whole text into stock's rows; set it to false, and "
             "dataset_name to as much text as there is room for."
