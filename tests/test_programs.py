@@ -320,6 +320,8 @@ BAD = [
     ({"packing_strategy": "loose"}, "packing_strategy"),
     ({"output_dir": "OCCUPIED"}, "not empty"),
     ({"output_dir": "FILE"}, "is a file"),
+    ({"output_dir": "BELOW"}, "output_dir is .* cannot be written .file is a file."),
+    ({"log_level": "WARN"}, "log_level is 'WARN'; it must be one of .*warning"),
 ]
 
 
@@ -334,7 +336,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, t
     (tmp_path / "file").write_text("mine")
     places = {
         "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt",
-        "OCCUPIED": tmp_path / "occupied", "FILE": tmp_path / "file",
+        "OCCUPIED": tmp_path / "occupied", "FILE": tmp_path / "file", "BELOW": tmp_path / "file" / "run",
     }  # fmt: skip
     out = tmp_path / "run"
     settings = {**SMALL, "dataset_name": text_file, "output_dir": out, **wrong}
