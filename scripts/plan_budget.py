@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from oneday.arguments import SettingError
@@ -34,10 +35,7 @@ DESCRIPTION = (
     "and budgets; `fit` only fits the law on the records that are there."
 )
 DEFAULT_RECIPE = "recipes/quickstart/bert.yaml"
-EXAMPLE = (
-    "python scripts/plan_budget.py recipes/bert-cpu/pretrain_10m.yaml --budget_hours 2 --usd_per_hour 0.4 "
-    "--attention_init null"
-)
+EXAMPLE = "python scripts/plan_budget.py recipes/bert-cpu/pretrain_10m.yaml --budget_hours 2 --usd_per_hour 0.4"
 LADDER_EXAMPLE = "python scripts/plan_budget.py ladder recipes/bert-cpu/pretrain_10m.yaml --tokens 1e6,2e6,4e6"
 
 
@@ -63,7 +61,7 @@ def main() -> None:
         raise SettingError(f"There is no record of a run in records_dir {args.records_dir}; name another.")
     for family in dict.fromkeys(family_of(record) for record in records):
         fitted = fit_family(records, family)
-        print(format_law(fitted, family) if fitted else f"{family}: too few runs for a law")
+        print(format_law(fitted, family) if fitted else textwrap.fill(f"{family}: too few runs for a law", 80))
 
 
 if __name__ == "__main__":
