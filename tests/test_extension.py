@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import steps_of
 
+from oneday import extension
 from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import list_checkpoints, list_kept, read_state
@@ -134,6 +135,23 @@ def test_an_extension_that_was_cut_off_is_taken_up_again(make_trainer, left):
     assert list_checkpoints(folder) == [base]
     report = json.loads((folder / "budget.json").read_text())
     assert report["status"] == "extending"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(make_trainer, monkeypatch):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 2}
+    trainer = make_trainer("bert", budget_steps=12, **settings)
+    folder = finish(trainer, settings | {"budget_steps": 12})
+    before, base, report = list_checkpoints(folder), list_kept(folder)[-1], (folder / "budget.json").read_text()
+    read, find = extension.read_state, extension.find_fault
+
+    def fail(path):
+        raise SettingError(f"{path} cannot be read")
+
+    monkeypatch.setattr(extension, "read_state", lambda path: read(path) if path == base else {})
+    monkeypatch.setattr(extension, "find_fault", lambda path: find(path) if path == base else fail(path))
+    with pytest.raises(SettingError, match="cannot be read"):
+        extend_run(folder, settings | {"budget_steps": 24}, Budget(steps=24), "", trainer.model_fingerprint)
+    assert list_checkpoints(folder) == before and (folder / "budget.json").read_text() == report
 
 
 def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):

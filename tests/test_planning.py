@@ -32,7 +32,16 @@ from oneday.plan_rows import (
 )
 from oneday.plan_table import format_plan
 from oneday.planning import PlanArguments, find_material, list_models, plan_budget
-from oneday.probing import Pace, Probe, count_saved_bytes, measure_pace, state_bytes_per_element, take_batch
+from oneday.probing import (
+    COUNTED_ROWS,
+    Pace,
+    Probe,
+    count_saved_bytes,
+    measure_model,
+    measure_pace,
+    state_bytes_per_element,
+    take_batch,
+)
 from oneday.recipe import complete_settings, parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
 from oneday.schedules import interpolate
@@ -285,7 +294,9 @@ def test_a_config_beside_the_recipes_that_cannot_take_it_is_left_out(small_recip
     made = plan(small_recipe, tmp_path / "mine.yaml")
     assert made.unfit == ["short"] and [Path(row.model_config).stem for row in made.rows] == ["small", "wide"]
     assert "other rows or positions than the recipe's: short." in " ".join(format_plan(made).split())
-    for settings in ({"models": tmp_path / "short.json"}, {"model_config": tmp_path / "short.json"}):
+    monkeypatch.chdir(tmp_path)
+    respelt = {"models": tmp_path / "short.json", "model_config": "./short.json"}
+    for settings in ({"models": tmp_path / "short.json"}, {"model_config": tmp_path / "short.json"}, respelt):
         with pytest.raises(SettingError, match="short.json has .* positions"):
             plan(small_recipe, tmp_path / "no.yaml", **settings)
 
@@ -310,6 +321,17 @@ def test_a_tokenizer_that_is_given_is_the_one_of_the_law_and_of_the_probes(
 def test_text_on_disk_is_planned_as_such_whatever_streaming_says(small_recipe, tmp_path):
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe), "--streaming", "true"]))
     assert find_material(settings, tmp_path).num_tokens > 0
+
+
+def test_a_text_of_few_rows_can_be_planned(small_recipe, texts, tmp_path):
+    """Of as many as a step of the recipe has; more are only counted where they are there."""
+    for name, part in (("few", texts[:12]), ("held", texts[12:40])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    given = {"dataset_name": str(tmp_path / "few.jsonl"), "validation_name": str(tmp_path / "held.jsonl")}
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]) | given)
+    material = find_material(settings, tmp_path)
+    assert 2 <= len(material.train) < COUNTED_ROWS
+    assert measure_model(material, settings).flops_per_token > 0
 
 
 def test_padding_is_no_token_of_a_plan():

@@ -24,7 +24,7 @@ from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
 from oneday.pretraining import prepare_first_step
-from oneday.run_directory import append_metrics, lock_run, read_json, read_metrics
+from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_json, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import FileStream
@@ -390,6 +390,11 @@ def test_where_no_checkpoint_is_whole_or_one_cannot_be_read_nothing_is_begun_aga
     again = make_trainer("bert", "killed", **settings)
     again.run(resume=True)
     assert again.clock.steps == 10
+
+
+def test_a_disk_that_has_gone_does_not_say_how_full_it_is(tmp_path):
+    stale = OSError(errno.ESTALE, "Stale file handle")
+    assert not is_disk_full(stale, tmp_path / "gone") and is_disk_full(OSError(errno.ENOSPC, ""), tmp_path / "gone")
 
 
 def test_a_line_of_the_metrics_that_a_disk_refuses_does_not_end_the_training(make_trainer, monkeypatch, caplog):

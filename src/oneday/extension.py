@@ -7,7 +7,6 @@ The others (linear, cosine, triangle) have decayed all along: they go on from th
 from __future__ import annotations
 
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
         )
     discarded = report["spent"]["seconds"] - state["elapsed_seconds"] + report.get("discarded_seconds", 0.0)
     energy = {"kwh": state["metered_kwh"]} if state["metered_kwh"] > 0.0 else {}
+    undone = [path for path in list_checkpoints(folder) if path != base and is_later(path, state["steps_taken"])]
     if report.get("status") != EXTENDING:
         report |= {
             "status": EXTENDING,
@@ -61,16 +61,24 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
             "spent": {**report["spent"], "seconds": state["elapsed_seconds"], **energy},
         }
         write_json(folder / rundir.BUDGET, report)
-    for checkpoint in list_checkpoints(folder):
-        clock = read_state(checkpoint).get("clock", {})  # of a damaged one nothing
-        if clock.get("steps_taken", math.inf) > state["steps_taken"]:
-            remove_checkpoint(checkpoint)
+    for checkpoint in undone:
+        remove_checkpoint(checkpoint)
     rundir.write_recipe(folder, settings)
     # The scores of weights that are about to move; results.json last, without which the run is not finished.
     scores = [*folder.glob(f"glue*/{GLUE_RESULTS}"), folder / ZERO_SHOT_RESULTS, folder / rundir.RESULTS]
     for path in filter(Path.exists, scores):
         os.replace(path, path.with_name(f"{path.stem}-{report['spent']['steps']:.0f}-steps.json"))
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
+
+
+def is_later(checkpoint: Path, steps_taken: int) -> bool:
+    """Whether a checkpoint is of more steps, or damaged.
+
+    Raises:
+        SettingError: When it cannot be read, which says nothing of what is in it.
+    """
+    clock = read_state(checkpoint).get("clock")
+    return find_fault(checkpoint) is not None if clock is None else clock["steps_taken"] > steps_taken
 
 
 def check_extension(folder: Path, settings: dict[str, Any], budget: Budget, report: dict[str, Any]) -> None:

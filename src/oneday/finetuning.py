@@ -94,7 +94,7 @@ def score_tasks(
     lines = obtain_runs(checkpoint, args, runs, may_start_processes)
     table = describe_table(args, checkpoint)
     kept = keep_earlier(table, read_earlier(output_dir / RESULTS_FILE))
-    if args.write_submission and not kept:
+    if not kept:
         remove_submission(output_dir)
     submissions = write_submissions(args, prepared, runs, lines)
     results = summarize_runs(args, table, prepared, lines, kept, choices, submissions)

@@ -151,11 +151,11 @@ def list_environments(runs: list[dict]) -> list[dict]:
 
 
 def summarize_machines(tasks: dict[str, dict]) -> dict[str, object]:
-    """`device` (`cpu`, or the GPUs' names) and `threads` of all numbers."""
+    """`device` (`cpu`, or the GPUs' names; `unknown` of runs that do not say) and `threads` of all numbers."""
     environments = [environment for entry in tasks.values() for environment in entry["environments"]]
     names = {"cpu" if made["device_type"] == "cpu" else made["device"] for made in environments}
     threads = {number for entry in tasks.values() for number in entry["threads"]}
-    return {"device": ", ".join(sorted(names)), "threads": sorted(threads)}
+    return {"device": ", ".join(sorted(names)) or "unknown", "threads": sorted(threads)}
 
 
 def summarize_average(tasks: dict[str, dict]) -> dict[str, object]:

@@ -120,7 +120,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
         size = settings["vocab_size"] if settings["tokenizer_name"] is None else len(material.tokenizer)
         family = Family.of_settings({**settings, "vocab_size": size}, read_model_type(settings["model_config"]))
         fitted = fit_family(read_records(plan_args.ladder_dirs), family, held_out)
-        needed = plan_args.models or [settings["model_config"]]
+        needed = models if plan_args.models else [settings["model_config"]]
         counts, unfit = count_flops_of_all(material, settings, models, needed)
         kept = [model for model in counts if is_within_reach(*counts[model], budget, machine)]
         kept = sorted(kept, key=lambda model: counts[model][1])

@@ -199,7 +199,10 @@ def measure_model(material: Material, settings: Settings) -> Probe:
         settings: Every setting of the recipe, with this `model_config`.
     """
     row = settings["max_seq_length"]
-    small = {"torch_compile": False, "batch_size_tokens": COUNTED_ROWS * row, "micro_batch_tokens": 2 * row}
+    train = material.train
+    there = len(train) if isinstance(train, PackedDataset) else train.num_rows
+    counted = max(2, min(COUNTED_ROWS, there or COUNTED_ROWS) // 2 * 2)
+    small = {"torch_compile": False, "batch_size_tokens": counted * row, "micro_batch_tokens": 2 * row}
     with probing(material, {**settings, **small, "embedding_init": "random"}) as trainer:
         model = trainer.model
         saved = [measure_activations(trainer, num_rows) for num_rows in (1, 2)]

@@ -79,13 +79,17 @@ def find_bad_number(loss: float, grad_norm: Any) -> str | None:
 def roll_back(trainer: BudgetTrainer) -> None:
     """Take weights, optimizer and counts of the last good checkpoint; the data read since is not read again.
 
-    Without a checkpoint the weights stay as they are: bad steps have not moved them.
+    Without one that can be read the weights stay as they are: bad steps have not moved them.
 
     Raises:
         SettingError: When rolling back has not helped several times.
     """
     guard, clock = trainer.guard, trainer.clock
-    folder = trainer.find_good_checkpoint()
+    try:
+        folder = trainer.find_good_checkpoint()
+    except SettingError as error:  # damaged, or the disk does not give it now
+        logger.warning("%s", error)
+        folder = None
     if guard.rollbacks >= MAX_ROLLBACKS:
         kept = f"{folder.name} is kept" if folder else "there is no checkpoint yet"
         raise SettingError(

@@ -79,8 +79,8 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
     """
     folder = Path(output_dir)
     recipe = folder / RECIPE
-    check_folder(folder, "output_dir")
-    if not recipe.exists():
+    if not os.path.exists(recipe):
+        check_folder(folder, "output_dir")
         if folder.exists() and any(path.name not in (LOCK, STAGING) for path in folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
         return "new"
@@ -208,7 +208,10 @@ def is_disk_full(error: BaseException, folder: str | Path) -> bool:
         return True
     if isinstance(error, (OSError, RuntimeError, SafetensorError)) and "No space left" in str(error):
         return True
-    return isinstance(error, WRITE_ERRORS) and shutil.disk_usage(folder).free < NO_SPACE_BYTES
+    try:
+        return isinstance(error, WRITE_ERRORS) and shutil.disk_usage(folder).free < NO_SPACE_BYTES
+    except OSError:  # a disk that has gone does not say how full it is
+        return False
 
 
 @contextmanager
