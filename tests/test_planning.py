@@ -327,7 +327,11 @@ def test_a_text_of_few_rows_can_be_planned(small_recipe, texts, tmp_path):
     """Of as many as a step of the recipe has; more are only counted where they are there."""
     for name, part in (("few", texts[:12]), ("held", texts[12:40])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    given = {"dataset_name": str(tmp_path / "few.jsonl"), "validation_name": str(tmp_path / "held.jsonl")}
+    given = {
+        "dataset_name": str(tmp_path / "few.jsonl"),
+        "validation_name": str(tmp_path / "held.jsonl"),
+        "vocab_size": 120,
+    }
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]) | given)
     material = find_material(settings, tmp_path)
     assert 2 <= len(material.train) < COUNTED_ROWS
