@@ -171,12 +171,9 @@ def test_a_run_pushed_while_it_trains_goes_on_elsewhere(hub, program, texts, tmp
     assert code == 0 and b"license: mit" in branches["main"]["README.md"], said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("status", "reason"),
-    [
-        (401, "the Hub does not know the token"),
-        pytest.param(403, "the token may not write there", marks=pytest.mark.slow),
-    ],
+    ("status", "reason"), [(401, "the Hub does not know the token"), (403, "the token may not write there")]
 )
 def test_what_the_hub_refuses_ends_nothing(hub, program, tmp_path, status, reason):
     """The run is finished all the same; the command to push it is said, and works. What passes is tried again."""

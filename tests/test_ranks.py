@@ -304,6 +304,7 @@ def take_shared(texts, tokenizers, tmp_path):
     return take
 
 
+@pytest.mark.slow
 def test_processes_share_out_the_tokenising_of_a_stream(take_shared):
     """Equal rows and states as with one; block b is tokenised by process b modulo their number, and by no other."""
     (alone,), shared = take_shared(1), take_shared(2)

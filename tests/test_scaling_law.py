@@ -40,6 +40,7 @@ def test_a_known_law_is_found_again():
     assert law.predict(5e6, 2e6).outside == ""
 
 
+@pytest.mark.slow
 def test_the_interval_holds_what_it_says():
     """Of predictions just outside the range, from twenty noisy ladders, most intervals hold the truth."""
     held = 0
