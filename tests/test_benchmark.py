@@ -695,7 +695,10 @@ BAD = [
     (("versus-stock", "--baselines", "GPT2"), "baselines has 'gpt2', which has no AutoModelForMaskedLM"),
     (("versus-stock", "--budget_steps", "5"), "one wall clock"),
     (("versus-stock", "--budget_minutes", "0"), "budget_minutes is 0"),
-    (("versus-stock", "--streaming", "true", "--dataset_name", "you/texts"), "streaming is True, and versus-stock"),
+    (
+        ("versus-stock", "--streaming", "true", "--dataset_name", "you/texts"),
+        "streaming is True, and versus-stock cuts the whole text",
+    ),
     (("versus-stock",), "baselines is empty, and stock bert has .* name config JSONs of its size"),
     (("versus-stock", "--baselines", "RIVAL"), "screen_minutes is 2.5, and the budget 0.05 minutes"),
     (("ablate",), "No change is given"),

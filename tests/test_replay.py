@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from oneday.arguments import SettingError
 from oneday.budget import Budget
+from oneday.checkpoints import list_checkpoints, read_state
 from oneday.replay import ReplayClock, read_replayed_settings, read_script
 
 SETTINGS = {
@@ -51,6 +52,10 @@ def test_a_wall_clock_run_is_repeated_to_the_bit(make_trainer, trouble):
     assert again.clock.steps == first.clock.steps
     assert [step["lr"] for step in steps_of(again)] == [step["lr"] for step in steps_of(first)]
     assert all(torch.equal(value, weights(first)[key]) for key, value in weights(again).items())
+    for checkpoint in list_checkpoints(again.args.output_dir):  # whoever goes on from it knows where its rate was
+        clock = read_state(checkpoint)["clock"]
+        plans = [attempt.plan.progress for attempt in read_script(first.args.output_dir)]
+        assert clock["progress"] == [*plans, 1.0][clock["steps_taken"]] > 0.0
 
 
 def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_path):

@@ -162,8 +162,15 @@ def test_records_say_what_they_are_of(records):
         assert record["environment"]["packages"]["torch"]
         assert record["flops"] > 6 * record["num_parameters_without_embeddings"] * record["tokens"] * 0.9
         assert record["seed"] == 42
-    measures = {(family_of(record), record["measure"]) for record in records}
-    assert len(measures) == len({family_of(record) for record in records}) > 1, "one loss, one law"
+    families = {family_of(record) for record in records}
+    assert len({(family_of(record), record["measure"]) for record in records}) == len(families) > 1, (
+        "one loss, one law"
+    )
+    laws = [law for law in (fit_family(records, family) for family in families) if law is not None]
+    assert len(laws) > 1
+    for law in laws:
+        assert len({record["settings"]["held_out"] for record in law.records}) == 1, "one text, one law"
+        assert len(law.records) == sum(family_of(record) == family_of(law.records[0]) for record in records)
     family = family_of(ladder[0])
     table = format_law(fit_family(records, family), family)
     assert max(map(len, table.splitlines())) <= 80

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oneday.beating import beating
-from oneday.checkpoints import list_kept, read_state
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
 from oneday.signals import STOP_SIGNALS, handle_signals
@@ -88,11 +87,8 @@ class BudgetCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         self.last_save = time.monotonic()
         self.evaluations = self.evaluations_due()
-        end, limits = self.trainer.plateau_end, self.trainer.clock.budget.limits
-        # One kept under a smaller budget (`extend`) is not the end of this plateau.
-        has_kept = any(read_state(path)["clock"]["limits"] == limits for path in list_kept(args.output_dir))
-        was_past = self.trainer.resumed_progress >= end  # its learning rate has fallen: nothing is left to keep
-        self.is_past_plateau = end == 0.0 or was_past or (has_kept and self.trainer.clock.progress >= end)
+        # Of a checkpoint from there on the plateau's end is kept already, or its learning rate has fallen.
+        self.is_past_plateau = self.trainer.resumed_progress >= self.trainer.plateau_end
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.durable_files import synchronize_path, write_json
+from oneday.durable_files import synchronize_path, synchronize_tree, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +126,7 @@ def set_aside(faults: dict[Path, str]) -> None:
 def publish_checkpoint(source: Path, target: Path) -> None:
     """Seal a staged checkpoint and move it into place once its bytes are on the disk."""
     seal_checkpoint(source)
-    for path in [*source.rglob("*"), source]:
-        synchronize_path(path)
+    synchronize_tree(source)
     if target.exists():
         remove_checkpoint(target)
     os.replace(source, target)

@@ -206,7 +206,7 @@ def pad_batch(rows: list[dict], checkpoint: Checkpoint, multiple: int | None) ->
     """
     longest = max(row["length"] for row in rows)
     length = longest if multiple is None else -(-longest // multiple) * multiple
-    length = max(longest, min(length, count_positions(checkpoint.config) or length))
+    length = min(length, count_positions(checkpoint.config) or length)
     inputs = [{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows]
     return DataCollatorWithPadding(checkpoint.tokenizer, padding="max_length", max_length=length)(inputs)
 

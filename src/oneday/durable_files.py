@@ -73,6 +73,12 @@ def synchronize_path(path: Path) -> None:
         os.close(handle)
 
 
+def synchronize_tree(folder: Path) -> None:
+    """Bring all that is in a directory, and its names, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        synchronize_path(path)
+
+
 @contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
     """Say what to do where prepared data cannot be written.

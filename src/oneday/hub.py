@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
-from oneday.durable_files import synchronize_path, write_json
+from oneday.durable_files import synchronize_tree, write_json
 from oneday.saving import COMPANION_FILE
 
 logger = logging.getLogger(__name__)
@@ -382,8 +382,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
         # Killed while it copies, it leaves only what is staged, and the same command brings everything again.
         with rundir.refuse_full_disk(folder), rundir.staging(folder, newest.name) as staged:
             shutil.copytree(newest, staged, dirs_exist_ok=True)
-            for path in [*staged.rglob("*"), staged]:
-                synchronize_path(path)
+            synchronize_tree(staged)
             staged.rename(folder / f"{PREFIX}{read_step(newest)}")
             for name in (rundir.BUDGET, rundir.METRICS, rundir.SOURCES):
                 if (found / name).is_file():

@@ -26,7 +26,6 @@ from oneday.optimizers import HIDDEN_OPTIMIZERS, count_state_bytes, split_parame
 from oneday.packed_dataset import PackedDataset, pack_corpus
 from oneday.pretraining import prepare_first_step
 from oneday.recipe import Settings, build_arguments
-from oneday.row_sources import RowSource
 from oneday.tokenization import load_tokenizer, train_tokenizer
 from oneday.trainer import BudgetTrainer
 
@@ -55,7 +54,7 @@ class Material:
 
     objective: Objective
     tokenizer: PreTrainedTokenizerBase
-    train: PackedDataset | RowSource
+    train: PackedDataset
     validation: PackedDataset
     num_tokens: int | None
 
@@ -199,9 +198,7 @@ def measure_model(material: Material, settings: Settings) -> Probe:
         settings: Every setting of the recipe, with this `model_config`.
     """
     row = settings["max_seq_length"]
-    train = material.train
-    there = len(train) if isinstance(train, PackedDataset) else train.num_rows
-    counted = max(2, min(COUNTED_ROWS, there or COUNTED_ROWS) // 2 * 2)
+    counted = max(2, min(COUNTED_ROWS, len(material.train)) // 2 * 2)
     small = {"torch_compile": False, "batch_size_tokens": counted * row, "micro_batch_tokens": 2 * row}
     with probing(material, {**settings, **small, "embedding_init": "random"}) as trainer:
         model = trainer.model
@@ -224,7 +221,7 @@ def measure_model(material: Material, settings: Settings) -> Probe:
                 )
                 for name in pair
             },
-            token_share=material.train.packing_efficiency or 1.0,
+            token_share=material.train.packing_efficiency,
         )
 
 

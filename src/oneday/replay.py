@@ -118,6 +118,10 @@ class ReplayClock(BudgetClock):
         """Progress of the other run when it planned this step; 1 after its last."""
         return self.current().plan.progress if self.steps_taken < len(self.script) else 1.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """As the parent's, with the other run's progress."""
+        return super().state_dict() | {"progress": self.progress}
+
     def step_progress(self, tokens: int, flops: float) -> float:
         """Progress that the other run's learning rate was of."""
         return self.current().lr_progress

@@ -72,7 +72,7 @@ class RunTrainer(Trainer):
         status: `running`, `interrupted`, `trained` (the final model is on disk) or `finished` (and scored).
         micro_batch_limit: Tokens of the largest micro-batch that memory holds, once it has run out.
         save_as_kept: The next checkpoint is one that `extend` starts from.
-        resumed_progress: Progress of the checkpoint that it goes on from.
+        resumed_progress: Progress under this budget of the checkpoint that it goes on from; 0: of none, or another's.
         saved_at: Steps taken when the last checkpoint was written; None: none was.
         guard: Counts of bad steps.
         composite: The optimizer, as this project built it.
