@@ -16,7 +16,7 @@ from oneday.benchmarks.arguments import VersusStockArguments
 from oneday.benchmarks.heldout import name_measure
 from oneday.benchmarks.planning import Plan, Text, read_setting, slug
 from oneday.benchmarks.records import RecordStore, read_code
-from oneday.benchmarks.throughput import DEFAULT_GRID, expand_grid, halve_micro_batch
+from oneday.benchmarks.throughput import DEFAULT_GRID, expand_grid, halve_micro_batch, make_job
 from oneday.benchmarks.versus_stock import (
     CONFIGS,
     DEFAULT_BASELINES,
@@ -195,6 +195,17 @@ def test_the_held_out_masks_have_a_hash(kind, tokenizers, texts, tmp_path, monke
     assert hash_scored(others) != first
     monkeypatch.setattr("oneday.objectives.language_modeling.EVALUATION_SEED", 12345)
     assert (hash_scored(rows) == first) == (kind == "decoder"), "a decoder hides nothing"
+
+
+def test_a_job_knows_what_its_own_settings_make_of_machine_and_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = make_plan(tmp_path, "bert-cpu/pretrain_10m.yaml", vocab_size=4096, output_dir=str(tmp_path / "run"))
+    usual = plan.our_job("ablation", "base", 1, 1)
+    assert usual.machine == {} and usual.settings["vocab_size"] == 4096
+    changed = plan.our_job("ablation", "threads", 1, 1, {"num_threads": 3, "tokenizer_name": "a-tokenizer"})
+    assert (changed.machine["threads"], changed.settings["vocab_size"]) == (3, plan.text.vocab_size)
+    assert make_job(plan, {"num_threads": 3}, 1.0).machine["threads"] == 3
+    assert make_job(plan, {"optim": "adamw"}, 1.0).machine == {}
 
 
 def test_losses_of_other_masks_or_weights_do_not_compare(tokenizers, texts, tmp_path):

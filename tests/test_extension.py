@@ -13,7 +13,7 @@ from conftest import steps_of
 from oneday import extension
 from oneday.arguments import SettingError
 from oneday.budget import Budget
-from oneday.checkpoints import list_checkpoints, list_kept, read_state
+from oneday.checkpoints import list_checkpoints, list_kept, read_state, seal_checkpoint
 from oneday.extension import extend_run
 from oneday.run_directory import inspect_run, read_metrics
 
@@ -135,6 +135,22 @@ def test_an_extension_that_was_cut_off_is_taken_up_again(make_trainer, left):
     assert list_checkpoints(folder) == [base]
     report = json.loads((folder / "budget.json").read_text())
     assert report["status"] == "extending"
+
+
+def test_energy_that_was_only_metered_goes_back_too(make_trainer):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5}
+    trainer = make_trainer("bert", budget_steps=8, **settings)
+    folder = finish(trainer, settings | {"budget_steps": 8})
+    base = list_kept(folder)[-1]
+    state = read_state(base)
+    state["clock"]["metered_kwh"] = 2.0
+    (base / "oneday_state.json").write_text(json.dumps(state))
+    (base / "checksums.json").unlink()
+    seal_checkpoint(base)
+    report = json.loads((folder / "budget.json").read_text())
+    (folder / "budget.json").write_text(json.dumps(report | {"spent": report["spent"] | {"kwh": 3.0}}))
+    extend_run(folder, settings | {"budget_steps": 24}, Budget(steps=24), "", trainer.model_fingerprint)
+    assert json.loads((folder / "budget.json").read_text())["spent"]["kwh"] == 2.0
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(make_trainer, monkeypatch):

@@ -335,7 +335,11 @@ def test_a_text_of_few_rows_can_be_planned(small_recipe, texts, tmp_path):
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]) | given)
     material = find_material(settings, tmp_path)
     assert 2 <= len(material.train) < COUNTED_ROWS
-    assert measure_model(material, settings).flops_per_token > 0
+    probe = measure_model(material, settings)
+    assert probe.flops_per_token > 0 and probe.token_share == material.train.packing_efficiency > 0.5
+    padded = settings | {"packing_strategy": "padded"}
+    material = find_material(padded, tmp_path / "padded")
+    assert measure_model(material, padded).token_share == material.train.packing_efficiency < probe.token_share
 
 
 def test_padding_is_no_token_of_a_plan():

@@ -114,6 +114,20 @@ def test_many_bad_steps_roll_back_and_skip_that_text(make_trainer, caplog):
     assert all(bool(torch.isfinite(value).all()) for value in weights(trainer).values())
 
 
+def test_rolling_back_goes_on_where_no_checkpoint_can_be_read(make_trainer, monkeypatch, caplog):
+    """The bad steps have moved nothing: the weights at hand are good."""
+    trainer = make_trainer("bert", budget_steps=8, save_steps=3, max_bad_steps=2)
+    trainer.add_callback(Poison(trainer, [5, 6]))
+
+    def fail():
+        raise SettingError("checkpoint-3 cannot be read")
+
+    monkeypatch.setattr(trainer, "find_good_checkpoint", fail)
+    trainer.run()
+    assert "checkpoint-3 cannot be read" in caplog.text and "going on from step 5" in caplog.text
+    assert (trainer.clock.steps, trainer.clock.skipped_steps) == (8, 2)
+
+
 def test_rolling_back_without_end_ends_with_a_sentence(make_trainer):
     trainer = make_trainer("bert", budget_steps=12, save_steps=3, max_bad_steps=2)
     trainer.add_callback(Poison(trainer, range(4, 100)))

@@ -23,7 +23,7 @@ from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
-from oneday.pretraining import prepare_first_step
+from oneday.pretraining import perform_run, prepare_first_step
 from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_json, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
@@ -390,6 +390,18 @@ def test_where_no_checkpoint_is_whole_or_one_cannot_be_read_nothing_is_begun_aga
     again = make_trainer("bert", "killed", **settings)
     again.run(resume=True)
     assert again.clock.steps == 10
+
+
+def test_a_full_disk_at_the_reports_is_one_sentence(make_trainer):
+    """The model is there, and the same command makes them."""
+
+    def fill_disk(metrics):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = make_trainer("bert", budget_steps=2)
+    with pytest.raises(SettingError, match="The disk of output_dir .* is full"):
+        perform_run(trainer, "new", fill_disk)
+    assert (Path(trainer.args.output_dir) / "model.safetensors").exists()
 
 
 def test_a_disk_that_has_gone_does_not_say_how_full_it_is(tmp_path):

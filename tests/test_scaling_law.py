@@ -187,7 +187,7 @@ def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records,
         read_records([tmp_path / "laddr"])
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "good.json").write_text(json.dumps(records[1]))
-    assert read_records([tmp_path, tmp_path / "below"]) == [records[1], records[0]], "each once"
+    assert read_records([tmp_path]) == read_records([tmp_path, tmp_path / "below"]) == [records[1], records[0]]
     assert fit_family(records, Family("bert", "mlm", 8192, 128)) is None
 
 
@@ -200,5 +200,10 @@ def test_a_law_is_not_mixed_of_runs_that_start_otherwise():
     )
     assert old == without != with_it
     assert "neighbours" in str(with_it) and "neighbours" not in str(old)
-    others = [family_of({"settings": settings | more}) for more in ({"weight_decay": 1.0}, {"embedding_init": "x"})]
-    assert old not in others and "decay 1" in str(others[0]) and others[0] != others[1]
+    changes = {"weight_decay": 1.0, "embedding_init": "x", "batch_size_tokens": 65536, "learning_rate": 2e-4,
+               "muon_learning_rate": 2e-3, "mlm_probability": 0.4}  # fmt: skip
+    others = {name: family_of({"settings": settings | {name: value}}) for name, value in changes.items()}
+    assert len({old, with_it, *others.values()}) == 2 + len(changes)
+    words = {"weight_decay": "decay 1", "batch_size_tokens": "steps of 65,536", "mlm_probability": "mlm at 40 %",
+             "learning_rate": "muon at 0.0002", "muon_learning_rate": "muon at 0.002"}  # fmt: skip
+    assert all(word in str(others[name]) and word not in str(old) for name, word in words.items())
