@@ -30,6 +30,7 @@ def make_case(num_rows=37, width=16, vocab=101, dtype=torch.float32):
 def test_loss_and_gradients_equal_the_formula_in_float64(monkeypatch, rows, with_bias):
     hidden, weight, bias, labels = make_case()
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", rows * 101)
+    monkeypatch.setitem(cross_entropy.BLOCK_ELEMENTS, "cpu", 4 * 101)
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
     loss = summed_linear_cross_entropy(hidden, weight, bias if with_bias else None, labels) * 0.25
     gradients = torch.autograd.grad(loss, leaves)
@@ -48,9 +49,23 @@ def test_what_a_compiler_fuses_is_the_plain_gradient(dtype, tolerance):
     labels = torch.randint(33, (7, 1), generator=torch.Generator().manual_seed(1))
     loss, gradient = differentiate_at_once(logits.clone(), labels)
     plain_loss, plain_gradient = differentiate(logits.clone(), labels)
-    assert gradient.dtype == dtype and plain_gradient.dtype == torch.float32
+    assert gradient.dtype == plain_gradient.dtype == dtype
     torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient.float(), plain_gradient, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, plain_gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", [differentiate, differentiate_at_once])
+@pytest.mark.parametrize("label_logit", [-300.0, -90.0, 0.0, 30.0, 300.0])
+def test_certain_and_impossible_words_have_a_finite_loss_and_the_formulas_gradient(way, label_logit):
+    """Where the label's probability is 0 in float32, where it is 1, and where the logits are far from 0."""
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) + 200
+    labels = torch.tensor([[0], [7], [39]])
+    logits.scatter_(1, labels, 200 + label_logit)
+    exact = logits.double().requires_grad_()
+    exact_loss = F.cross_entropy(exact, labels[:, 0], reduction="sum")
+    loss, gradient = way(logits.clone(), labels)
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-6, abs=1e-4)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(exact_loss, exact)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

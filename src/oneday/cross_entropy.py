@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
-# Logits held at once in float32, in elements: on a CPU few enough for its caches.
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+# Logits held at once, in elements.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# Of them those that are in float32 at once: on a CPU few enough for the caches of its cores.
+BLOCK_ELEMENTS = {"cpu": 2**19}
 
 
 def chunk_rows(device_type: str, vocab_size: int) -> int:
@@ -19,8 +21,15 @@ def chunk_rows(device_type: str, vocab_size: int) -> int:
     return max(1, CHUNK_ELEMENTS.get(device_type, 2**25) // vocab_size)
 
 
+def split_blocks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of rows that are computed at once, and their labels."""
+    most = BLOCK_ELEMENTS.get(logits.device.type) or CHUNK_ELEMENTS.get(logits.device.type, 2**25)
+    rows = max(1, most // logits.shape[1])
+    return zip(logits.split(rows), labels.split(rows))
+
+
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[label] in float32, in chunks that bound the memory of the upcast.
+    """Sum of -log softmax(logits)[label] in float32, in blocks that bound the memory of the upcast.
 
     Args:
         logits: (num_predicted, vocabulary), any floating type.
@@ -29,25 +38,29 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     assert len(logits) == len(labels), f"{len(logits)} rows of logits, {len(labels)} labels"
     if logits.shape[0] == 0:
         return logits.sum().float()
-    rows = chunk_rows(logits.device.type, logits.shape[-1])
-    pairs = zip(logits.split(rows), labels.split(rows))
-    return torch.stack([F.cross_entropy(part.float(), label, reduction="sum") for part, label in pairs]).sum()
+    blocks = split_blocks(logits, labels)
+    return torch.stack([F.cross_entropy(part.float(), label, reduction="sum") for part, label in blocks]).sum()
 
 
 def differentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in float32, and its gradient with respect to the logits.
+    """Summed cross-entropy, computed in float32, and its gradient with respect to the logits.
 
     Args:
-        logits: (num_predicted, vocabulary); may be written over.
+        logits: (num_predicted, vocabulary); written over.
         labels: (num_predicted, 1) int64.
 
     Returns:
-        A scalar and (num_predicted, vocabulary), both float32.
+        A float32 scalar, and the gradient in the memory and dtype of the logits.
     """
-    log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
-    loss = -log_probabilities.gather(1, labels).sum()
-    gradient = log_probabilities.exp_()
-    return loss, gradient.scatter_add_(1, labels, gradient.new_full((), -1.0).expand(labels.shape))
+    losses = []
+    for part, label in split_blocks(logits, labels):
+        probabilities = part.softmax(-1, dtype=torch.float32)
+        # log sum exp(x) = max x - log max p, which stays finite where the label's own p is 0.
+        below = part.amax(-1, keepdim=True).float() - part.gather(1, label).float()
+        losses.append((below - probabilities.amax(-1, keepdim=True).log()).sum())
+        minus_one = probabilities.new_full((), -1.0)
+        part.copy_(probabilities.scatter_add_(1, label, minus_one.expand(label.shape)))
+    return torch.stack(losses).sum(), logits
 
 
 def differentiate_at_once(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +131,6 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss, grad_logits = differentiate(F.linear(part, weight, bias), label)
                 losses.append(loss)
                 grad_bias = add_to(grad_bias, grad_logits.sum(0, dtype=torch.float32)) if bias is not None else None
-                grad_logits = grad_logits.to(weight.dtype)
                 torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
                 grad_weight = add_to(grad_weight, grad_logits.t() @ part)
         grad_weight = grad_weight.to(weight.dtype)
