@@ -45,9 +45,9 @@ INPUTS = {"input_ids": torch.arange(3, 27).view(2, 12), "attention_mask": torch.
 FROZEN_LINEAR = (nn.Linear, Conv1D)
 
 
-def make_classifier(kind):
+def make_classifier(kind, **sizes):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SMALL | ARCHITECTURES[kind][0]))
+    config = AutoConfig.for_model(kind, **(SMALL | ARCHITECTURES[kind][0] | sizes))
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
@@ -56,9 +56,9 @@ def compute_logits(model):
         return model.eval()(**INPUTS).logits
 
 
-def adapt(kind, **settings):
+def adapt(kind, sizes=None, **settings):
     """A model whose adapters do something: fresh ones add exactly nothing."""
-    model = add_adapters(make_classifier(kind), FinetuneArguments(**{"peft": "lora"} | settings))
+    model = add_adapters(make_classifier(kind, **sizes or {}), FinetuneArguments(**{"peft": "lora"} | settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
@@ -121,10 +121,16 @@ def test_probe_trains_the_head_alone():
 
 def test_four_bit_layers_are_near_the_full_ones_and_learn():
     pytest.importorskip("bitsandbytes")
-    model = adapt("llama", peft="qlora", use_cpu=True)
-    full = adapt("llama", peft="lora")
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    model = adapt("llama", sizes, peft="qlora", use_cpu=True)
+    full = adapt("llama", sizes, peft="lora")
     packed = [value for value in model.parameters() if value.dtype == torch.uint8]
     assert len(packed) == len(find_linear_layers(make_classifier("llama")))
+    for name in find_linear_layers(make_classifier("llama")):
+        layer, whole = model.get_submodule(f"base_model.model.{name}"), full.get_submodule(f"base_model.model.{name}")
+        inputs = torch.randn(4, whole.base_layer.in_features)
+        error = (layer.base_layer(inputs) - whole.base_layer(inputs)).norm() / whole.base_layer(inputs).norm()
+        assert 0.05 < error < 0.13, "NF4 rounds normal weights by 9 %"
     assert count_trained(model) == count_trained(full)
     with model.disable_adapter(), full.disable_adapter():
         difference = (compute_logits(model) - compute_logits(full)).abs().max()
@@ -134,5 +140,7 @@ def test_four_bit_layers_are_near_the_full_ones_and_learn():
 
 
 def test_layers_without_a_four_bit_form_are_refused():
+    with pytest.raises(SettingError, match="the 32 inputs of .*q_proj, which are no multiple of 64; take lora"):
+        add_adapters(make_classifier("llama"), FinetuneArguments(peft="qlora", use_cpu=True))
     with pytest.raises(SettingError, match="no 4-bit form of the layers of a gpt2 model; take lora"):
         add_adapters(make_classifier("gpt2"), FinetuneArguments(peft="qlora", use_cpu=True))

@@ -596,7 +596,8 @@ def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, reci
     assert code == 0, stderr
     assert max(map(len, table.splitlines())) <= 80, table
     assert "cannot run: The setting optim is 'adamw_9bit'" in " ".join(table.split())
-    assert "beside each point's own steps, " in " ".join(table.split()) and " TFLOP/s in float32;" in table
+    assert "beside each point's own steps, " in " ".join(table.split())
+    assert any(f" TFLOP/s in {precision};" in table for precision in ("float32", "bfloat16")), table
     record = json.loads((records / "throughput-mini-pretrain-optim=adamw.json").read_text())
     assert record["tokens_per_second"] > 0
     assert record["mfu"] == pytest.approx(record["flops_per_second"] / record["peak_flops_measured"])

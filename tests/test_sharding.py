@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from sharded_runs import prepare
 from test_programs import ROOT
 
+from oneday import muon
 from oneday.optimizers import HIDDEN_OPTIMIZERS, SHARED_BY, count_state_bytes
 from oneday.packed_dataset import pack_corpus
 from oneday.run_directory import read_json, read_metrics
@@ -67,6 +68,14 @@ def take_two_sentences(text):
     """Of three words each: a document that fits into one row."""
     words = text.split()
     return f"{' '.join(words[:3])}. {' '.join(words[3:6])}."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def muon_in_float32():
+    """As in sharded_runs: where it computes in bfloat16 a gradient's last bit moves an update by a percent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "has_fast_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -99,8 +99,16 @@ def quantize_layers(model: PreTrainedModel, layers: list[str], device: torch.dev
         raise SettingError(f"peft is 'qlora', and bitsandbytes cannot be used ({reason}); take lora.") from None
     for name in layers:
         old = model.get_submodule(name)
+        # Its kernels for CPUs with AVX-512 (0.50.2) then give weights that are a quarter off, and say nothing.
+        if device.type == "cpu" and old.in_features % 64:
+            raise SettingError(
+                f"peft is 'qlora', and bitsandbytes has no sound 4-bit form on a CPU of the {old.in_features} inputs "
+                f"of {name}, which are no multiple of 64; take lora."
+            )
         new = Linear4bit(old.in_features, old.out_features, old.bias is not None, torch.bfloat16, quant_type="nf4")
         new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        # Packing for a kernel from the Hub, on CPUs with bf16 units; it fails where outputs are no multiple of 32.
+        new.support_avx512bf16_for_cpu = False
         new.bias = old.bias
         model.set_submodule(name, new.to(device))
     model.is_loaded_in_4bit = True  # by this peft chooses its 4-bit layer
