@@ -165,6 +165,12 @@ def test_zero_tiny_and_huge_matrices(dtype):
     assert torch.equal(results[2], results[3]) and torch.equal(results[3], results[4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_negative_values_is_the_positive_one_turned_round(dtype):
+    positive = torch.rand(1, 24, 40, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.1
+    assert torch.equal(orthogonalize(-positive), -orthogonalize(positive))
+
+
 def test_a_matrix_with_nan_spoils_no_other():
     matrices = torch.randn(2, 8, 8)
     alone = orthogonalize(matrices[1:])

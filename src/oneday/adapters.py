@@ -99,7 +99,7 @@ def quantize_layers(model: PreTrainedModel, layers: list[str], device: torch.dev
         raise SettingError(f"peft is 'qlora', and bitsandbytes cannot be used ({reason}); take lora.") from None
     for name in layers:
         old = model.get_submodule(name)
-        # Its kernels for CPUs with AVX-512 (0.50.2) then give weights that are a quarter off, and say nothing.
+        # Its kernel for CPUs (0.50.2) reads such weights back a quarter off, and says nothing.
         if device.type == "cpu" and old.in_features % 64:
             raise SettingError(
                 f"peft is 'qlora', and bitsandbytes has no sound 4-bit form on a CPU of the {old.in_features} inputs "
