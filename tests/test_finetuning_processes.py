@@ -41,7 +41,7 @@ TUNED = {"protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epoch
 def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, changes):  # noqa: F811
     """With dropout and with answers kept; resumed in either way without a further run."""
     shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1, **changes}
-    num_runs = 4 + 4 * bool(changes)  # tuned: two tasks at two rates first
+    num_runs = 4 + 20 * bool(changes)  # tuned: two tasks at two rates on five parts first
     ways = {"one": {"num_threads": 1, "num_processes": 1}, "two": {"num_threads": 2, "num_processes": 2}}
     results = {}
     for name, way in ways.items():

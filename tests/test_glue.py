@@ -302,12 +302,14 @@ def test_table_fits_80_columns_and_says_what_did_not_help():
     tasks["rte"] = make_entry(0.6) | {"random_weights": {"median": 0.7, "scores": [0.7]}}
     header = {"tasks": tasks, "protocol": "custom", "device": "cpu", "settings": {"peft": "lora"}}
     chosen = {"learning_rate": 4e-5, "num_train_epochs": 1.0}
-    tasks["cola"] |= {"tuning": {"pretrained": {"chosen": chosen, "num_held_out": 32}}}
-    tasks["sst2"] |= {"tuning": {"pretrained": {"chosen": chosen | {"num_train_epochs": 2.5}, "num_held_out": 32}}}
+    chosen_for_sst2 = chosen | {"num_train_epochs": 2.5}
+    tasks["cola"] |= {"tuning": {"pretrained": {"chosen": chosen, "num_held_out": 1710, "seeds": [5]}}}
+    tasks["sst2"] |= {"tuning": {"pretrained": {"chosen": chosen_for_sst2, "num_held_out": 32, "seeds": [5, 6]}}}
     tasks["qnli"]["diverged_runs"] = 2
     table = format_results(header | summarize_average(tasks))
     assert "qnli: 2 of its runs diverged" in table and "qqp: 2" not in table
-    assert "cola: learning rate 4e-05, 1 epoch, chosen" in table and "4e-05, 2.5 epochs, chosen" in table
+    assert "cola: learning rate 4e-05, 1 epoch, chosen on 1,710 held-out rows" in table
+    assert "4e-05, 2.5 epochs, chosen on 2 x 32 held-out rows" in table
     assert max(map(len, table.splitlines())) <= 80
     assert "rte: pretraining does not help here" in table and "-10.0" in table
     assert "qqp: pretraining" not in table

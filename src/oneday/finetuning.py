@@ -38,7 +38,7 @@ from oneday.own_task import load_own_task
 from oneday.predictions import read_test_splits, remove_submission, write_submission
 from oneday.run_directory import refuse_full_disk
 from oneday.throughput import keep_freed_memory, set_threads
-from oneday.tuning import choose_setting, hold_out, spread_grid
+from oneday.tuning import check_rows, choose_setting, hold_out, plan_trials, spread_grid
 
 
 def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> dict:
@@ -69,6 +69,8 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
     checkpoint = load_checkpoint(args.model_name_or_path)
     prepared = [prepare_task(name, args, checkpoint) for name in names]
     check_test_splits(args, prepared)
+    for task in prepared if args.protocol == TUNED else ():
+        check_rows(task)
     if args.task_file:
         check_name_is_free(args, prepared[0], read_earlier(output_dir / RESULTS_FILE))
     make_folder(output_dir, "output_dir")
@@ -108,17 +110,23 @@ def choose_settings(
 ) -> tuple[list[FinetuneArguments], dict[tuple[str, str], dict]]:
     """Of the tuned protocol: the settings of each (task, from_random), and the choice's record by task and weights."""
     points = spread_grid(args)
-    trials = {task.task.name: hold_out(task) for task, _ in plan}
-    runs = [
-        plan_run(checkpoint, trials[task.task.name], point, args.seed, from_random)
+    parts = {task.task.name: hold_out(task) for task, from_random in plan if not from_random}
+    trials = [
+        [
+            plan_run(checkpoint, part, settings, seed, from_random)
+            for part, settings, seed in plan_trials(args, points, task, parts[task.task.name])
+        ]
         for task, from_random in plan
-        for point in points
     ]
-    lines = obtain_runs(checkpoint, args, runs, may_start_processes, "choosing settings")
-    parts = [lines[start : start + len(points)] for start in range(0, len(lines), len(points))]
-    found = [choose_setting(args, trials[task.task.name], points, part) for (task, _), part in zip(plan, parts)]
-    names = [(task.task.name, WEIGHTS[from_random]) for task, from_random in plan]
-    return [chosen for chosen, _ in found], dict(zip(names, (record for _, record in found)))
+    lines = obtain_runs(checkpoint, args, sum(trials, []), may_start_processes, "choosing settings")
+    lines = {line["key"]: line for line in lines}
+    settings, choices = [], {}
+    for (task, from_random), runs in zip(plan, trials, strict=True):
+        name = task.task.name
+        chosen, record = choose_setting(args, parts[name], points, [lines[run.key] for run in runs])
+        settings.append(chosen)
+        choices[name, WEIGHTS[from_random]] = record
+    return settings, choices
 
 
 def check_name_is_free(args: FinetuneArguments, prepared: PreparedTask, earlier: dict) -> None:

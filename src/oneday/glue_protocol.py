@@ -31,6 +31,8 @@ PEFT_KINDS = ("lora", "dora", "qlora")
 # Peak learning rates where none is given: cramming's for all the weights; adapters want about ten times as much.
 LEARNING_RATE, ADAPTER_LEARNING_RATE, PROBE_LEARNING_RATE = 4e-5, 4e-4, 1e-3
 TUNED_FACTORS = (1, 2.5, 5)
+# Parts of a small task's training split that are held out in turn, at most, each with a seed of its own.
+TUNED_PARTS = 5
 
 
 @dataclass
@@ -65,7 +67,8 @@ class FinetuneArguments:
     protocol: str = setting(
         CRAMMING,
         "cramming (one setting for all tasks), tuned (a task's learning rate and epochs are chosen on held-out "
-        "training rows), probe (only the head is trained, without dropout), or a name of your own for your settings.",
+        "training rows; a point of the grid takes a run, or up to five for a task below 5,000 rows), probe (only the "
+        "head is trained, without dropout), or a name of your own for your settings.",
     )
     num_seeds: int = setting(5, "Runs a task, with the seeds seed, seed + 1, ...; the score is their median.")
     seed: int = setting(0, "First seed.")
@@ -188,8 +191,10 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     if args.lr_scheduler_type not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {known}.")
-    if not 0 <= args.seed <= MAX_SEED - args.num_seeds:
-        raise SettingError(f"seed is {args.seed}; it must be at least 0 and, with num_seeds, below 2^32.")
+    num_seeds = args.num_seeds + TUNED_PARTS * (args.protocol == TUNED)
+    if not 0 <= args.seed <= MAX_SEED - num_seeds:
+        trials = f" and {TUNED_PARTS} for the trials" * (args.protocol == TUNED)
+        raise SettingError(f"seed is {args.seed}; it must be at least 0 and, with num_seeds{trials}, below 2^32.")
     if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
         raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
     near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)

@@ -197,7 +197,8 @@ def format_results(results: dict) -> str:
             tuning = row["tuning"]["pretrained"]
             epochs = tuning["chosen"]["num_train_epochs"]
             chosen = f"learning rate {tuning['chosen']['learning_rate']:g}, {epochs:g} epoch{'s' * (epochs != 1)}"
-            notes.append(f"{name}: {chosen}, chosen on {tuning['num_held_out']:,} training rows")
+            times = f"{len(tuning['seeds'])} x " * (len(tuning["seeds"]) > 1)
+            notes.append(f"{name}: {chosen}, chosen on {times}{tuning['num_held_out']:,} held-out rows")
         if row["subset"]:
             trained = f"{row['num_train']:,} of {row['official_num_train']:,} training rows"
             scored = f"{row['num_validation']:,} of {row['official_num_validation']:,} scored"

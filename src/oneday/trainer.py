@@ -76,6 +76,25 @@ class StepRecord:
     is_spike: bool = False
 
 
+def check_model(
+    model: PreTrainedModel,
+    args: BudgetTrainingArguments,
+    objective: Objective,
+    train_dataset: PackedDataset | RowSource,
+) -> None:
+    """Raise SettingError for a model that the settings, or packing, do not go with."""
+    if objective.is_packed:
+        probe_packing(model)
+    check_optimizer(args.optimizer_name)
+    check_embedding_init(args.embedding_init, train_dataset)
+    check_attention_init(args.attention_init, model)
+    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise SettingError(
+            "The setting activation_checkpointing (or gradient_checkpointing) is true, which "
+            f"{type(model).__name__} does not do; leave it out."
+        )
+
+
 class BudgetTrainer(RunTrainer):
     """Pretrains a stock model inside a budget.
 
@@ -117,6 +136,33 @@ class BudgetTrainer(RunTrainer):
         keep_freed_memory()
         self.objective = objective
         self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
+        self.begin_counting(args)
+        self.position_offset = position_offset(model)
+        check_model(model, args, objective, train_dataset)
+        args.use_compile = decide_compiling(args, objective.is_packed)
+        self.loader = self.build_loader(args, train_dataset)
+        name_run(args)
+        args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(
+            model=model,
+            args=args,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the parent's setting would be saved with the model
+        self.prepare_weights(model)
+        self.train_dataset = train_dataset
+        self.peak_flops = measure_peak_flops(args.device, self.bf16)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
+            self.add_callback(callback)
+        place_tensorboard(self)
+
+    def begin_counting(self, args: BudgetTrainingArguments) -> None:
+        """The clock and the schedule, and what is known of steps, signals and evaluations before the first of each."""
         self.clock = build_clock(args)
         self.guard = StepGuard(args.max_bad_steps)
         self.eval_batch_tokens = args.micro_batch_tokens
@@ -131,30 +177,10 @@ class BudgetTrainer(RunTrainer):
         self.tracked_loss = torch.zeros((), device=args.device)  # of the last step that was finite
         self.last_eval_seconds: float | None = None
         self.last_eval: dict[str, float] = {}
-        self.position_offset = position_offset(model)
-        if objective.is_packed:
-            probe_packing(model)
-        check_optimizer(args.optimizer_name)
-        check_embedding_init(args.embedding_init, train_dataset)
-        check_attention_init(args.attention_init, model)
-        if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
-            raise SettingError(
-                "The setting activation_checkpointing (or gradient_checkpointing) is true, which "
-                f"{type(model).__name__} does not do; leave it out."
-            )
-        args.use_compile = decide_compiling(args, objective.is_packed)
-        self.loader = self.build_loader(args, train_dataset)
-        name_run(args)
-        args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
-        use_cache = getattr(model.config, "use_cache", None)
-        super().__init__(
-            model=model,
-            args=args,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-        )
-        if use_cache is not None:
-            model.config.use_cache = use_cache  # the parent's setting would be saved with the model
+
+    def prepare_weights(self, model: PreTrainedModel) -> None:
+        """Begin, place and share out the weights, and compile the layers."""
+        args, objective = self.args, self.objective
         # Only placed, not wrapped: see `ranks`.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         objective.attach(model)
@@ -169,13 +195,6 @@ class BudgetTrainer(RunTrainer):
             for part in (model, getattr(model, COMPANION, None)):
                 compile_layers(part) if part is not None else None
             compile_loss(model)
-        self.train_dataset = train_dataset
-        self.peak_flops = measure_peak_flops(args.device, self.bf16)
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
-            self.add_callback(callback)
-        place_tensorboard(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the parent, for a model that is not to be wrapped."""
