@@ -449,12 +449,14 @@ def test_tuned_settings_are_chosen_on_training_rows_and_recorded(bert, tmp_path,
             assert tuning["chosen"] == {"learning_rate": 3e-3, "num_train_epochs": 6.0}
             assert tuning["num_held_out"] == size and tuning["seeds"] == [8 + part for part in range(num_parts)]
             assert [len(point["scores"]) for point in tuning["grid"]] == [num_parts] * 2
+        tuning = tasks[name]["tuning"]["pretrained"]
+        assert [point["score"] > 0.9 for point in tuning["grid"]] == [False, True] and tasks[name]["median"] > 0.9
     runs = [json.loads(line) for line in (tmp_path / "out" / "glue_runs.jsonl").read_text().splitlines()]
     # Every trial's score stands in the record of its own task and weights, in its own place.
     for name, kind in itertools.product(tasks, ("pretrained", "random")):
         mine = [run for run in runs if (run["task"], run["weights"]) == (name, kind) and run["seed"] > 7]
         found = [score for point in tasks[name]["tuning"][kind]["grid"] for score in point["scores"]]
-        assert sorted(found) == sorted(run["scores"][name][tasks[name]["metric"]] for run in mine)
+        assert found == [run["scores"][name][tasks[name]["metric"]] for run in mine]
     assert len(runs) == 2 * 2 * (4 + 2) + 4 and [run["seed"] for run in runs[-4:]] == [7] * 4
     settings = json.loads((tmp_path / "out" / "glue_results.json").read_text())["settings"]
     assert settings["tuned_learning_rates"] == [1e-9, 3e-3] and settings["learning_rate"] is None
@@ -573,7 +575,7 @@ def test_held_out_rows_are_not_trained_on(bert, data_dir, tmp_path):
     for part in parts:
         trained, held_out = (part.splits[split]["row"] for split in ("train", "held_out"))
         assert (len(trained), len(held_out)) == (128, 32) and {*trained, *held_out} == everything
-        assert part.scored_splits == ["held_out"]
+        assert list(part.splits) == ["train", "held_out"] and part.scored_splits == ["held_out"]
     assert {row for part in parts for row in part.splits["held_out"]["row"]} == everything  # five parts of a fifth
 
 
