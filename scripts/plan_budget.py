@@ -8,8 +8,7 @@ from pathlib import Path
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES
 from oneday.ladder import (
-    BENCHMARK_DIR,
-    LADDER_DIR,
+    RECORD_DIRS,
     LadderArguments,
     family_of,
     fit_family,
@@ -54,9 +53,8 @@ def main() -> None:
     if mode == "ladder":
         with resumable():
             run_ladder(recipe, of_recipe, args)
-    records = read_records(
-        [args.records_dir, *([BENCHMARK_DIR] if Path(args.records_dir) == Path(LADDER_DIR) else [])]
-    )
+    is_default = Path(args.records_dir) == Path(RECORD_DIRS[-1])
+    records = read_records(RECORD_DIRS if is_default else [args.records_dir])
     if not records:
         raise SettingError(f"There is no record of a run in records_dir {args.records_dir}; name another.")
     for family in dict.fromkeys(family_of(record) for record in records):

@@ -319,6 +319,23 @@ def test_a_record_stands_while_nothing_changes(tmp_path):
     assert RecordStore(tmp_path, moved).find(make_job()), "a new commit of the same code changes nothing"
 
 
+def test_a_record_that_no_longer_stands_is_set_aside(tmp_path, in_this_process):
+    """On other text, say, whose run has the same name."""
+    store, made = RecordStore(tmp_path, ENVIRONMENT), []
+
+    def run(job):
+        made.append(job.settings["text"])
+        return {"environment": ENVIRONMENT, "text": job.settings["text"]}
+
+    for text in ("a", "a", "b", "a"):
+        job = dataclasses.replace(make_job(text=text), run=run)
+        assert store.obtain([job])["a-record"]["text"] == text
+    assert made == ["a", "b", "a"]
+    aside = sorted(tmp_path.glob("a-record.*.replaced"))
+    assert {json.loads(path.read_text())["text"] for path in aside} <= {"a", "b"} and aside
+    assert json.loads((tmp_path / "a-record.json").read_text())["text"] == "a"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -603,7 +620,7 @@ def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, reci
     assert record["tokens_per_second"] > 0
     assert record["mfu"] == pytest.approx(record["flops_per_second"] / record["peak_flops_measured"])
     steps = record["step_seconds"]
-    assert steps["data"] + steps["forward_backward"] + steps["optimizer"] == pytest.approx(steps["step"], rel=0.3)
+    assert 0 < steps["data"] < steps["forward_backward"] and 0 < steps["optimizer"] < steps["step"]
     assert 8 * record["num_parameters"] == pytest.approx(record["optimizer_state_bytes"], rel=0.01), "two moments"
     assert record["batch_size_tokens"] == record["micro_batch_tokens"] == 512
     summary = json.loads((records / "throughput-mini-pretrain.json").read_text())
@@ -653,7 +670,7 @@ def test_rows_that_grow_are_measured_at_their_full_length(recipe, tmp_path, monk
     assert make_point(recipe, tmp_path).recipe["max_seq_length_start"] is None
 
 
-def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
+def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch, caplog):
     """Base and change are really run, over a budget of steps; the table is of their records."""
     monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
     records = tmp_path / "records"
@@ -674,6 +691,8 @@ def test_ablate_compares_runs_of_one_seed(recipe, tmp_path, monkeypatch):
     assert [row["change"] for row in rows] == ["base", "lr_shape=linear"]
     base, changed = (row["losses"][0] for row in rows)
     assert base != changed
+    (tmp_path / "full").write_text("no directory can be made here")
+    assert run_ours(job, tmp_path / "full" / "run")["steps"] == 4 and "is not kept in" in caplog.text
     assert rows[1]["difference"] == pytest.approx(changed - base)
     assert (rows[1]["standard_error"], rows[1]["verdict"]) == (None, "needs 3 seeds")
     monkeypatch.setattr("oneday.benchmarks.ablation.name_obstacle", lambda text, base: "other loss")

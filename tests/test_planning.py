@@ -93,6 +93,8 @@ def test_tokens_of_a_budget_by_hand():
     assert count_tokens(PROBE, pace, Budget(kwh=0.01), 600.0, 4096, 3000) == pytest.approx(50 * per_second)
     with pytest.raises(SettingError, match="stated_watts"):
         count_tokens(PROBE, pace, Budget(kwh=0.01), None, 4096, 3000)
+    with pytest.raises(SettingError, match="stated_watts"):
+        count_tokens(PROBE, pace, Budget(kwh=0.01, seconds=60.0), None, 4096, 3000)
 
 
 @pytest.mark.parametrize("start", [None, 1024])
@@ -394,6 +396,20 @@ def test_a_recipe_that_is_planned_with_is_not_overwritten(small_recipe, tmp_path
     with pytest.raises(SettingError, match=f"plan_recipe is '.*{name}', which the plan is made from"):
         plan(small_recipe, tmp_path / name, probe_seconds=0.2)
     assert {path: path.read_text() for path in tmp_path.glob("*.yaml")} == before
+
+
+def test_the_recipe_of_a_run_is_not_overwritten(small_recipe, tmp_path):
+    """The run goes on with the same command, which names it."""
+    target, run = tmp_path / "plan.yaml", tmp_path / "run"
+    run.mkdir()
+    target.write_text(f"output_dir: {run}\n")
+    (run / "recipe.yaml").write_text("")
+    with pytest.raises(SettingError, match="plan.yaml', the recipe of the run in .*run; name another"):
+        plan(small_recipe, target, probe_seconds=0.2)
+    assert target.read_text() == f"output_dir: {run}\n"
+    (run / "recipe.yaml").unlink()
+    plan(small_recipe, target, probe_seconds=0.2, budget_minutes=2)
+    assert "extends: " in target.read_text()
 
 
 def test_models_are_the_recipes_own_and_the_configs_beside_it(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +182,10 @@ def test_only_runs_of_the_family_count_and_a_damaged_file_harms_nothing(records,
     (tmp_path / "empty.json").write_text('{"kind": "ladder", "recipe": "a"}')
     (tmp_path / "finetuned.json").write_text('{"kind": "ours", "scores": {}}')
     (tmp_path / "good.json").write_text(json.dumps(records[0]))
+    final = records[0]["final"] | {records[0]["measure"]: math.nan}
+    (tmp_path / "diverged.json").write_text(json.dumps(records[0] | {"final": final}))
     assert read_records([tmp_path]) == [records[0]]
-    assert sorted(message.split()[0] for message in caplog.messages) == ["empty.json", "torn.json"]
+    assert sorted(message.split()[0] for message in caplog.messages) == ["diverged.json", "empty.json", "torn.json"]
     with pytest.raises(SettingError, match="There is no directory .*laddr"):
         read_records([tmp_path / "laddr"])
     (tmp_path / "below").mkdir()

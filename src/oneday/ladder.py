@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from oneday.scaling_law import Point, ScalingLaw, fit_law
 
 logger = logging.getLogger(__name__)
 
-LADDER_DIR, BENCHMARK_DIR = "recipes/ladder", "recipes/benchmarks"
+# The records that come with the project, and where a user's own go.
+RECORD_DIRS = ["recipes/ladder", "recipes/benchmarks", "runs/ladder"]
 # Records of whole runs of ours; of the benchmarks only these are a recipe as it stands.
 KINDS = ("ladder", "ours")
 
@@ -33,7 +35,7 @@ class LadderArguments:
     tokens: list[float] = setting(
         [1e6, 2e6, 4e6], "Budgets in tokens, comma-separated; the recipe's own is put aside."
     )
-    records_dir: str = setting(LADDER_DIR, "Where the records go, and whence plans read them.")
+    records_dir: str = setting(RECORD_DIRS[-1], "Where the records go, and whence plans read them.")
     reuse_ours: bool = setting(True, "Keep records of an earlier commit of this project.")
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
     """
     records = []
     for folder in folders:
-        if not Path(folder).is_dir() and folder not in (LADDER_DIR, BENCHMARK_DIR):
+        if not Path(folder).is_dir() and folder not in RECORD_DIRS:
             raise SettingError(f"There is no directory {folder} with records for the scaling law; name another.")
     for path in sorted({path for folder in folders for path in Path(folder).rglob("*.json")}):
         try:
@@ -141,13 +143,20 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
                 family_of(record)
                 records.append(record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s is not used for the scaling law: it is damaged (%s).", path.name, error)
+            logger.warning("%s is not used for the scaling law: it is damaged or diverged (%s).", path.name, error)
     return records
 
 
 def to_point(record: Record) -> Point:
-    """What the law sees of a run."""
-    return Point(record["num_parameters_without_embeddings"], record["tokens"], record["final"][record["measure"]])
+    """What the law sees of a run.
+
+    Raises:
+        ValueError: When one of the three is no number above zero: of a run that diverged, say.
+    """
+    point = Point(record["num_parameters_without_embeddings"], record["tokens"], record["final"][record["measure"]])
+    if not all(0 < value < math.inf for value in (point.parameters, point.tokens, point.loss)):
+        raise ValueError(f"its loss is {point.loss} after {point.tokens} tokens")
+    return point
 
 
 def family_of(record: Record) -> Family:

@@ -85,14 +85,13 @@ def count_tokens(
     counts = [budget.tokens, budget.flops and budget.flops / probe.flops_per_token]
     counts.append(budget.steps and budget.steps * step_tokens)
     seconds = budget.clock_limit_seconds
-    if budget.needs_meter and watts:
+    if budget.needs_meter:
+        if not watts:
+            raise SettingError("budget_kwh is set and no power is known here; set stated_watts.")
         seconds = min(seconds or float("inf"), budget.kwh * JOULES_PER_KWH / watts)
     if seconds is not None:
         counts.append(max(0.0, seconds - pace.fixed_seconds) * pace.tokens_per_second(batch_tokens))
-    known = [count for count in counts if count is not None]
-    if not known:
-        raise SettingError("budget_kwh is the only limit and no power is known here; set stated_watts.")
-    return min(known)
+    return min(count for count in counts if count is not None)
 
 
 def make_row(

@@ -17,7 +17,7 @@ from oneday.budget import Budget
 from oneday.compilation import decide_compiling
 from oneday.corpus import list_hub_ids
 from oneday.durable_files import write_whole
-from oneday.ladder import BENCHMARK_DIR, LADDER_DIR, Family, FamilyLaw, fit_family, read_records
+from oneday.ladder import RECORD_DIRS, Family, FamilyLaw, fit_family, read_records
 from oneday.machines import Machine, find_machine
 from oneday.modeling import check_config_file
 from oneday.objectives import find_objective
@@ -32,8 +32,8 @@ from oneday.probing import (
     measure_model,
     measure_pace,
 )
-from oneday.recipe import Settings, build_arguments, complete_settings, read_layers
-from oneday.run_directory import read_json
+from oneday.recipe import Settings, build_arguments, complete_settings, read_layers, read_yaml
+from oneday.run_directory import RECIPE, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PlanArguments:
         None, "Plan for a card that is not here, say 'RTX 4090': its data sheet's peak at --mfu, an estimate."
     )
     mfu: float = setting(0.35, "With --for, the fraction of the card's peak that training is taken to reach.")
-    ladder_dirs: list[str] = setting([LADDER_DIR, BENCHMARK_DIR], "Records that the scaling law is fitted on.")
+    ladder_dirs: list[str] = setting(RECORD_DIRS, "Records that the scaling law is fitted on.")
     plan_recipe: str = setting("runs/plan.yaml", "Where the recipe of the chosen model is written.")
 
     def __post_init__(self) -> None:
@@ -272,7 +272,8 @@ def write_recipe(recipe_path: str, given: Settings, row: Row, target: str) -> Pa
 
 
 def check_writable(target: str, recipe_path: str) -> None:
-    """See, before anything is measured, that the recipe can be written, and not over one that it is made from.
+    """See, before anything is measured, that the recipe can be written, over none that it is made from or that has a
+    run, which goes on with it.
 
     Raises:
         SettingError: When it cannot.
@@ -280,6 +281,12 @@ def check_writable(target: str, recipe_path: str) -> None:
     if Path(target).resolve() in [Path(file).resolve() for file, _ in read_layers(recipe_path)]:
         raise SettingError(
             f"The setting plan_recipe is {target!r}, which the plan is made from and would overwrite; name another."
+        )
+    run_dir = read_yaml(target).get("output_dir") if Path(target).is_file() else None
+    if run_dir and (Path(run_dir) / RECIPE).is_file():
+        raise SettingError(
+            f"The setting plan_recipe is {target!r}, the recipe of the run in {run_dir}; name another, say "
+            "runs/plan-2.yaml."
         )
     folder = Path(target).parent
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from oneday.durable_files import write_json
 from oneday.model_card import write_reports
 from oneday.recipe import build_arguments
 from oneday.run_directory import SOURCES, create_run
+
+logger = logging.getLogger(__name__)
 
 
 def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
@@ -55,11 +58,14 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         curve.add_point(losses)
         result = describe_result(trainer.clock, curve, trainer.model, args.device, trainer.peak_flops, trainer.bf16)
         if run_dir is not None:  # all is measured
-            create_run(folder, {**job.recipe, "output_dir": str(run_dir)})
-            if hub_texts.REVISIONS:
-                write_json(folder / SOURCES, hub_texts.REVISIONS)
-            write_reports(trainer, data, model_args, data_args, metrics)
-            keep_run(folder, run_dir)
+            try:
+                create_run(folder, {**job.recipe, "output_dir": str(run_dir)})
+                if hub_texts.REVISIONS:
+                    write_json(folder / SOURCES, hub_texts.REVISIONS)
+                write_reports(trainer, data, model_args, data_args, metrics)
+                keep_run(folder, run_dir)
+            except OSError as error:  # a full disk, say, does not undo the run
+                logger.warning("The run is not kept in %s (%s); its record is.", run_dir, error)
         return {**result, "precision": trainer.describe_precision()}
 
 

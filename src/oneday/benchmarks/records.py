@@ -131,8 +131,16 @@ class RecordStore:
             "settings": job.settings,
             "source_hash": source_hash,
         }
+        set_aside(self.folder / f"{job.name}.json")
         write_json(self.folder / f"{job.name}.json", record)
         return record
+
+
+def set_aside(path: Path) -> None:
+    """Rename a record that no longer stands to `NAME.2026-11-28T101500.replaced`: it may have cost hours."""
+    if path.exists():
+        moment = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H%M%S")
+        path.replace(path.with_suffix(f".{moment}.replaced"))
 
 
 def find_difference(record: Record, job: Job, environment: dict[str, Any], reuse_ours: bool) -> str | None:
