@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
@@ -11,19 +10,13 @@ import torch
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.classification import hash_weights
-from oneday.durable_files import make_folder, write_json
+from oneday.durable_files import make_folder
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
 from oneday.scoring import load_scorer
+from oneday.signals import resumable
 from oneday.throughput import describe_environment, keep_freed_memory, set_threads
-from oneday.zero_shot_results import (
-    RESULTS_FILE,
-    EvaluateArguments,
-    format_zero_shot,
-    keep_earlier,
-    read_texts,
-    run_tasks,
-)
+from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, run_evaluation
 
 DESCRIPTION = (
     "Score zero-shot tasks with a causal model (log-likelihood) or a masked one (pseudo-log-likelihood), and measure "
@@ -34,8 +27,6 @@ EXAMPLE = (
     "--text_name 'held_out/*.txt'"
 )
 
-logger = logging.getLogger("oneday.evaluate")
-
 
 def main() -> None:
     """Read the settings, score, print the table and write the file."""
@@ -44,22 +35,16 @@ def main() -> None:
     keep_freed_memory()
     folder = find_output_dir(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = None if args.text_name is None else read_texts(args)
     scorer = load_scorer(args.model_name_or_path, args.batch_tokens, device)
-    results = {
+    facts = {
         "model": Path(args.model_name_or_path).name,
         "kind": scorer.kind,
         "weights_hash": hash_weights(scorer.model.state_dict()),
-        "tasks": run_tasks(scorer, args, logger.info),
         "environment": describe_environment(device),
     }
-    if text is not None:
-        name, documents = text
-        read = {"name": name, "dataset_split": args.dataset_split, "max_examples": args.max_examples}
-        results["text"] = {**read, **scorer.score_texts(documents)}
-    results = keep_earlier(results, rundir.read_json(folder / RESULTS_FILE))
+    with resumable():
+        results = run_evaluation(scorer, args, facts, folder / RESULTS_FILE)
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
-    write_json(folder / RESULTS_FILE, results)
     refresh_card(folder)
     sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
 

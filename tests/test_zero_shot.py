@@ -23,7 +23,14 @@ from oneday.arguments import SettingError
 from oneday.scoring import CPU_TOKENS, Score, Scorer, find_trained_length, load_scorer
 from oneday.tokenization import train_tokenizer
 from oneday.zero_shot import Question, list_local_tasks, load_task
-from oneday.zero_shot_results import EvaluateArguments, credit, evaluate_task, format_zero_shot, read_texts
+from oneday.zero_shot_results import (
+    EvaluateArguments,
+    credit,
+    evaluate_task,
+    format_zero_shot,
+    read_texts,
+    run_evaluation,
+)
 
 PAIRS = [
     ("", "ka lo mi"),
@@ -213,6 +220,7 @@ BAD = [
     ("mine", "[1]\n", "Row 1 of task mine is no JSON object"),
     ("mine", '{"query": "Q", "choices": ["x", " "], "gold": 0}\n', "has an empty text"),
     ("mine", '{"a": 1}\n', "Row 1 of task mine has the columns a, which are no layout"),
+    ("mine", '{"text": "I loved this film", "label": 1}\n', "has the columns label, text, which are no layout"),
     ("mine", '{"query": "Q", "choices": ["x"], "gold": 3}\n', "has the answer 3 of 1 choices"),
     ("mine", '{"query": "Q", "choices": ["x"], "gold": "A"}\n', "Row 1 of task mine cannot be read"),
 ]
@@ -409,6 +417,36 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     ):
         code, _, stderr = run_script("evaluate", *argv, *wrong)
         assert code == 1 and words in stderr, stderr
+
+
+def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, caplog):
+    """Interrupted in the second task, the program finds the first in the file; other questions are scored anew."""
+    caplog.set_level("INFO")
+    for task in ("first", "second"):
+        (tmp_path / f"{task}.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    args = EvaluateArguments(task_names=["first", "second"], task_data_dir=str(tmp_path))
+    path, facts = tmp_path / "out.json", {"weights_hash": "w"}
+    scorer = Fixed([Score(1.0, 1, False), Score(2.0, 1, False)])
+    once, calls = scorer.score, []
+
+    def stop_at_the_second(pairs):
+        calls.append(pairs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return once(pairs)
+
+    scorer.score = stop_at_the_second
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(scorer, args, facts, path)
+    assert list(json.loads(path.read_text())["tasks"]) == ["first"]
+    results = run_evaluation(scorer, args, facts, path)
+    assert len(calls) == 3 and "first: these questions have been scored" in caplog.text
+    assert [results["tasks"][task]["accuracy"] for task in ("first", "second")] == [1.0, 1.0]
+    (tmp_path / "first.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "c"}\n')
+    run_evaluation(scorer, args, facts, path)
+    assert len(calls) == 4
+    run_evaluation(scorer, args, {"weights_hash": "other"}, path)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("streaming", [False, True])

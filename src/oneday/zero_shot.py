@@ -144,6 +144,8 @@ def build_choices(prompt: str, choices: list[str], gold: int) -> Question:
     return Question(tuple((prompt, f" {choice}") for choice in choices), gold)
 
 
+# Columns beside which a text is to be judged, not continued.
+ANSWERS = {"label", "labels", "answer", "answers", "gold", "target", "score"}
 # The first layout whose columns a row has.
 LAYOUTS: tuple[tuple[set[str], Callable[[Row], Question]], ...] = (
     ({"sentence_good", "sentence_bad"}, read_minimal_pair),
@@ -254,7 +256,8 @@ def read_row(name: str, number: int, row: Row) -> Question:
     """
     if not isinstance(row, dict):
         raise SettingError(f"Row {number} of task {name} is no JSON object; one a line.")
-    reader = next((read for columns, read in LAYOUTS if columns <= row.keys()), None)
+    layouts = LAYOUTS[:-1] if ANSWERS & row.keys() else LAYOUTS
+    reader = next((read for columns, read in layouts if columns <= row.keys()), None)
     if reader is None:
         shown = ", ".join(sorted(row)[:8])
         raise SettingError(

@@ -6,13 +6,17 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
 from oneday.arguments import DataArguments, SettingError, setting
+from oneday.classification import hash_text
 from oneday.corpus import load_part, name_corpus, split_names
+from oneday.durable_files import write_json
+from oneday.run_directory import read_json
 from oneday.scoring import Score, Scorer
 from oneday.zero_shot import Question, load_task
 
@@ -117,18 +121,41 @@ def shares_ending(questions: Sequence[Question]) -> bool:
     return all(len({continuation for _, continuation in question.pairs}) == 1 for question in questions)
 
 
-def run_tasks(scorer: Scorer, args: EvaluateArguments, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Every task that the settings name; all are read before the first is scored.
+def run_evaluation(scorer: Scorer, args: EvaluateArguments, facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Score what the settings name; what is finished is in the file at once, and is not scored again.
+
+    All tasks and texts are read before the first is scored.
+
+    Args:
+        scorer: Of the checkpoint.
+        args: The settings.
+        facts: What the file says beside the scores; `weights_hash` tells whose they are.
+        path: The file.
+
+    Returns:
+        What the file holds then, scores of earlier calls with the same weights among it.
 
     Raises:
-        SettingError: When one cannot be read.
+        SettingError: When a task or a text cannot be read.
     """
     tasks = {name: load_task(name, args.task_data_dir, args.max_examples) for name in args.task_names or []}
-    results = {}
+    text = None if args.text_name is None else read_texts(args)
+    results = keep_earlier({**facts, "tasks": {}}, read_json(path))
+    source = "hub" if args.task_data_dir is None else "files"
     for name, questions in tasks.items():
-        tell(f"{name}: {len(questions):,} questions")
-        source = "hub" if args.task_data_dir is None else "files"
-        results[name] = {**evaluate_task(scorer, questions), "max_examples": args.max_examples, "source": source}
+        key = hash_text(repr([(question.pairs, question.gold, question.group) for question in questions]))
+        if results["tasks"].get(name, {}).get("questions_hash") == key:
+            logger.info("%s: these questions have been scored", name)
+            continue
+        logger.info("%s: %s questions", name, f"{len(questions):,}")
+        asked = {"max_examples": args.max_examples, "source": source, "questions_hash": key}
+        results["tasks"][name] = evaluate_task(scorer, questions) | asked
+        write_json(path, results)
+    if text is not None:
+        name, documents = text
+        read = {"name": name, "dataset_split": args.dataset_split, "max_examples": args.max_examples}
+        results["text"] = {**read, **scorer.score_texts(documents)}
+    write_json(path, results)
     return results
 
 
