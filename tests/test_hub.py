@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,19 +18,23 @@ from hub_server import RETRY_AFTER_SECONDS, HubServer, commit_of
 from test_programs import ROOT, SMALL, run_script  # noqa: F401
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from oneday.checkpoints import find_fault, list_checkpoints
+from oneday import run_directory
+from oneday.arguments import SettingError
+from oneday.checkpoints import find_fault, list_checkpoints, seal_checkpoint
 from oneday.hub import (
     COPIES,
     HubPusher,
     describe_command,
     describe_failure,
+    fetch_run,
     fetch_sources,
     find_newest,
     hide_paths,
     stage_checkpoint,
+    stage_model,
     stage_saved_model,
 )
-from oneday.run_directory import read_json, read_metrics
+from oneday.run_directory import inspect_run, read_json, read_metrics
 
 SECRET = "hf_good"
 
@@ -205,6 +211,59 @@ def test_a_generator_is_not_sent_with_its_model(tmp_path):
     (tmp_path / "sent").mkdir()
     stage_saved_model(tmp_path, tmp_path / "sent")
     assert sorted(path.name for path in (tmp_path / "sent").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_only_a_runs_own_files_are_sent(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run, sent = tmp_path / "run", tmp_path / "sent"
+    (run / "glue").mkdir(parents=True)
+    sent.mkdir()
+    ours = ["README.md", "config.json", "model-00001-of-00002.safetensors", "recipe.yaml", "tokenizer.json"]
+    for name in [*ours, "nohup.out", "train.log", "keys.json", ".lock", "training_args.bin", "glue/glue_results.json"]:
+        (run / name).write_text("{}")
+    stage_model(run, sent)
+    assert sorted(str(path.relative_to(sent)) for path in sent.rglob("*") if path.is_file()) == sorted(
+        [*ours, "glue/glue_results.json"]
+    )
+    assert caplog.messages == ["Not sent, as they are not a run's files: keys.json, nohup.out, train.log"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "metrics.jsonl", "recipe.yaml"])
+def test_a_run_that_did_not_fit_on_the_disk_is_fetched_again(tmp_path, monkeypatch, file):
+    """Wherever the disk is full, nothing is left that a run is not; the same command brings everything."""
+    run, folder = tmp_path / "pushed", tmp_path / "here"
+    (run / "last-checkpoint").mkdir(parents=True)
+    for name in ("model.safetensors", "oneday_state.json"):
+        (run / "last-checkpoint" / name).write_text("{}")
+    (run / "last-checkpoint" / "trainer_state.json").write_text('{"global_step": 4}')
+    seal_checkpoint(run / "last-checkpoint")
+    for name in ("recipe.yaml", "budget.json", "metrics.jsonl"):
+        (run / name).write_text("{}")
+    monkeypatch.setattr(
+        "oneday.hub.snapshot_download",
+        lambda repo, revision, local_dir: shutil.copytree(run, local_dir, dirs_exist_ok=True),
+    )
+    copy, write = shutil.copyfile, run_directory.write_recipe
+
+    def fill_disk(source, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def copy_all_but_one(source, target, **options):
+        return (fill_disk if Path(source).name == file and "here" in str(target) else copy)(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copy_all_but_one)
+        patch.setattr(shutil, "copy2", copy_all_but_one)
+        if file == "recipe.yaml":
+            patch.setattr(run_directory, "write_recipe", fill_disk)
+        with pytest.raises(SettingError, match="is full"):
+            fetch_run("ann/tiny", folder, {})
+    assert not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
+    assert write is run_directory.write_recipe and inspect_run(folder, {}) == "new"
+    folder.mkdir(exist_ok=True)
+    fetch_run("ann/tiny", folder, {})
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "recipe.yaml", "budget.json", "metrics.jsonl"}
+    assert find_fault(folder / "checkpoint-4") is None
 
 
 def test_a_checkpoint_goes_out_as_one_of_a_run_that_goes_on(tmp_path):

@@ -39,6 +39,14 @@ CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
 COPIES = ".hub-"
 # A pickle of every setting, paths included, which nothing reads when a run goes on.
 UNSENT = {"training_args.bin", rundir.LOCK}
+# Of a finished run, beside its weights.
+SENT = {
+    *(rundir.CARD, rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES, rundir.ENVIRONMENT, rundir.RESULTS),
+    *(rundir.CURVE, "zero_shot_results.json"),
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
+}
 # Seconds before a push is tried again, and the longest that is waited because the Hub asks for it.
 WAITS_SECONDS, MOST_SECONDS = (2.0, 8.0, 30.0), 120.0
 # A push at the end that takes longer is given up.
@@ -123,10 +131,15 @@ def whole_lines(text: str) -> list[str]:
 
 
 def stage_model(run_dir: Path, folder: Path) -> None:
-    """Copies of the files at the top of a run directory, and of its scores."""
-    for path in sorted(run_dir.iterdir()):
-        if path.is_file() and path.name not in UNSENT and not path.name.startswith("."):
+    """Copies of a run's files at the top of its directory, and of its scores; what else lies there is named."""
+    strangers = []
+    for path in sorted(path for path in run_dir.iterdir() if path.is_file() and not path.name.startswith(".")):
+        if path.name in SENT or path.suffix == ".safetensors":
             copy_publicly(path, folder / path.name)
+        elif path.name not in UNSENT:
+            strangers.append(path.name)
+    if strangers:
+        logger.info("Not sent, as they are not a run's files: %s", ", ".join(strangers))
     scores = run_dir / "glue" / "glue_results.json"
     if scores.is_file():
         (folder / "glue").mkdir()
@@ -381,12 +394,15 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
             )
         # Killed while it copies, it leaves only what is staged, and the same command brings everything again.
         with rundir.refuse_full_disk(folder), rundir.staging(folder, newest.name) as staged:
-            shutil.copytree(newest, staged, dirs_exist_ok=True)
-            synchronize_tree(staged)
-            staged.rename(folder / f"{PREFIX}{read_step(newest)}")
+            shutil.copytree(newest, staged / f"{PREFIX}{read_step(newest)}")
             for name in (rundir.BUDGET, rundir.METRICS, rundir.SOURCES):
                 if (found / name).is_file():
-                    shutil.copyfile(found / name, folder / name)
+                    shutil.copyfile(found / name, staged / name)
+            rundir.write_recipe(staged, settings)
+            synchronize_tree(staged)
+            # The recipe last: with it the directory holds a run.
+            for path in sorted(staged.iterdir(), key=lambda path: path.name == rundir.RECIPE):
+                path.rename(folder / path.name)
 
 
 def fetch_sources(repo_id: str) -> dict[str, str]:
