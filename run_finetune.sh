@@ -28,6 +28,10 @@ for word in "$@"; do
         "directory "*) word=$(absolute "$word") ;;
         "model "*) word=$(absolute_model "$word") ;;
     esac
+    if [[ $word == --task_file* && ${#tasks[@]} -gt 0 ]]; then
+        echo "The tasks ${tasks[*]} and --task_file are given; it is one or the other: leave one out." >&2
+        exit 1
+    fi
     case $word in
         --*_dir|--*_file) kind="directory " ;;
         --model_name_or_path) kind="model " ;;

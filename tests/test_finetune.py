@@ -52,7 +52,13 @@ from oneday.finetuning import finetune_task, prepare_task, run_protocol
 from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run, put_in_place
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions, draw_results
-from oneday.glue_protocol import FinetuneArguments, check_arguments, complete_arguments, name_protocol
+from oneday.glue_protocol import (
+    FinetuneArguments,
+    check_arguments,
+    complete_arguments,
+    name_protocol,
+    warn_of_unread,
+)
 from oneday.glue_results import hash_run
 from oneday.recipe import parse_recipe
 from oneday.tuning import choose_setting, hold_out, plan_trials, spread_grid
@@ -422,6 +428,20 @@ def test_protocol_keeps_its_name_only_with_its_settings():
     assert name_protocol(FinetuneArguments(learning_rate=1e-4, protocol="quickstart")) == "quickstart"
 
 
+def test_what_a_protocol_takes_no_notice_of_is_said(caplog):
+    warn_of_unread(FinetuneArguments(protocol="tuned", tuned_learning_rates=[1e-4], dropout=0.3))
+    warn_of_unread(FinetuneArguments(protocol="probe", learning_rate=1e-3, num_train_epochs=7))
+    warn_of_unread(FinetuneArguments(learning_rate=1e-3, num_train_epochs=7, dropout=0.3))
+    assert not caplog.messages
+    warn_of_unread(FinetuneArguments(protocol="tuned", learning_rate=1e-6, num_train_epochs=1))
+    warn_of_unread(FinetuneArguments(protocol="probe", dropout=0.3))
+    assert caplog.messages == [
+        "protocol tuned takes no notice of learning_rate 1e-06: it chooses from tuned_learning_rates",
+        "protocol tuned takes no notice of num_train_epochs 1: it chooses from tuned_epochs",
+        "protocol probe takes no notice of dropout 0.3: the encoder is frozen",
+    ]
+
+
 @pytest.mark.parametrize(
     ("recipe", "protocol"), [("glue/finetune.yaml", "cramming"), ("quickstart/finetune.yaml", "quickstart")]
 )
@@ -490,11 +510,17 @@ def test_best_mean_is_chosen_and_of_equal_ones_the_first():
     rows = Dataset.from_dict({"row": range(2000), "label": [0] * 2000})
     parts = hold_out(PreparedTask(find_task("rte"), {"train": rows}, "hash"))
     scores = [[0.75, 0.25, 0.25], [0.5, 0.625, 0.75], [0.25, 1.0, 0.25], [0.5, 0.75, 0.625], [0.0, 0.6875, 0.6875]]
-    lines = [{"scores": {"rte": {"accuracy": score}}, "seed": 3} for point in scores for score in point]
+    lines = [
+        {"scores": {"rte": {"accuracy": score}}, "seed": 3, "diverged": False} for point in scores for score in point
+    ]
     chosen, record = choose_setting(args, parts, spread_grid(args), lines)
     assert chosen.learning_rate == record["chosen"]["learning_rate"] == 2e-5 and chosen.num_train_epochs == 2.0
     assert [point["scores"] for point in record["grid"]] == scores and record["grid"][1]["score"] == 0.625
     assert record["seeds"] == [3, 3, 3]
+    lines[4]["diverged"] = True  # one part of the best
+    _, record = choose_setting(args, parts, spread_grid(args), lines)
+    assert record["chosen"]["learning_rate"] == 4e-5 and record["grid"][1]["score"] == 0.625
+    assert [point["diverged"] for point in record["grid"]] == [False, True, False, False, False]
     for wrong in (lines[:-1], lines + lines[:1]):
         with pytest.raises(ValueError, match="zip"):
             choose_setting(args, parts, spread_grid(args), wrong)
@@ -678,8 +704,11 @@ def test_model_without_a_classification_head(tmp_path, data_dir):
         ({"num_seeds": 0}, "num_seeds is 0"),
         ({"num_train_epochs": -1.0}, "num_train_epochs is -1.0"),
         ({"warmup_fraction": 1.5}, "warmup_fraction is 1.5"),
+        ({"adam_beta1": 1.5}, "adam_beta1 is 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"peft": "lora", "protocol": "probe"}, "protocol is probe and peft is 'lora'"),
         ({"protocol": "tuned", "tuned_epochs": [0.0]}, "tuned_epochs must hold numbers above 0"),
+        ({"protocol": "tuned", "tuned_epochs": []}, "tuned_epochs must hold numbers above 0"),
         ({"protocol": "tuned", "seed": 2**32 - 2, "num_seeds": 1}, "with num_seeds and 5 for the trials, below 2^32"),
         ({"protocol": "tunned"}, "protocol is 'tunned'; did you mean 'tuned'?"),
         ({"protocol": "Probe"}, "did you mean 'probe'?"),
@@ -708,6 +737,17 @@ def test_checkpoint_without_a_tokenizer_is_refused(bert, tmp_path):
     with pytest.raises(SettingError) as caught:
         load_checkpoint(str(tmp_path))
     assert "tokenizer" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("tokenizer.json", "{}"), ("config.json", '{"model_type": "bert", "hidden_size": "x"}')]
+)
+def test_a_damaged_checkpoint_is_one_sentence(bert, tmp_path, file, content):
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    (copy / file).write_text(content)
+    with pytest.raises(SettingError, match="model_name_or_path .*copy cannot be loaded") as caught:
+        load_checkpoint(str(copy))
+    assert "\n" not in str(caught.value)
 
 
 def test_damaged_weights_are_one_sentence(bert, data_dir, tmp_path):
@@ -798,6 +838,10 @@ def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp
     (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
     own = run_protocol(make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), **shared))
     assert list(own["tasks"]) == ["sst2", "mine"]
+    (tmp_path / "mine.csv").write_text("text,mood,label\n" + "good,up,1\nbad,up,0\ngood,down,1\nbad,down,0\n" * 10)
+    again = make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), label_column="mood", **shared)
+    with pytest.raises(SettingError, match="with label_column label are kept as mine, as those with mood would be"):
+        run_protocol(again)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.csv").write_text("text,label\n" + "nice,1\nawful,0\n" * 20)
     other = make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "other" / "mine.csv"), **shared)
@@ -833,3 +877,5 @@ def test_run_finetune_from_elsewhere(bert, data_dir):
     assert "sst2*" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 80
     results = json.loads((model / "glue" / "glue_results.json").read_text())
     assert results["protocol"] == "custom" and results["tasks"]["sst2"]["num_train"] == 16
+    done = subprocess.run([*command, "--task-file=mine.csv"], cwd=model.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "The tasks sst2 and --task_file are given" in done.stderr

@@ -327,6 +327,7 @@ def test_adapters_stand_beside_all_weights_only_where_the_rows_are_the_same():
     lines = compare_with_full(of_adapters, full)
     assert len(lines) == 3 and lines[1].split() == ["rte", "50.0", "/", "50.0"]
     assert compare_with_full(of_adapters, full | {"weights_hash": "v"}) == compare_with_full(of_adapters, {}) == []
+    assert compare_with_full(of_adapters, full | {"tasks": {"rte": entries[0] | {"metric": "accuracy"}}}) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from datasets import Dataset
 from oneday.classification import PreparedTask
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
-from oneday.predictions import read_test_splits, spell_answer, write_predictions, write_submission
+from oneday.predictions import are_answered, read_test_splits, spell_answer, write_predictions, write_submission
 
 PAIRS = [{"premise": "a", "hypothesis": str(number), "label": -1, "idx": number} for number in range(3)]
 
@@ -31,6 +32,24 @@ def test_predictions_hold_row_label_answer_and_outputs(tmp_path):
     assert (table["row"], table["label"], table["prediction"]) == ([7, 5, 6], [1, 1, 0], [1, 0, 0])
     assert np.array_equal(np.array(table["logits"], np.float32), outputs)
     assert pq.read_table(tmp_path / "RTE.parquet").column_names == ["row", "prediction", "logits"]
+
+
+@pytest.mark.parametrize("file", ["validation.parquet", "RTE.parquet"])
+def test_answers_that_are_gone_or_torn_are_none(tmp_path, file):
+    """A disk that lost its power may leave a file without its bytes."""
+    task = prepare("rte", [1, 1, 0], ["RTE"])
+    outputs = np.zeros((3, 2), np.float32)
+    write_predictions(tmp_path, task, {"validation": outputs, "RTE": outputs})
+    assert are_answered(tmp_path, task)
+    assert not are_answered(
+        tmp_path, dataclasses.replace(task, test_splits=prepare("rte", [1], ["other"]).test_splits)
+    )
+    content = (tmp_path / file).read_bytes()
+    for left in (content[: len(content) // 2], b""):
+        (tmp_path / file).write_bytes(left)
+        assert not are_answered(tmp_path, task)
+    (tmp_path / file).unlink()
+    assert not are_answered(tmp_path, task)
 
 
 def test_confusions_count_labels_down_and_answers_across(tmp_path):

@@ -97,7 +97,8 @@ class PreparedTask:
 @contextmanager
 def silence_libraries() -> Iterator[None]:
     """Without the libraries' bars, and without their warnings of a head that is meant to be new."""
-    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    datasets_bars = not datasets.are_progress_bars_disabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -105,8 +106,9 @@ def silence_libraries() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-        if not bars:
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if datasets_bars:
             datasets.enable_progress_bars()
 
 
@@ -119,8 +121,8 @@ def load_checkpoint(name: str) -> Checkpoint:
     try:
         with silence_libraries():
             config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # configs and tokenizers refuse in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingError(f"model_name_or_path {name} cannot be loaded ({reason}); name a checkpoint.") from None
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise SettingError(

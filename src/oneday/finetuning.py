@@ -32,7 +32,14 @@ from oneday.finetuning_run import (
 )
 from oneday.glue import Task, complete_task, find_task, load_task, take_examples
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
-from oneday.glue_protocol import TUNED, FinetuneArguments, check_arguments, complete_arguments, find_output_dir
+from oneday.glue_protocol import (
+    TUNED,
+    FinetuneArguments,
+    check_arguments,
+    complete_arguments,
+    find_output_dir,
+    warn_of_unread,
+)
 from oneday.glue_results import RESULTS_FILE, describe_table, keep_earlier, read_earlier, summarize_runs
 from oneday.own_task import load_own_task
 from oneday.predictions import read_test_splits, remove_submission, write_submission
@@ -60,6 +67,7 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
         SettingError: When a setting cannot work (nothing has been written then), a run in a process of its own
             failed, or the disk is full (finished runs are kept).
     """
+    warn_of_unread(args)
     args = complete_arguments(args)
     names = check_arguments(args)
     output_dir = find_output_dir(args)
@@ -130,16 +138,23 @@ def choose_settings(
 
 
 def check_name_is_free(args: FinetuneArguments, prepared: PreparedTask, earlier: dict) -> None:
-    """Raise SettingError where the scores of another file stand under this task's name."""
+    """Raise SettingError where the scores of another file, or of other columns, stand under this task's name."""
     name = prepared.task.name
     entry = earlier.get("tasks", {}).get(name)
     if entry is None or entry["data_hash"] == prepared.data_hash:
         return
-    other = entry.get("own_task", {}).get("task_file", "another data set")
+    own = entry.get("own_task", {})
+    other = own.get("task_file", "another data set")
     if Path(other).resolve() != Path(args.task_file).resolve():
         raise SettingError(
             f"The scores of {other} are kept as {name}, as those of {args.task_file} would be; set task_name."
         )
+    for column in ("label_column", "text_columns"):
+        if own[column] != getattr(args, column):
+            raise SettingError(
+                f"The scores of {other} with {column} {own[column]} are kept as {name}, as those with "
+                f"{getattr(args, column)} would be; set task_name."
+            )
 
 
 def check_test_splits(args: FinetuneArguments, prepared: list[PreparedTask]) -> None:

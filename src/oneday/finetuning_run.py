@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import Checkpoint, PreparedTask, build_classifier, pad_batch, silence_libraries
 from oneday.dropout import hasten_dropout
+from oneday.durable_files import synchronize_tree
 from oneday.glue import Task, score_predictions
 from oneday.glue_protocol import (
     FinetuneArguments,
@@ -72,9 +73,8 @@ class PlannedRun:
     @property
     def is_kept(self) -> bool:
         """Whether its answers, and its model where that is asked for, are there."""
-        wanted = [f"{split}.parquet" for split in self.task.scored_splits]
-        wanted += [f"model/{self.model_file}"] * self.saves_model
-        return all((self.folder / file).exists() for file in wanted) and are_answered(self.folder, self.task)
+        has_model = not self.saves_model or (self.folder / "model" / self.model_file).exists()
+        return has_model and are_answered(self.folder, self.task)
 
     @property
     def saves_model(self) -> bool:
@@ -118,6 +118,7 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         write_predictions(new, task, logits)
         if run.saves_model:
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
+        synchronize_tree(new)
         put_in_place(new, run.folder)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"scores": score_splits(task, logits), "seconds": seconds, "threads": torch.get_num_threads()}

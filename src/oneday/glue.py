@@ -336,7 +336,8 @@ def normalize_labels(task: Task, split: str, labels: list[object]) -> list[float
             hint = "it looks like a hidden test label" if number == -1 else "correct the file"
             if number == -1 and task.name == "ax":
                 hint = "the Hub hides them: write_submission with mnli answers the diagnostics, too (AX.tsv)"
-            raise SettingError(f"{where} {label!r}, outside 0..{task.num_labels - 1}; {hint}.")
+            wrong = "which is no finite number" if kind is float else f"outside 0..{task.num_labels - 1}"
+            raise SettingError(f"{where} {label!r}, {wrong}; {hint}.")
         normalized.append(kind(number))
     if any(isinstance(label, str) and label.strip().lower() in by_name for label in labels):
         logger.info("%s %s: label names mapped as %s", task.name, split, dict(zip(task.label_names, range(99))))

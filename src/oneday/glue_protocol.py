@@ -144,6 +144,11 @@ OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_colu
 TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha")
 CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
+# What a protocol takes no notice of, and why.
+UNREAD = {
+    TUNED: {name: f"it chooses from {grid}" for name, grid in zip(CHOSEN_SETTINGS, TUNED_SETTINGS)},
+    PROBE: {"dropout": "the encoder is frozen"},
+}
 POSITIVE_SETTINGS = (
     "num_seeds",
     "num_train_epochs",
@@ -184,10 +189,13 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise SettingError(f"{name} is {value}; it must be above 0.")
-    for name in ("warmup_fraction", "dropout"):
+    for name in ("warmup_fraction", "dropout", "adam_beta1", "adam_beta2"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             raise SettingError(f"{name} is {value}; it must be at least 0 and below 1.")
+    for name in ("adam_epsilon", "weight_decay", "max_grad_norm"):
+        if getattr(args, name) < 0:
+            raise SettingError(f"{name} is {getattr(args, name)}; it must be at least 0.")
     if args.lr_scheduler_type not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise SettingError(f"lr_scheduler_type is {args.lr_scheduler_type!r}; it must be one of {known}.")
@@ -195,7 +203,7 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     if not 0 <= args.seed <= MAX_SEED - num_seeds:
         trials = f" and {TUNED_PARTS} for the trials" * (args.protocol == TUNED)
         raise SettingError(f"seed is {args.seed}; it must be at least 0 and, with num_seeds{trials}, below 2^32.")
-    if any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
+    if not args.tuned_epochs or any(value <= 0 for name in TUNED_SETTINGS for value in getattr(args, name) or ()):
         raise SettingError("tuned_learning_rates and tuned_epochs must hold numbers above 0; correct them.")
     near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)
     if near and args.protocol not in PROTOCOLS:
@@ -239,6 +247,16 @@ def check_unused(args: FinetuneArguments) -> None:
         for name in names:
             if not is_read and getattr(args, name) != getattr(usual, name):
                 raise SettingError(f"{name} is {getattr(args, name)!r} and {why}: set that too, or leave {name} out.")
+
+
+def warn_of_unread(args: FinetuneArguments) -> None:
+    """Say which settings, a recipe's perhaps, the protocol takes no notice of."""
+    usual = FinetuneArguments()
+    for name, instead in UNREAD.get(args.protocol, {}).items():
+        if getattr(args, name) not in (None, 0, getattr(usual, name)):
+            logger.warning(
+                "protocol %s takes no notice of %s %g: %s", args.protocol, name, getattr(args, name), instead
+            )
 
 
 def find_output_dir(args: FinetuneArguments) -> Path:

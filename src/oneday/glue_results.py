@@ -218,9 +218,10 @@ def format_results(results: dict) -> str:
 def compare_with_full(results: dict, full: dict) -> list[str]:
     """Lines that set the scores of adapters beside those of training all weights of the same checkpoint."""
     is_full = full.get("weights_hash") == results["weights_hash"] and not full["settings"]["peft"]
-    # Of the same rows, those trained on and those scored.
+    # Of the same rows, those trained on and those scored, by the same metric.
     rows, others = (
-        {name: entry["data_hash"] for name, entry in side.get("tasks", {}).items()} for side in (results, full)
+        {name: (entry["data_hash"], entry["metric"]) for name, entry in side.get("tasks", {}).items()}
+        for side in (results, full)
     )
     shared = [name for name in rows if rows[name] == others.get(name)] if is_full else []
     if not results["settings"]["peft"] or not shared:

@@ -88,10 +88,14 @@ def write_predictions(folder: Path, prepared: PreparedTask, logits: dict[str, np
 
 
 def are_answered(folder: Path, prepared: PreparedTask) -> bool:
-    """Whether the answers to a task's test rows, as these are now, lie in a run's folder."""
-    paths = [folder / f"{split}.parquet" for split in prepared.test_splits]
-    hashes = [(pq.read_schema(path).metadata or {}).get(ROWS_HASH.encode()) for path in paths if path.exists()]
-    return hashes == [prepared.test_hash.encode()] * len(paths)
+    """Whether the answers to a task's rows, to test rows as these are now, lie whole in a run's folder."""
+    try:
+        for split in prepared.scored_splits:
+            pq.read_schema(folder / f"{split}.parquet")
+        schemas = [pq.read_schema(folder / f"{split}.parquet") for split in prepared.test_splits]
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return all((schema.metadata or {}).get(ROWS_HASH.encode()) == prepared.test_hash.encode() for schema in schemas)
 
 
 def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[dict, Path]]) -> dict[str, object]:

@@ -50,7 +50,7 @@ def plan_trials(
 def choose_setting(
     args: FinetuneArguments, parts: list[PreparedTask], points: list[FinetuneArguments], lines: list[dict]
 ) -> tuple[FinetuneArguments, dict]:
-    """The point with the best mean over the parts; of equal ones the first.
+    """The point with the best mean over the parts; of equal ones the first, and one that diverged only among such.
 
     Args:
         args: The protocol.
@@ -63,14 +63,16 @@ def choose_setting(
     """
     task = parts[0].task
     metric, number = task.main_metric, task.name_number(HELD_OUT)
-    scores = [[] for _ in points]
-    for (mine, _), line in zip(itertools.product(scores, parts), lines, strict=True):
-        mine.append(line["scores"][number][metric])
-    grid = [
-        {name: getattr(point, name) for name in CHOSEN_SETTINGS} | {"score": statistics.fmean(mine), "scores": mine}
-        for point, mine in zip(points, scores)
-    ]
-    best = max(grid, key=lambda point: point["score"])
+    grid = [{name: getattr(point, name) for name in CHOSEN_SETTINGS} for point in points]
+    for row in grid:
+        row |= {"scores": [], "diverged": False}
+    for (row, _), line in zip(itertools.product(grid, parts), lines, strict=True):
+        row["scores"].append(line["scores"][number][metric])
+        row["diverged"] |= line["diverged"]
+    for row in grid:
+        row["score"] = statistics.fmean(row["scores"])
+    # The answers of a run that diverged are all one class, which may be the commonest.
+    best = max(grid, key=lambda point: (not point["diverged"], point["score"]))
     chosen = {name: best[name] for name in CHOSEN_SETTINGS}
     record = {"chosen": chosen, "grid": grid, "metric": metric, "num_held_out": len(parts[0].splits[HELD_OUT])}
     record["seeds"] = [line["seed"] for line in lines[: len(parts)]]
