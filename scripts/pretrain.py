@@ -49,7 +49,7 @@ def main() -> int:
     """Assemble the parts and run; 0 when done, 75 when interrupted with a checkpoint."""
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, None, DESCRIPTION, EXAMPLE, DEFAULT_RECIPE))
     if settings["replay"]:
-        settings = read_replayed_settings(settings, resolve_settings(CLASSES))
+        settings = read_replayed_settings(resolve_settings(CLASSES))
     model_args, data_args, args = build_arguments(CLASSES, settings)
     settings["output_dir"] = args.output_dir  # ~ is resolved there
     budget = check_settings(model_args, args)

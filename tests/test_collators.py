@@ -109,6 +109,18 @@ def test_causal_predicts_every_ordinary_token_from_the_one_before(tokenizer, row
     assert np.array_equal(batch.inputs["input_ids"].numpy(), tokens)
 
 
+def test_a_document_ends_where_no_longer_one_may_have_been_cut(tokenizer):
+    """Rows of 10: two whole documents and a tail; one document that goes on in the next row; one that ends with it."""
+    rows, lengths = np.arange(100, 130).reshape(3, 10), [np.array([3, 4]), np.array([10]), np.array([4, 6])]
+    whole = CausalCollator(tokenizer)(rows, lengths, np.arange(3))
+    batch = CausalCollator(tokenizer, end_id=7)(rows, lengths, np.arange(3))
+    is_end = np.isin(batch.positions.numpy(), [2, 6, 23])
+    assert batch.labels.numpy()[is_end].tolist() == [7, 7, 7]
+    assert np.array_equal(batch.labels.numpy()[~is_end], whole.labels.numpy())
+    assert np.array_equal(batch.positions.numpy()[~is_end], whole.positions.numpy())
+    assert (np.diff(batch.positions.numpy()) > 0).all()
+
+
 def test_position_offset(tokenizer, rows):
     tokens, lengths = rows
     batch = CausalCollator(tokenizer, 0, 2)(tokens, lengths, np.arange(64))

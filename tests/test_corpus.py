@@ -227,6 +227,32 @@ def test_validation_name_is_held_out_whole():
     assert corpus.train["text"][:] == TEXTS[:3] + TEXTS[4:]
 
 
+def test_held_out_text_is_not_trained_on_however_it_is_cut():
+    """Whole files and paragraphs of them, other ends of lines and other white space."""
+    os.makedirs("books")
+    for i in range(4):
+        Path(f"books/{i}.txt").write_text(f"Book {i}.\n\nIts second paragraph, {i}.\n")
+    Path("copy.txt").write_bytes(b"Book 2.\r\n\r\n\r\nIts second  paragraph, 2.")
+    corpus = load("books", validation_name="copy.txt")
+    assert len(corpus.validation) == 2 and len(corpus.train) == 3
+    assert not any("2." in text for text in corpus.train["text"])
+    Path("cut.txt").write_text("\n\n".join(["Book 1.", "Its second paragraph, 1.", "Book 9.", "Another."]))
+    corpus = load("cut.txt", validation_name="books")
+    assert [text.strip() for text in corpus.train["text"]] == ["Book 9.", "Another."]
+    half = stream_of(["Book 1.\n\nAnother.", "Book 1. \n\n Its second paragraph, 1."])
+    kept = drop_held_out(
+        "a", half, datasets.Dataset.from_dict({"text": ["Book 1.\n\nIts second paragraph, 1."]}), None
+    )
+    assert [row["text"] for row in kept] == ["Book 1.\n\nAnother."]
+
+
+def test_what_is_held_out_does_not_change_how_files_are_cut():
+    os.makedirs("books")
+    for i in range(2):
+        Path(f"books/{i}.txt").write_text(f"Book {i}.\n\nIts second paragraph, {i}.")
+    assert load("books", validation_name="books/0.txt").train["text"][:] == ["Book 1.\n\nIts second paragraph, 1."]
+
+
 def test_held_out_text_is_limited_in_whole_documents():
     write_texts("a.jsonl")
     whole, half, least = (
@@ -357,6 +383,10 @@ def test_a_stream_stays_at_the_commit_that_its_run_began_with(monkeypatch):
     hub_texts.REVISIONS.clear()
     hub_texts.REVISIONS.update({"ann/texts": "first"})  # as a resumed process reads it from the run directory
     assert hub_texts.find_revision("ann/texts") == "first"
+    monkeypatch.setattr("oneday.hub_texts.HfApi", None)  # as if the Hub did not answer
+    assert hub_texts.find_revision("ann/more@v1", is_needed=False) == "v1" and "ann/more@v1" not in hub_texts.REVISIONS
+    with pytest.raises(TypeError):
+        hub_texts.find_revision("ann/more@v1")
     validation, args = datasets.Dataset.from_dict({"text": ["held out"]}), DataArguments(streaming=True)
     hub_texts.REVISIONS["ann/texts@first"] = "first"
     hashes = {hash_corpus(stream_of(["a"]), validation, [name], [], args) for name in ("ann/texts", "ann/texts@first")}
@@ -500,7 +530,7 @@ for streaming in (False, True):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_data_set_whole_and_as_a_stream(streaming, form, monkeypatch):
     """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
-    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name, is_needed=True: None)
     os.mkdir("hub")
     for number in range(3):
         write_texts(f"hub/train-{number}{form}", [*TEXTS[number::3], " "], column="body")
@@ -542,7 +572,7 @@ def test_text_of_either_width_makes_one_mixture(monkeypatch):
 
 
 def test_stream_files_decides_the_order_and_the_hash(monkeypatch):
-    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name, is_needed=True: None)
     monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
     os.mkdir("hub")
     for number in range(4):
@@ -571,7 +601,7 @@ def test_mixture_with_a_stream_needs_weights():
 
 def test_what_one_stream_of_a_mixture_holds_out_no_other_is_trained_on(monkeypatch):
     """Two data sets with the same documents in opposite order."""
-    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name, is_needed=True: None)
     monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
     texts = [f"text {number}" for number in range(300)]
     for name, part in (("one", texts), ("two", texts[::-1])):

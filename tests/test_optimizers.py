@@ -85,7 +85,7 @@ ADAM = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6}
 OF_MATRICES = {
     "adamw": ADAM,
     "adamw_8bit": ADAM,
-    "lion_8bit": {"lr": 3e-3 / 10, "betas": (0.9, 0.99)},
+    "lion_8bit": {"lr": 3e-3 / 10, "betas": (0.9, 0.99), "weight_decay": 10 * 0.07},
     "ademamix_8bit": {"lr": 3e-3, "betas": (0.9, 0.999, 0.9999), "eps": 1e-6},
     "muon": {"lr": 2e-2},
     "muon_8bit": {"lr": 2e-2},
@@ -102,7 +102,7 @@ def test_every_part_has_the_settings_that_its_help_says(tmp_path, optim):
     is_hidden = {name: name.endswith("weight") and not re.search("embeddings|LayerNorm", name) for name in names}
     assert groups.keys() == {id(parameter) for parameter in names.values()} and sum(is_hidden.values()) == 13
     for name, parameter in names.items():
-        wanted = OF_MATRICES[optim] | {"weight_decay": 0.07} if is_hidden[name] else ADAM | {"weight_decay": 0.0}
+        wanted = {"weight_decay": 0.07} | OF_MATRICES[optim] if is_hidden[name] else ADAM | {"weight_decay": 0.0}
         group = groups[id(parameter)]
         assert {key: group[key] for key in wanted} == wanted, name
 

@@ -139,6 +139,8 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
         code, _, stderr = run_script("pretrain", *again)
         assert code == 1 and name in stderr and words in stderr, stderr
         assert not (tmp_path / "again").exists()
+    code, _, stderr = run_script("pretrain", "--replay", out)
+    assert code == 1 and "in a directory of its own; set output_dir" in stderr
     (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
     tune = ["--model_name_or_path", out, "--task_file", tmp_path / "mine.csv", "--num_seeds", 1, "--use_cpu", "true"]
     assert run_script("finetune", *tune, "--output_dir", tmp_path / "elsewhere")[0] == 0

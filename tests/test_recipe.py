@@ -62,6 +62,7 @@ def test_null_unsets(tmp_path):
 def test_words_that_yaml_takes_for_truth_values_stay_words():
     settings = resolve_settings(CLASSES, ["--dataset_config_name", "no", "--text_column", "on", "--streaming", "yes"])
     assert settings == {"dataset_config_name": "no", "text_column": "on", "streaming": True}
+    assert resolve_settings(CLASSES, ["--streaming", "--bf16"]) == {"streaming": True, "bf16": True}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,8 @@ def test_saved_recipe_gives_the_same_settings(tmp_path):
         (["--vocab_size", "8.5"], "vocab_size is '8.5'; it must be int"),
         (["--streaming", "maybe"], "streaming is 'maybe'; it must be bool"),
         (["--budget_minutes", "5", "--budget_hours", "1"], "both budget_hours and budget_minutes"),
+        (["--output_dir", "--budget_minutes", "5"], "output_dir is given without a value"),
+        (["--dataset_weights", "--streaming"], "dataset_weights is given without a value"),
         (["--max_steps", "5"], "max_steps, which the budget decides; set budget_steps"),
         (["nowhere.yaml"], "no recipe nowhere.yaml"),
         (["a.yaml", "b.yaml"], "beside the recipe"),

@@ -65,15 +65,17 @@ def test_a_replay_can_be_repeated_too_and_keeps_what_it_may(make_trainer, tmp_pa
     again.run()
     assert read_script(again.args.output_dir) == read_script(first.args.output_dir)
     (tmp_path / "first" / "recipe.yaml").write_text("budget_minutes: 0.04\noptim: muon\noutput_dir: first\n")
-    usual = {"replay": str(tmp_path / "first"), "output_dir": "again", "optim": "adamw", "save_steps": 3}
     given = {"replay": str(tmp_path / "first"), "budget_minutes": 0.04, "dataset_name": "moved/*.txt"}
-    settings = read_replayed_settings(usual, given)
+    with pytest.raises(SettingError, match="is repeated in a directory of its own; set output_dir"):
+        read_replayed_settings(given)
+    given |= {"output_dir": "again", "save_steps": 3}
+    settings = read_replayed_settings(given)
     assert settings["optim"] == "muon" and settings["output_dir"] == "again" and settings["save_steps"] == 3
     assert settings["dataset_name"] == "moved/*.txt", "where the same text lies here"
     with pytest.raises(SettingError, match="use_cpu is True and the run in .* does not set it; leave use_cpu out"):
-        read_replayed_settings(usual, {**given, "use_cpu": True})
+        read_replayed_settings({**given, "use_cpu": True})
     with pytest.raises(SettingError, match="optim is 'adamw' and the run in .* has 'muon'; leave optim out"):
-        read_replayed_settings(usual, {**given, "optim": "adamw"})
+        read_replayed_settings({**given, "optim": "adamw"})
 
 
 def test_a_replay_that_takes_longer_is_no_fault():
@@ -94,7 +96,7 @@ def test_a_replay_with_less_memory_takes_smaller_micro_batches(make_trainer):
 
 def test_what_cannot_be_replayed_is_refused(make_trainer, tmp_path):
     with pytest.raises(SettingError, match="holds no run"):
-        read_replayed_settings({"replay": str(tmp_path / "nowhere")}, {})
+        read_replayed_settings({"replay": str(tmp_path / "nowhere")})
     with pytest.raises(SettingError, match="no finished run"):
         make_trainer("bert", budget_minutes=1, replay=str(tmp_path / "nowhere"))
     trainer = make_trainer("bert", "whole", budget_steps=5)

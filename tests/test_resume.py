@@ -20,14 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from oneday import saving, streamed_rows, text_streams
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.callbacks import heartbeat
+from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
-from oneday.pretraining import perform_run, prepare_first_step
+from oneday.pretraining import load_state, perform_run, prepare_first_step
 from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_json, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
-from oneday.text_streams import FileStream
+from oneday.text_streams import FileStream, StreamInterrupted
 from oneday.trainer import BudgetTrainer
 
 
@@ -491,6 +492,69 @@ def test_a_long_step_is_on_the_heartbeat(make_trainer, monkeypatch):
     trainer.add_callback(Slow(0))
     trainer.run()
     assert seen[0] > 1.5
+
+
+def test_a_stumble_of_the_disk_at_the_last_beat_ends_no_run(caplog):
+    def stumble():
+        raise OSError(errno.EIO, "Input/output error")
+
+    with heartbeat(stumble):
+        pass
+    assert "budget.json was not written" in caplog.text
+    with pytest.raises(KeyboardInterrupt), heartbeat(stumble):
+        raise KeyboardInterrupt
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, caplog):
+    def refuse(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    first = lock_run(tmp_path)
+    with pytest.raises(SettingError, match="Another process is training"):
+        lock_run(tmp_path)
+    first.close()
+    monkeypatch.setattr("oneday.run_directory.fcntl.flock", refuse)
+    lock_run(tmp_path).close()
+    assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_stream_that_breaks_off_leaves_a_checkpoint(make_trainer, monkeypatch, tmp_path):
+    """A damaged file ends the run with its sentence, after a checkpoint; the network's end may be waited for."""
+    for number, (error, ends) in enumerate(((SettingError("damaged"), "raises"), (StreamInterrupted("away"), 75))):
+        trainer = make_trainer("bert", f"run{number}", budget_steps=6)
+        whole, count = trainer.next_step_fits, []
+
+        def next_step_fits(whole=whole, count=count, error=error):
+            count.append(1)
+            if len(count) == 4:
+                raise error
+            return whole()
+
+        monkeypatch.setattr(trainer, "next_step_fits", next_step_fits)
+        if ends == "raises":
+            with pytest.raises(SettingError, match="damaged"):
+                perform_run(trainer, "new", lambda metrics: None)
+        else:
+            assert perform_run(trainer, "new", lambda metrics: None) == ends
+        (checkpoint,) = list_checkpoints(trainer.args.output_dir)
+        assert checkpoint.name == "checkpoint-3" and find_fault(checkpoint) is None
+
+
+def test_a_small_micro_batch_stays_only_where_memory_was_small(make_trainer, monkeypatch):
+    first = make_trainer("bert", budget_steps=4, save_steps=2)
+    first.micro_batch_limit = 2 * ROW_LENGTH
+    first.run()
+    state = read_state(list_checkpoints(first.args.output_dir)[-1])
+    again = make_trainer("bert", budget_steps=4)
+    load_state(again, state)
+    assert again.micro_batch_limit == 2 * ROW_LENGTH
+    other = make_trainer("bert", budget_steps=4, micro_batch_tokens=2 * ROW_LENGTH)
+    load_state(other, state)
+    assert other.micro_batch_limit is None
+    monkeypatch.setattr("oneday.saving.name_device", lambda device: "a larger card")
+    elsewhere = make_trainer("bert", budget_steps=4)
+    load_state(elsewhere, state)
+    assert elsewhere.micro_batch_limit is None
 
 
 def test_a_finished_run_whose_reports_are_missing_is_only_scored_again(make_trainer):

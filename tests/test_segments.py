@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from oneday import segments
 from oneday.segments import (
     choose_cut,
     choose_words,
+    draw_orders,
     find_continuations,
     find_sentence_ends,
     make_pairs,
@@ -162,6 +165,24 @@ def test_a_random_second_is_another_documents():
     assert pairs.tokens[0, :12].tolist() == [CLS, *FIRST, SEP, 40, 41, 42, 43, 40, SEP]
     assert pairs.tokens[0, 12:].tolist() == [CLS, 30, 31, 32, SEP, 40, 41, 42, 43, SEP]
     assert pairs.labels.tolist() == [1, 0] and pairs.starts.tolist() == [0, 12]
+
+
+def test_random_seconds_come_from_all_documents_of_a_row():
+    docs = [[10 * n, 10 * n + 1, 10 * n + 2, DOT, 10 * n + 3, 10 * n + 4, 10 * n + 5] for n in range(3, 9)]
+    rows, lengths = build_row(*docs)
+    pairs = make_pairs(rows, lengths, ENDS, CLS, SEP, np.zeros(rows.shape), np.zeros(rows.shape), True)
+    seconds = pairs.tokens[0][pairs.segments[0] == 1].reshape(6, -1)
+    assert (seconds[:, 0] // 10).tolist() == [4, 5, 6, 7, 8, 3], "each its neighbour's"
+
+
+@pytest.mark.parametrize("span", [2, 3, 4])
+def test_all_orders_but_the_one_it_has_are_alike_likely(span):
+    orders = draw_orders(np.random.default_rng(0).random((48_000, span)))
+    assert (np.sort(orders, axis=1) == np.arange(span)).all()
+    counts = Counter(map(tuple, orders.tolist()))
+    assert len(counts) == math.factorial(span) - 1 and tuple(range(span)) not in counts
+    expected = 48_000 / len(counts)
+    assert max(abs(count - expected) for count in counts.values()) < 5 * math.sqrt(expected)
 
 
 def test_what_is_no_pair_stays_as_it_is():

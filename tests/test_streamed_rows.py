@@ -189,7 +189,7 @@ def test_a_network_that_comes_back_changes_nothing(make_rows, stream, monkeypatc
     assert caplog.text.count("Reading the stream failed and is tried again in 0.01 s (ConnectionError: reset by") == 5
 
 
-@pytest.mark.parametrize("error, times", [(ConnectionError("reset by peer"), 99), (pa.ArrowInvalid("no parquet"), 1)])
+@pytest.mark.parametrize("error, times", [(ConnectionError("reset by peer"), 99), (pa.ArrowInvalid("no parquet"), 3)])
 def test_an_error_of_the_thread_comes_up_at_the_take_that_needs_it(make_rows, stream, monkeypatch, error, times):
     """What was read before it is given; the take that needs more is refused with one sentence."""
     monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.01,) * 2)
@@ -201,7 +201,14 @@ def test_an_error_of_the_thread_comes_up_at_the_take_that_needs_it(make_rows, st
     assert rows._reader is None, "its thread has ended"
 
 
-def test_a_damaged_file_on_the_way_is_said(make_rows, stream):
+def test_a_footer_that_did_not_all_arrive_is_read_again(make_rows, stream, monkeypatch):
+    monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.01,) * 5)
+    failing = Failing(stream, pa.ArrowInvalid("no parquet"), 2)
+    assert take(make_rows(stream=failing), 0, 300) == take(make_rows(), 0, 300)
+
+
+def test_a_damaged_file_on_the_way_is_said(make_rows, stream, monkeypatch):
+    monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.01,) * 5)
     path = Path(stream.files[0].url)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(SettingError, match="cannot be read on: a file is damaged.*ArrowInvalid"):

@@ -454,7 +454,7 @@ def test_text_of_the_hub_is_read(streaming, tmp_path, monkeypatch):
     """A folder stands for the Hub: the loader is the same, only asking for the newest commit needs the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name: None)
+    monkeypatch.setattr("oneday.hub_texts.find_revision", lambda name, is_needed=True: None)
     monkeypatch.setattr("oneday.corpus.is_local", lambda name: False)
     (tmp_path / "ann").mkdir()
     for split in ("train", "validation"):

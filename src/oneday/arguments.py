@@ -65,7 +65,7 @@ class DataArguments:
     validation_fraction: float = setting(
         0.005,
         "Fraction of documents held out if validation_name is empty. Of a stream: of max_train_documents, or of "
-        "100,000 if that is empty.",
+        "100,000 if that is empty. python-docs has a part of its own for this.",
     )
     tokenizer_name: str | None = setting(
         None, "An existing tokenizer (directory or Hub id); empty: one is trained on the corpus."
@@ -198,7 +198,9 @@ class BudgetTrainingArguments(TrainingArguments):
     budget_minutes: float | None = setting(None, "Wall-clock budget, in minutes.")
     budget_tokens: float | None = setting(None, "Budget of training tokens, padding not counted.")
     budget_flops: float | None = setting(
-        None, "Budget of floating-point operations executed, forward and backward, those of padding too."
+        None,
+        "Budget of floating-point operations executed, forward and backward, those of padding too; what "
+        "gradient_checkpointing computes again does not count.",
     )
     budget_steps: int | None = setting(None, "Budget of optimizer steps.")
     budget_usd: float | None = setting(None, "Budget of money, in US dollars; needs usd_per_hour.")
@@ -238,7 +240,9 @@ class BudgetTrainingArguments(TrainingArguments):
         "For mlm_nsp, half of the pairs: swapped (the segments change places) or random (text of another document in "
         "the row, which may end within a sentence; swapped where there is none).",
     )
-    word_order_probability: float = setting(0.05, "For word_order, the fraction of tokens in shuffled runs.")
+    word_order_probability: float = setting(
+        0.05, "For word_order, the fraction of tokens in shuffled runs, of those not masked."
+    )
     word_order_span: int = setting(
         3, "For word_order, the tokens of a shuffled run; fewer than those of the shortest row."
     )
@@ -264,7 +268,8 @@ class BudgetTrainingArguments(TrainingArguments):
     )
     muon_learning_rate: float = setting(5e-3, "Peak learning rate of the hidden matrices under muon.")
     weight_decay: float = setting(
-        0.01, "Decoupled weight decay of the hidden matrices; embeddings, norms and biases have none."
+        0.01,
+        "Decoupled weight decay of the hidden matrices; embeddings, norms, biases and XLNet's attention have none.",
     )
     adam_beta1: float = setting(0.9, "First-moment decay of AdamW, also in 8 bit.")
     adam_beta2: float = setting(0.98, "Second-moment decay of AdamW, also in 8 bit.")

@@ -392,7 +392,7 @@ class BudgetClock:
         spent = report["spent"]
         self.tokens, self.flops, self.steps = spent["tokens"], spent["flops"], spent["steps"]
         self.skipped_steps = report["skipped_steps"]
-        self.steps_taken = self.steps + self.skipped_steps
+        self.steps_taken = report.get("steps_taken", self.steps + self.skipped_steps)
         self.ledger.update(report["ledger_seconds"])
 
     def write(self, path: str | Path, status: str, is_durable: bool = True, **facts: Any) -> None:
@@ -403,6 +403,7 @@ class BudgetClock:
             "spent": self.spent(),
             "used_fraction": self.used_fraction(),
             "skipped_steps": self.skipped_steps,
+            "steps_taken": self.steps_taken,
             "discarded_seconds": self.discarded_seconds,
             "restart_at": self.restart_at,
             "energy_source": self.energy_source,

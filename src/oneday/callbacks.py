@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from oneday.arguments import SettingError
 from oneday.beating import beating
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
@@ -68,7 +69,7 @@ def heartbeat(write: Callable[[], None]) -> Iterator[None]:
         with beating(beat, HEARTBEAT_SECONDS):
             yield
     finally:
-        write()
+        beat()
 
 
 class BudgetCallback(TrainerCallback):
@@ -115,9 +116,10 @@ class BudgetCallback(TrainerCallback):
         with trainer.clock.account("data"):
             try:
                 fits = trainer.next_step_fits()
-            except StreamInterrupted as error:  # on every process; the step that was done is kept
+            except SettingError as error:  # of the stream, on every process; the step that was done is kept
                 logger.warning("%s", error)
                 fits, trainer.is_interrupted = False, True
+                trainer.failure = None if isinstance(error, StreamInterrupted) else error
         if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
             self.is_past_plateau = trainer.save_as_kept = True
         wishes = self.schedule(args) if fits and not trainer.is_interrupted else (False, False)

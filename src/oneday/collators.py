@@ -117,6 +117,13 @@ def mark_documents(doc_lengths: list[np.ndarray], row_length: int) -> np.ndarray
     return np.arange(row_length) < used[:, None]
 
 
+def find_ends(doc_lengths: list[np.ndarray], row_length: int) -> np.ndarray:
+    """Flat positions of the last tokens of documents that end before their row does."""
+    ends = [row * row_length + np.cumsum(lengths) - 1 for row, lengths in enumerate(doc_lengths)]
+    ends = np.concatenate(ends).astype(np.int64)
+    return ends[(ends + 1) % row_length != 0]
+
+
 def choose_lowest(draw: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(rows, row_length) bool: the `counts[i]` lowest draws of row i, of equal ones the earlier.
 
@@ -254,7 +261,7 @@ class WordOrderCollator(MaskedCollator):
 
 @dataclass
 class PairedCollator(MaskedCollator):
-    """Masked tokens in documents that are made pairs of segments; see `sentence_pairs.make_pairs`.
+    """Masked tokens in documents that are made pairs of segments; see `segments.make_pairs`.
 
     Attributes:
         negatives: `swapped`: the second segment comes first; `random`: it is another document's.
@@ -347,7 +354,14 @@ class PermutationCollator:
 
 @dataclass
 class CausalCollator(PackedCollator):
-    """Next-token prediction: every token is predicted from those before it in its document, special ones never."""
+    """Next-token prediction: every token is predicted from those before it in its document, special ones never.
+
+    Attributes:
+        end_id: Predicted after the last token of a document, so that a model learns to stop; None: nothing is. Not at
+            the end of a row, where a longer document may have been cut.
+    """
+
+    end_id: int | None = None
 
     def __call__(
         self, rows: np.ndarray, doc_lengths: list[np.ndarray], sample_indices: np.ndarray, progress: float = 0.0
@@ -358,6 +372,13 @@ class CausalCollator(PackedCollator):
         follows = layout.position_ids.numpy() > self.position_offset
         target = follows & mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
         places = np.flatnonzero(target)
-        batch = self.finish(tokens, doc_lengths, layout, places - 1, tokens.ravel()[places])
+        positions, labels = places - 1, tokens.ravel()[places]
+        if self.end_id is not None:
+            ends = find_ends(doc_lengths, tokens.shape[1])
+            positions = np.concatenate([positions, ends])
+            labels = np.concatenate([labels, np.full(len(ends), self.end_id)])
+            order = np.argsort(positions)
+            positions, labels = positions[order], labels[order]
+        batch = self.finish(tokens, doc_lengths, layout, positions, labels)
         batch.inputs["use_cache"] = False
         return batch

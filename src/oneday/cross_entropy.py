@@ -139,9 +139,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that the forward pass left."""
+        """Scale the gradients that the forward pass left; by a float32 number, also where they are bfloat16."""
         gradients = ctx.saved_tensors
-        return *(grad if grad is None else grad * grad_loss.to(grad.dtype) for grad in gradients), None, None
+        return *(grad if grad is None else grad * grad_loss for grad in gradients), None, None
 
 
 def add_to(total: Tensor | None, part: Tensor) -> Tensor:

@@ -99,16 +99,17 @@ def check_extension(folder: Path, settings: dict[str, Any], budget: Budget, repo
 
 
 def find_base(folder: Path) -> Path:
-    """The checkpoint kept for this.
+    """The checkpoint kept for this, the last one.
 
     Raises:
-        SettingError: When there is none that is whole.
+        SettingError: When there is none, or it is damaged.
     """
-    for checkpoint in reversed(list_kept(folder)):
-        fault = find_fault(checkpoint)
-        if fault is None:
-            return checkpoint
-        raise SettingError(f"The run in {folder} cannot be extended: {checkpoint.name} is damaged ({fault}).")
-    raise SettingError(
-        f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there."
-    )
+    kept = list_kept(folder)
+    if not kept:
+        raise SettingError(
+            f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there."
+        )
+    fault = find_fault(kept[-1])
+    if fault is not None:
+        raise SettingError(f"The run in {folder} cannot be extended: {kept[-1].name} is damaged ({fault}).")
+    return kept[-1]

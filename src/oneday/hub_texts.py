@@ -14,13 +14,13 @@ from oneday.text_streams import FileStream
 
 logger = logging.getLogger(__name__)
 
-# Names of data sets that are streamed -> commits; `run_directory.SOURCES` keeps them, so that a run goes on with the
+# Names of data sets -> commits; `run_directory.SOURCES` keeps them, so that a run goes on with the
 # same text whatever its publisher does meanwhile.
 REVISIONS: dict[str, str] = {}
 
 
 def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | FileStream:
-    """Loads a data set of the Hub, whole or as a stream; a stream stays at the commit that it has now.
+    """Loads a data set of the Hub, whole or as a stream, at the commit that it has when the run begins.
 
     Args:
         name: `user/name`, also with `:CONFIGURATION` of its own, and with `@REVISION`, a commit, tag or branch.
@@ -30,14 +30,14 @@ def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | F
     Raises:
         SettingError: It cannot be had, or has no such column of text.
     """
-    repo, config, revision = split_name(name)
+    repo, config, _ = split_name(name)
     config = config or args.dataset_config_name
     try:
         if args.streaming:
             builder = datasets.load_dataset_builder(repo, config, revision=find_revision(name))
             texts = builder.as_streaming_dataset(split)
         else:
-            texts = datasets.load_dataset(repo, config, split=split, revision=revision)
+            texts = datasets.load_dataset(repo, config, split=split, revision=find_revision(name, is_needed=False))
         columns = texts.column_names or list(next(iter(texts)))
     except Exception as error:  # the libraries raise a dozen kinds here; each is a name or a network that is wrong
         reason = " ".join(str(error).split())[:200]
@@ -70,10 +70,21 @@ def split_name(name: str) -> tuple[str, str | None, str | None]:
     return repo, config or None, revision or None
 
 
-def find_revision(name: str) -> str:
-    """The commit at which a data set of the Hub is read: the one it has now, or had when the run began."""
+def find_revision(name: str, is_needed: bool = True) -> str | None:
+    """The commit at which a data set of the Hub is read: the one it has now, or had when the run began.
+
+    Args:
+        name: As for `load_hub`.
+        is_needed: Raise where the Hub does not answer; else it is what the name says, and what was downloaded before
+            may be read.
+    """
+    repo, _, revision = split_name(name)
     if name not in REVISIONS:
-        repo, _, revision = split_name(name)
-        REVISIONS[name] = HfApi().dataset_info(repo, revision=revision).sha
+        try:
+            REVISIONS[name] = HfApi().dataset_info(repo, revision=revision).sha
+        except Exception:  # of httpx, of huggingface_hub
+            if is_needed:
+                raise
+            return revision
         logger.info("%s is read at commit %s.", repo, REVISIONS[name])
     return REVISIONS[name]

@@ -390,7 +390,8 @@ def measure_bare_weights(model: PreTrainedModel) -> float:
     Those are XLNet's projections, of three dimensions, and a mixture's routers and stacked experts, of which a token
     goes to `num_experts_per_tok`.
     """
-    is_own, used = model.config.model_type in OWN_ATTENTION, getattr(model.config, "num_experts_per_tok", None)
+    is_own, config = model.config.model_type in OWN_ATTENTION, model.config
+    used = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
     if isinstance(used, (list, tuple)):  # one number a layer
         used = sum(used) / len(used)
     flops = 0.0

@@ -124,13 +124,18 @@ def build_adamw_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArgumen
 
 
 def build_lion_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
-    """Lion with 8-bit momentum; betas .9/.99 and a learning rate a tenth of AdamW's (arXiv 2302.06675)."""
-    settings = {"lr": args.learning_rate / 10, "betas": (0.9, 0.99), "weight_decay": args.weight_decay}
+    """Lion with 8-bit momentum; betas .9/.99, a tenth of AdamW's learning rate and ten times its weight decay, so that
+    a step decays as much (arXiv 2302.06675)."""
+    settings = {"lr": args.learning_rate / 10, "betas": (0.9, 0.99), "weight_decay": 10 * args.weight_decay}
     return import_bitsandbytes().optim.Lion8bit(parameters, **settings, min_8bit_size=MIN_8BIT_ELEMENTS)
 
 
 def build_ademamix_8bit(parameters: list[nn.Parameter], args: BudgetTrainingArguments) -> Optimizer:
-    """AdEMAMix with 8-bit moments; betas .9/.999/.9999 (Pagliardini et al. 2024, arXiv 2409.03137)."""
+    """AdEMAMix with 8-bit moments; betas .9/.999/.9999 (Pagliardini et al. 2024, arXiv 2409.03137).
+
+    Without the paper's schedules of alpha and of the third beta, which need the number of steps: its slow average
+    takes some ten thousand to fill.
+    """
     settings = {
         "lr": args.learning_rate,
         "betas": (0.9, 0.999, 0.9999),

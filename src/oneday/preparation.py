@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import DataArguments, SettingError, ShardArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir, sample_bytes
+from oneday.durable_files import synchronize_tree
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
@@ -145,13 +146,28 @@ def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Pat
         logger.info("Training a %s tokenizer of %d tokens.", args.tokenizer_type, args.vocab_size)
         texts = sample_bytes(corpus.train, args.tokenizer_train_bytes)
         tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, args.lowercase, kind)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        tokenizer.save_pretrained(aside)
-        try:
-            aside.rename(folder)
-        except OSError:  # another process has made the same meanwhile
-            shutil.rmtree(aside)
+        keep_tokenizer(tokenizer, folder)
     return load_tokenizer(str(folder))
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a directory of the cache, whole or not at all.
+
+    Raises:
+        SettingError: When it cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(aside)
+        synchronize_tree(aside)
+        aside.rename(folder)
+    except Exception as error:  # tokenizers raises a plain one
+        if not (folder / "tokenizer.json").exists():  # else another process has made the same meanwhile
+            raise SettingError(
+                f"{folder} could not be written ({error}): free some space or set cache_dir elsewhere."
+            ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def prepare_rows(

@@ -221,7 +221,11 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
     is_same_budget = state["clock"]["limits"] == trainer.clock.budget.limits
     trainer.resumed_progress = state["clock"]["progress"] if is_same_budget else 0.0
     trainer.loader.load_state_dict(state["loader"])
-    trainer.micro_batch_limit = state["micro_batch_limit"]
+    limit = state["micro_batch_limit"]
+    # On another device, or where another size is asked for, memory may hold more.
+    if limit is not None and state.get("limited_on") in (None, trainer.ranks.lead(trainer.describe_limit)):
+        trainer.micro_batch_limit = limit
+        logger.info("Micro-batches stay at %d tokens: more had not fitted into the memory.", limit)
     for name, value in state["bad_steps"].items():
         setattr(trainer.guard, name, value)
 
@@ -262,6 +266,9 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
 
     Returns:
         The program's exit code: 0 when done, 75 when interrupted with a checkpoint.
+
+    Raises:
+        SettingError: When the run cannot be made, or its stream not be read on; then there is a checkpoint.
     """
     pusher = start_pushing(trainer)
     try:
@@ -273,7 +280,10 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
     if trainer.status == "interrupted":
         if pusher:
             pusher.leave(PUSH_SECONDS)
-        return say_interrupted(trainer)
+        code = say_interrupted(trainer)
+        if trainer.failure is not None:  # it would come again
+            raise trainer.failure
+        return code
     with rundir.refuse_full_disk(trainer.args.output_dir):
         write(metrics)
     if trainer.ranks.is_first:

@@ -23,7 +23,9 @@ from pathlib import Path
 
 import datasets
 
+from oneday.durable_files import explain_failed_write, synchronize_tree
 from oneday.prose import clean_docstring
+from oneday.throughput import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +270,10 @@ def build_python_docs(cache_dir: str | Path, num_proc: int | None = None) -> dat
         # Built beside its place and then renamed, so that an interrupted build leaves nothing that looks finished.
         building = tempfile.mkdtemp(prefix="python-docs-", dir=folder.parent)
         try:
-            _build(building, num_proc or min(os.cpu_count() or 1, 8)).save_to_disk(f"{building}/done")
+            docs = _build(building, num_proc or min(usable_cores(), 8))
+            with explain_failed_write(folder):
+                docs.save_to_disk(f"{building}/done")
+                synchronize_tree(Path(building) / "done")
             if not folder.exists():
                 os.rename(f"{building}/done", folder)
         finally:

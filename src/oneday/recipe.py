@@ -35,6 +35,9 @@ SAME_KIND = (("budget_hours", "budget_minutes"),)
 # Words that YAML takes for truth values: they are left as they are where a text is asked for.
 TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
+# Of a key on the command line without one: true where that can be.
+NO_VALUE = object()
+
 # So long after process 0 has ended with an error, its launcher has ended the others.
 ALONE_SECONDS = 5.0
 
@@ -127,7 +130,7 @@ def find_bare_words(classes: tuple[type, ...]) -> tuple[str, str] | None:
 def split_command_line(
     argv: list[str], repeatable: Collection[str] = (), bare_words: tuple[str, str] | None = None
 ) -> tuple[str | None, Settings]:
-    """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': True})`.
+    """`['r.yaml', '--a', '1', '--b=x', '--c']` -> `('r.yaml', {'a': 1, 'b': 'x', 'c': NO_VALUE})`.
 
     Of a setting given twice the last one counts; of a `repeatable` one, all: `--a 1 --a 2` -> `{'a': [1, 2]}`.
     With `bare_words`, as `find_bare_words` gives them, the words without a key are a setting and no recipe.
@@ -142,11 +145,12 @@ def split_command_line(
         key, equals, text = word[2:].partition("=")
         if not equals:
             has_value = position < len(argv) and not argv[position].startswith("--")
-            text = argv[position] if has_value else "true"
+            text = argv[position] if has_value else None
             position += has_value
-        name, value = key.replace("-", "_"), read_value(text)
+        name, value = key.replace("-", "_"), NO_VALUE if text is None else read_value(text)
         name += "_" * keyword.iskeyword(name)  # `--for` is the field `for_`
-        overrides[name] = [*overrides.get(name, []), value] if name in repeatable else value
+        is_item = name in repeatable and value is not NO_VALUE
+        overrides[name] = [*overrides.get(name, []), value] if is_item else value
     if bare_words is not None:
         return None, place_bare_words(words, overrides, *bare_words)
     if len(words) > 1:
@@ -252,6 +256,10 @@ def coerce(key: str, value: Any, kind: Any) -> Any:
         return None
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     options = [option for option in (typing.get_args(kind) if union else (kind,)) if option is not type(None)]
+    if value is NO_VALUE:
+        if bool in options:
+            return True
+        raise SettingError(f"The setting {key} is given without a value; write --{key} VALUE, or leave it out.")
     for option in options:
         try:
             return coerce_one(value, option)

@@ -66,19 +66,18 @@ def read_script(run_dir: str | Path) -> list[Attempt]:
         ) from None
 
 
-def read_replayed_settings(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def read_replayed_settings(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run that is to be repeated, with those that do not touch the training from here.
 
     Args:
-        settings: All of them; `replay` names the run directory.
-        given: Those that the command line, or a recipe that it names, sets.
+        given: Those that the command line, or a recipe that it names, sets; `replay` names the run directory.
 
     Raises:
         SettingError: When the directory holds no run, or a given setting would make this another one.
     """
-    path = Path(settings["replay"]) / rundir.RECIPE
+    path = Path(given["replay"]) / rundir.RECIPE
     if not path.is_file():
-        raise SettingError(f"The setting replay is {settings['replay']}, which holds no run; name a run directory.")
+        raise SettingError(f"The setting replay is {given['replay']}, which holds no run; name a run directory.")
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     may_change = rundir.FREE_SETTINGS - {"micro_batch_tokens", "extend"}
     places = {name: value for name, value in given.items() if name in PLACES}
@@ -87,11 +86,13 @@ def read_replayed_settings(settings: dict[str, Any], given: dict[str, Any]) -> d
             continue
         had = f"has {recorded[name]!r}" if name in recorded else "does not set it"
         raise SettingError(
-            f"{name} is {value!r} and the run in {settings['replay']}, which is repeated, {had}; "
+            f"{name} is {value!r} and the run in {given['replay']}, which is repeated, {had}; "
             f"leave {name} out, or train without replay."
         )
-    free = {name: value for name, value in settings.items() if name in may_change and value is not None}
-    return {**recorded, **free, **places, "replay": settings["replay"], "extend": False}
+    if given.get("output_dir") is None:
+        raise SettingError(f"The run in {given['replay']} is repeated in a directory of its own; set output_dir.")
+    free = {name: value for name, value in given.items() if name in may_change and value is not None}
+    return {**recorded, **free, **places, "replay": given["replay"], "extend": False}
 
 
 @dataclass

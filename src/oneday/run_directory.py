@@ -151,11 +151,13 @@ def lock_run(output_dir: str | Path) -> IO[str]:
         ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         handle.close()
         raise SettingError(
             f"Another process is training in the output_dir {output_dir}; wait for it or end it."
         ) from None
+    except OSError as error:  # some network file systems
+        logger.warning("The output_dir cannot be locked (%s): see that no other process trains in it.", error.strerror)
     for leftover in Path(output_dir).glob(".*.json.*"):  # of a process killed while writing a file aside
         leftover.unlink(missing_ok=True)
     return handle

@@ -26,7 +26,7 @@ from oneday.objectives import COMPANION
 from oneday.optimizers import CompositeOptimizer
 from oneday.ranks import Ranks
 from oneday.recovery import StepGuard, are_finite
-from oneday.throughput import describe_environment
+from oneday.throughput import describe_environment, name_device
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,10 @@ class RunTrainer(Trainer):
         if path is not None and path.is_file():
             getattr(self.model, COMPANION).load_state_dict(load_file(path), strict=False)
 
+    def describe_limit(self) -> list[str | int]:
+        """What `micro_batch_limit` was found with: a device, and the micro-batch that was asked for."""
+        return [name_device(self.args.device), self.args.micro_batch_tokens]
+
     def write_state(self, folder: Path) -> None:
         """This project's own state beside the parent's: position in the data, the clock, what memory allowed."""
         state = {
@@ -194,6 +198,7 @@ class RunTrainer(Trainer):
             "loader": self.loader.state_dict(),
             "clock": self.clock.state_dict(),
             "micro_batch_limit": self.micro_batch_limit,
+            "limited_on": self.describe_limit(),
             "is_kept": self.save_as_kept,
             "bad_steps": {name: getattr(self.guard, name) for name in ("in_row", "rollbacks", "furthest")},
         }

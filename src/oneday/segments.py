@@ -13,6 +13,8 @@ LONGEST_WORD = 8
 SENTENCE_ENDS = frozenset(".!?\u3002\uff01\uff1f\u2026")
 # XLNet's spans have up to five tokens; of a stretch of text a sixth is predicted.
 LONGEST_SPAN, SPAN_STRETCH = 5, 6
+# An order that turns out to be none is drawn again from other digits.
+RESHUFFLES = (1009.0, 10007.0, 100003.0)
 # Each segment of a pair has at least this many tokens.
 LEAST_SEGMENT = 3
 
@@ -110,7 +112,7 @@ def shuffle_runs(
         tokens: (rows, row_length) ids.
         free: (rows, row_length) bool: may be moved.
         draws: (rows, row_length) uniform on [0, 1): runs with the smallest are taken, and their order is by it.
-        fraction: Share of a row's free tokens that runs may hold; a row with a run has at least one.
+        fraction: Share of a row's free tokens that runs hold, rounded to whole runs, one at least.
         span: Tokens of a run; in rows of fewer tokens nothing moves.
 
     Returns:
@@ -129,12 +131,25 @@ def shuffle_runs(
         if not len(taking):
             break
         row, run = taking[:, None], starts[taking][:, None] + inside
-        # The low bits: the high ones have chosen the run.
-        order = np.argsort(draws[row, run] * 2.0**24 % 1.0, axis=1, kind="stable")
-        order[(order == inside).all(1)] = np.roll(inside, 1)
+        order = draw_orders(draws[row, run])
         shuffled[row, run] = np.take_along_axis(tokens[row, run], order, axis=1)
         moved[row, run] = True
     return shuffled, moved
+
+
+def draw_orders(draws: np.ndarray) -> np.ndarray:
+    """(runs, span) int64: for each run an order, any but the one that it has, all alike likely.
+
+    Args:
+        draws: (runs, span) uniform on [0, 1), of which the low bits are used: the high ones have chosen the run.
+    """
+    inside, low = np.arange(draws.shape[1]), draws * 2.0**24 % 1.0
+    order = np.argsort(low, axis=1, kind="stable")
+    for factor in RESHUFFLES:
+        same = (order == inside).all(1)
+        order[same] = np.argsort(low[same] * factor % 1.0, axis=1, kind="stable")
+    order[(order == inside).all(1)] = np.roll(inside, 1)
+    return order
 
 
 def choose_spans(lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -208,9 +223,8 @@ def make_pairs(
     labels = np.array([label_draws[row, start] < 0.5 for row, start, _, _ in found], dtype=np.int64)
     for number, (row, start, cut, end) in enumerate(found):
         first, second = tokens[row, start + 1 : cut].copy(), seconds[number]
-        others = [seconds[place] for place in range(len(found)) if place != number and found[place][0] == row]
-        if labels[number] and is_random and others:
-            second = np.resize(np.concatenate(others), len(second))
+        if labels[number] and is_random and (others := find_others(found, number)):
+            second = np.resize(np.concatenate([seconds[place] for place in others]), len(second))
         elif labels[number]:
             first, second = second, first
         middle = start + 1 + len(first)
@@ -219,6 +233,14 @@ def make_pairs(
         segments[row, middle + 1 : end] = 1
     starts = np.array([row * rows.shape[1] + start for row, start, _, _ in found], dtype=np.int64)
     return Pairs(tokens, segments, starts, labels)
+
+
+def find_others(found: list[tuple[int, int, int, int]], number: int) -> list[int]:
+    """The other pairs of a pair's row, from the next one on and round: not all take their text from the same one."""
+    row = found[number][0]
+    mine = [place for place in range(len(found)) if found[place][0] == row]
+    at = mine.index(number)
+    return mine[at + 1 :] + mine[:at]
 
 
 def choose_cut(ends: np.ndarray, draw: float) -> int | None:

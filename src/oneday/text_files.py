@@ -114,7 +114,7 @@ def load_files(name: str, column: str, cache_dir: Path, without: Collection[str]
     parts = [_load_parquet(parquet, column, str(cache_dir))] if parquet else []
     if lines:
         try:
-            parts.append(_load_lines(lines, column, str(cache_dir)))
+            parts.append(_load_lines(lines, column, len(found) == 1, str(cache_dir)))
         except NoText:
             if not parts:
                 raise
@@ -149,14 +149,14 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
     return texts if column == "text" else texts.rename_column(column, "text")
 
 
-def _load_lines(files: list[str], column: str, cache_dir: str) -> datasets.Dataset:
+def _load_lines(files: list[str], column: str, alone: bool, cache_dir: str) -> datasets.Dataset:
     stamps = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in map(os.path.abspath, files)]
     try:
         return datasets.Dataset.from_generator(
             generate_documents,
             features=datasets.Features({"text": datasets.Value("string")}),
             cache_dir=cache_dir,
-            gen_kwargs={"files": tuple(stamps), "column": column, "schema": SCHEMA_VERSION},
+            gen_kwargs={"files": tuple(stamps), "column": column, "alone": alone, "schema": SCHEMA_VERSION},
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, SettingError):
@@ -182,12 +182,14 @@ def refuse_full_cache(error: BaseException, cache_dir: str) -> None:
         raise SettingError(f"The disk of cache_dir {cache_dir} is full: free some space, or name another.") from None
 
 
-def generate_documents(files: tuple[tuple[str, int, int], ...], column: str, schema: int) -> Iterator[dict[str, str]]:
+def generate_documents(
+    files: tuple[tuple[str, int, int], ...], column: str, alone: bool, schema: int
+) -> Iterator[dict[str, str]]:
     """Yields the documents of (path, size, time) `files` that are not blank; all but the path only key the cache."""
     is_empty = True
     for file, _, _ in files:
         try:
-            for text in read_documents(file, column, alone=len(files) == 1):
+            for text in read_documents(file, column, alone):
                 if text.strip():
                     is_empty = False
                     yield {"text": text}

@@ -11,6 +11,7 @@ format is read up to it.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -25,9 +26,13 @@ logger = logging.getLogger(__name__)
 
 # Waits, in seconds, before a read that failed is tried again: five minutes together.
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
+# So many of them, where the file seems damaged.
+DAMAGED_RETRIES = 2
 # A mixture's choices are drawn this many at a time.
 CHOICES_AT_ONCE = 1024
 END = object()
+# One blank line, or more.
+PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
 class StreamInterrupted(SettingError):
@@ -65,7 +70,7 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
         SettingError: The network did not come back, or the file is damaged.
     """
     is_closed = is_closed or threading.Event()
-    for seconds in (*RETRY_SECONDS, None):
+    for number, seconds in enumerate((*RETRY_SECONDS, None)):
         if is_closed.is_set():
             return None
         try:
@@ -74,7 +79,8 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
             raise
         except Exception as error:  # the libraries raise a dozen kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if isinstance(error, (ValueError, KeyError, FileNotFoundError)):  # the first is Arrow's for a damaged file
+            # The first is Arrow's for a damaged file, or for one whose bytes did not all arrive.
+            if isinstance(error, (ValueError, KeyError, FileNotFoundError)) and number >= DAMAGED_RETRIES:
                 raise SettingError(
                     f"The stream of dataset_name cannot be read on: a file is damaged, or not what it was ({reason})."
                 ) from error
@@ -133,15 +139,15 @@ class FileStream(TextStream):
     Args:
         files: In the publisher's order; a pass takes them in an order that follows from its key.
         files_at_once: How many are open; fewer where there are fewer.
-        held_out: Content hashes of documents that are left out.
+        held_out: Of `hash_paragraphs`; documents that have no other are left out.
     """
 
     def __init__(self, files: Sequence[TextFile], files_at_once: int, held_out: frozenset[int] = frozenset()) -> None:
         self.files, self.files_at_once, self.held_out = files, files_at_once, held_out
 
-    def without(self, hashes: Sequence[int]) -> FileStream:
-        """The same stream without the documents of these content hashes."""
-        return FileStream(self.files, self.files_at_once, self.held_out | frozenset(hashes))
+    def without(self, hashes: frozenset[int]) -> FileStream:
+        """The same stream without the documents whose every paragraph has one of these hashes."""
+        return FileStream(self.files, self.files_at_once, self.held_out | hashes)
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> FileReader:
         """See TextStream."""
@@ -177,7 +183,7 @@ class FileReader:
                 self.replace()
                 continue
             self.turn = (self.turn + 1) % len(self.open_files)
-            if is_text(text) and not (self.stream.held_out and hash_text(text) in self.stream.held_out):
+            if is_text(text) and not (self.stream.held_out and consists_of(text, self.stream.held_out)):
                 return text
         return None
 
@@ -202,6 +208,21 @@ class FileReader:
 
     def next_state(self) -> None:
         """See TextReader."""
+
+
+def hash_paragraphs(text: str) -> Iterator[int]:
+    """A hash of each paragraph, whatever white space is between its words."""
+    start = 0
+    for end in PARAGRAPH_END.finditer(text):
+        yield hash_text(" ".join(text[start : end.start()].split()))
+        start = end.end()
+    if text[start:].strip():
+        yield hash_text(" ".join(text[start:].split()))
+
+
+def consists_of(text: str, hashes: frozenset[int]) -> bool:
+    """Whether every paragraph of a text has one of these hashes."""
+    return all(number in hashes for number in hash_paragraphs(text))
 
 
 def is_text(text: object) -> bool:

@@ -73,6 +73,7 @@ def set_threads(num_threads: int | None = None) -> int:
     """
     share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, num_threads or share))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))  # of the tokenizers
     return torch.get_num_threads()
 
 
@@ -164,10 +165,15 @@ def peak_memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def name_device(device: torch.device) -> str:
+    """What the GPU, or the processor, calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit: what a number needs beside it. Names no host, user or path."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "device": name_device(device),
         "device_type": device.type,
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),

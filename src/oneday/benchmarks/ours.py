@@ -51,7 +51,7 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         trainer.add_callback(curve)
         metrics = trainer.run()
         if trainer.status == "interrupted":
-            raise KeyboardInterrupt
+            raise trainer.failure or KeyboardInterrupt
         losses = {name_measure(trainer.objective): metrics[name_measure(trainer.objective)]}
         if "eval_bits_per_byte" in metrics:
             losses["bits_per_byte"] = metrics["eval_bits_per_byte"]

@@ -103,9 +103,9 @@ class CausalLanguageModeling(Objective):
         return super().find_class(config)
 
     def training_collator(self, position_offset: int) -> Collator:
-        """Every token of a document but its first."""
-        return CausalCollator(self.tokenizer, self.args.seed, position_offset)
+        """Every token of a document but its first, and its end."""
+        return CausalCollator(self.tokenizer, self.args.seed, position_offset, self.tokenizer.eos_token_id)
 
     def evaluation_collators(self, position_offset: int) -> dict[str, Collator]:
-        """`eval_loss`: nats a predicted token."""
+        """`eval_loss`: nats a predicted token of the text; ends of documents are none."""
         return {"eval_loss": CausalCollator(self.tokenizer, EVALUATION_SEED, position_offset)}

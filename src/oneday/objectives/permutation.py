@@ -85,5 +85,8 @@ class TwoStreamFlops:
     def step_flops(
         self, num_tokens: int, sum_squared_doc_lengths: int, num_predicted: int, doc_lengths: Any = None
     ) -> float:
-        """See `FlopCounter.step_flops`; the tokens fill their rows, padding included."""
+        """See `FlopCounter.step_flops`; the tokens fill their rows, padding included, the targets do not.
+
+        A row of fewer targets than its micro-batch's most is computed for as many, which is not counted.
+        """
         return num_tokens / self.row_length * self.of_row + num_predicted * self.of_target
