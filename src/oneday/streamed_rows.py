@@ -165,7 +165,8 @@ class StreamedRows:
         self._next = dict(state)
 
     def close(self, is_last: bool = False) -> None:
-        """End the thread; `take` starts another where the last block ended. The last one is not waited for."""
+        """End the thread; `take` starts another where the last block ended. The last one is waited for only when the
+        process ends: a read that stands still holds it for its time-out."""
         if self._reader is not None:
             self._reader.close(waits=not is_last)
             self._reader = None
