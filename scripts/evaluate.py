@@ -40,10 +40,9 @@ def main() -> None:
         "model": Path(args.model_name_or_path).name,
         "kind": scorer.kind,
         "weights_hash": hash_weights(scorer.model.state_dict()),
-        "environment": describe_environment(device),
     }
     with resumable():
-        results = run_evaluation(scorer, args, facts, folder / RESULTS_FILE)
+        results = run_evaluation(scorer, args, facts, describe_environment(device), folder / RESULTS_FILE)
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     refresh_card(folder)
     sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")

@@ -71,7 +71,8 @@ def main() -> int:
 
 
 def pin_sources(args: BudgetTrainingArguments) -> None:
-    """Streams are read at the commits with which the run began, here or elsewhere, or the one that is repeated."""
+    """Data sets of the Hub are read at the commits with which the run began, here or elsewhere, or the one that is
+    repeated."""
     folders = filter(None, (args.output_dir, args.replay))
     sources = next(filter(None, (read_json(Path(folder) / SOURCES) for folder in folders)), {})
     if not sources and args.resume_from_hub:
@@ -97,7 +98,7 @@ def open_run(held: ExitStack, settings: Settings, budget: Budget, data: str, mod
         extend_run(folder, settings, budget, data, model)
     elif state == "resumed":
         refresh_recipe(folder, settings)
-    if hub_texts.REVISIONS and not (Path(folder) / SOURCES).exists():
+    if state == "new" and hub_texts.REVISIONS:
         write_json(Path(folder) / SOURCES, hub_texts.REVISIONS)
     return state
 

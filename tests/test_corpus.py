@@ -232,6 +232,7 @@ def test_held_out_text_is_not_trained_on_however_it_is_cut():
     os.makedirs("books")
     for i in range(4):
         Path(f"books/{i}.txt").write_text(f"Book {i}.\n\nIts second paragraph, {i}.\n")
+    Path("books/2.txt").write_text("\n\n  Book 2.\n\nIts second paragraph, 2.\n")
     Path("copy.txt").write_bytes(b"Book 2.\r\n\r\n\r\nIts second  paragraph, 2.")
     corpus = load("books", validation_name="copy.txt")
     assert len(corpus.validation) == 2 and len(corpus.train) == 3
@@ -240,10 +241,13 @@ def test_held_out_text_is_not_trained_on_however_it_is_cut():
     corpus = load("cut.txt", validation_name="books")
     assert [text.strip() for text in corpus.train["text"]] == ["Book 9.", "Another."]
     half = stream_of(["Book 1.\n\nAnother.", "Book 1. \n\n Its second paragraph, 1."])
-    kept = drop_held_out(
-        "a", half, datasets.Dataset.from_dict({"text": ["Book 1.\n\nIts second paragraph, 1."]}), None
-    )
-    assert [row["text"] for row in kept] == ["Book 1.\n\nAnother."]
+    book = datasets.Dataset.from_dict({"text": ["Book 1.\n\nIts second paragraph, 1."]})
+    for validation_name in (None, "b"):
+        kept = drop_held_out("a", half, book, DataArguments(validation_name=validation_name))
+        assert [row["text"] for row in kept] == ["Book 1.\n\nAnother."]
+    line = datasets.Dataset.from_dict({"text": ["Book 1.", "Book 9."]})
+    assert len(drop_held_out("a", line, book, DataArguments())) == 2, "a line of a document that is cut as these are"
+    assert drop_held_out("a", line, book, DataArguments(validation_name="b"))["text"][:] == ["Book 9."]
 
 
 def test_what_is_held_out_does_not_change_how_files_are_cut():
@@ -251,6 +255,12 @@ def test_what_is_held_out_does_not_change_how_files_are_cut():
     for i in range(2):
         Path(f"books/{i}.txt").write_text(f"Book {i}.\n\nIts second paragraph, {i}.")
     assert load("books", validation_name="books/0.txt").train["text"][:] == ["Book 1.\n\nIts second paragraph, 1."]
+    Path("books/0.txt").unlink()
+    write_texts("books/rows.parquet")
+    assert load("books", validation_name="books/rows.parquet").train["text"][:] == [
+        "Book 1.\n",
+        "Its second paragraph, 1.",
+    ], "the one of its kind"
 
 
 def test_held_out_text_is_limited_in_whole_documents():
@@ -377,7 +387,7 @@ def test_a_stream_stays_at_the_commit_that_its_run_began_with(monkeypatch):
     monkeypatch.setattr("oneday.hub_texts.REVISIONS", {})
     monkeypatch.setattr(
         "oneday.hub_texts.HfApi",
-        lambda: SimpleNamespace(dataset_info=lambda repo, revision: SimpleNamespace(sha=next(commits))),
+        lambda: SimpleNamespace(dataset_info=lambda repo, **options: SimpleNamespace(sha=next(commits))),
     )
     assert [hub_texts.find_revision("ann/texts") for _ in "ab"] == ["first", "first"]
     hub_texts.REVISIONS.clear()

@@ -141,6 +141,7 @@ def test_saved_recipe_gives_the_same_settings(tmp_path):
         (["--budget_minutes", "5", "--budget_hours", "1"], "both budget_hours and budget_minutes"),
         (["--output_dir", "--budget_minutes", "5"], "output_dir is given without a value"),
         (["--dataset_weights", "--streaming"], "dataset_weights is given without a value"),
+        (["--output_dir", "a", "--output_dir"], "output_dir is given without a value"),
         (["--max_steps", "5"], "max_steps, which the budget decides; set budget_steps"),
         (["nowhere.yaml"], "no recipe nowhere.yaml"),
         (["a.yaml", "b.yaml"], "beside the recipe"),

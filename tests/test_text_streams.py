@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from oneday.arguments import SettingError
+from oneday.held_out import HeldOut
 from oneday.stream_files import ParquetPart, StreamShard, TablePart
-from oneday.text_streams import FileStream, FirstTexts, MixedStream, PassKey, hash_paragraphs
+from oneday.text_streams import FileStream, FirstTexts, MixedStream, PassKey
 
 # Rows of each file, blank ones included; one file is empty, and one is much longer than the others.
 FILE_ROWS = (40, 95, 0, 33, 260, 7, 58, 40, 41, 40, 12, 88)
@@ -154,7 +155,7 @@ def test_held_out_documents_are_spread_and_stay_held_out(stream):
     texts = list(stream.take_spread(100))
     assert texts[:4] == [f"file {file} row 0" for file in (0, 3, 6, 9)]
     assert len(texts) == len(set(texts)) == 100
-    train = stream.without(frozenset(number for text in texts for number in hash_paragraphs(text)))
+    train = stream.without(HeldOut(texts, by_paragraph=False))
     for number in range(2):
         assert sorted(read_pass(train, PassKey(0, number)) + texts) == sorted(ALL_TEXTS)
     assert sorted(stream.take_spread(10**6)) == sorted(ALL_TEXTS)

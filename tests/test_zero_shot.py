@@ -9,6 +9,7 @@ import lzma
 import math
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -426,6 +427,7 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
         (tmp_path / f"{task}.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
     args = EvaluateArguments(task_names=["first", "second"], task_data_dir=str(tmp_path))
     path, facts = tmp_path / "out.json", {"weights_hash": "w"}
+    monkeypatch.setattr("oneday.zero_shot_results.hash_architecture", lambda config, tokenizer: tokenizer)
     scorer = Fixed([Score(1.0, 1, False), Score(2.0, 1, False)])
     once, calls = scorer.score, []
 
@@ -435,18 +437,24 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
             raise KeyboardInterrupt
         return once(pairs)
 
-    scorer.score = stop_at_the_second
+    scorer.score, scorer.model, scorer.tokenizer = stop_at_the_second, SimpleNamespace(config=None), "words"
     with pytest.raises(KeyboardInterrupt):
-        run_evaluation(scorer, args, facts, path)
+        run_evaluation(scorer, args, facts, {"commit": "old"}, path)
     assert list(json.loads(path.read_text())["tasks"]) == ["first"]
-    results = run_evaluation(scorer, args, facts, path)
+    results = run_evaluation(scorer, args, facts, {"commit": "new"}, path)["tasks"]
     assert len(calls) == 3 and "first: these questions have been scored" in caplog.text
-    assert [results["tasks"][task]["accuracy"] for task in ("first", "second")] == [1.0, 1.0]
+    assert [results[task]["accuracy"] for task in ("first", "second")] == [1.0, 1.0]
+    assert [results[task]["environment"]["commit"] for task in ("first", "second")] == ["old", "new"]
+    args = dataclasses.replace(args, max_examples=1)
+    assert run_evaluation(scorer, args, facts, {}, path)["tasks"]["first"]["max_examples"] == 1 and len(calls) == 3
     (tmp_path / "first.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "c"}\n')
-    run_evaluation(scorer, args, facts, path)
+    run_evaluation(scorer, args, facts, {}, path)
     assert len(calls) == 4
-    run_evaluation(scorer, args, {"weights_hash": "other"}, path)
+    run_evaluation(scorer, args, {"weights_hash": "other"}, {}, path)
     assert len(calls) == 6
+    scorer.tokenizer = "other words"
+    run_evaluation(scorer, args, {"weights_hash": "other"}, {}, path)
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("streaming", [False, True])

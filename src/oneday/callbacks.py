@@ -21,7 +21,6 @@ from oneday.beating import beating
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
 from oneday.signals import STOP_SIGNALS, handle_signals
-from oneday.text_streams import StreamInterrupted
 
 if TYPE_CHECKING:
     from oneday.hub import HubPusher
@@ -119,7 +118,7 @@ class BudgetCallback(TrainerCallback):
             except SettingError as error:  # of the stream, on every process; the step that was done is kept
                 logger.warning("%s", error)
                 fits, trainer.is_interrupted = False, True
-                trainer.failure = None if isinstance(error, StreamInterrupted) else error
+                trainer.failure = error
         if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
             self.is_past_plateau = trainer.save_as_kept = True
         wishes = self.schedule(args) if fits and not trainer.is_interrupted else (False, False)

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 
 from oneday import hub_texts
 from oneday.arguments import DataArguments, SettingError
+from oneday.held_out import HeldOut
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
 from oneday.stream_files import TablePart
 from oneday.text_files import is_local, list_files, load_files
-from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream, consists_of, hash_paragraphs
+from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -286,15 +287,15 @@ def exceeds_bytes(texts: datasets.Dataset, limit: int) -> bool:
 
 
 def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: DataArguments) -> Texts:
-    """Leaves out of the part `name` the documents all of whose paragraphs are also held out, word for word.
+    """Leaves out of the part `name` the documents that are also held out, word for word.
 
-    Paragraphs, as one side may be whole files and the other cut at blank lines.
+    With `validation_name` also by paragraphs: one side may be whole files and the other cut at blank lines.
     """
-    hashes = frozenset(number for text in held_out["text"] for number in hash_paragraphs(text))
+    known = HeldOut(held_out["text"], by_paragraph=bool(args.validation_name))
     if isinstance(train, FileStream):
-        return train.without(hashes)
+        return train.without(known)
     batches = train.with_format("arrow").iter(batch_size=1000)
-    found = (consists_of(text, hashes) for batch in batches for text in batch["text"].to_pylist())
+    found = (text in known for batch in batches for text in batch["text"].to_pylist())
     repeated = np.fromiter(found, bool, len(train))
     if repeated.all() and args.validation_name:
         raise SettingError(f"validation_name holds every document of dataset_name {name!r}: none is left to train on.")

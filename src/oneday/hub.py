@@ -406,7 +406,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
 
 
 def fetch_sources(repo_id: str) -> dict[str, str]:
-    """The commits of the streams of a pushed run; {}: it read none, or they cannot be had."""
+    """The commits of the data sets of a pushed run; {}: it read none, or they cannot be had."""
     try:
         return rundir.read_json(hf_hub_download(repo_id, rundir.SOURCES, revision=CHECKPOINT_BRANCH))
     except Exception:  # noqa: BLE001  # `fetch_run` says what is wrong with the repository

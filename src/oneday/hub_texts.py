@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 # Names of data sets -> commits; `run_directory.SOURCES` keeps them, so that a run goes on with the
 # same text whatever its publisher does meanwhile.
 REVISIONS: dict[str, str] = {}
+# For an answer that can be done without.
+ASK_SECONDS = 10.0
 
 
 def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | FileStream:
@@ -81,10 +83,12 @@ def find_revision(name: str, is_needed: bool = True) -> str | None:
     repo, _, revision = split_name(name)
     if name not in REVISIONS:
         try:
-            REVISIONS[name] = HfApi().dataset_info(repo, revision=revision).sha
-        except Exception:  # of httpx, of huggingface_hub
+            timeout = None if is_needed else ASK_SECONDS
+            REVISIONS[name] = HfApi().dataset_info(repo, revision=revision, timeout=timeout).sha
+        except Exception as error:  # of httpx, of huggingface_hub
             if is_needed:
                 raise
+            logger.warning("The Hub was not asked for the commit of %s (%s).", name, type(error).__name__)
             return revision
         logger.info("%s is read at commit %s.", repo, REVISIONS[name])
     return REVISIONS[name]

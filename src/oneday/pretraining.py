@@ -23,6 +23,7 @@ from oneday.objectives import COMPANION
 from oneday.position_init import leave_room
 from oneday.recovery import are_finite
 from oneday.signals import INTERRUPTED, noted_signals
+from oneday.text_streams import StreamInterrupted
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers
 
@@ -280,10 +281,7 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
     if trainer.status == "interrupted":
         if pusher:
             pusher.leave(PUSH_SECONDS)
-        code = say_interrupted(trainer)
-        if trainer.failure is not None:  # it would come again
-            raise trainer.failure
-        return code
+        return say_interrupted(trainer)
     with rundir.refuse_full_disk(trainer.args.output_dir):
         write(metrics)
     if trainer.ranks.is_first:
@@ -311,7 +309,13 @@ def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
 
 
 def say_interrupted(trainer: BudgetTrainer) -> int:
-    """Where the next process goes on."""
+    """Where the next process goes on.
+
+    Raises:
+        SettingError: On process 0, when the stream cannot be read on and waiting would not help.
+    """
+    if trainer.ranks.is_first and not isinstance(trainer.failure, StreamInterrupted | None):
+        raise trainer.failure
     where = "with a checkpoint"
     if trainer.saved_at != trainer.clock.steps_taken:
         where = "without a new checkpoint: the last one is"

@@ -261,6 +261,8 @@ def measure_pace(material: Material, settings: Settings, seconds: float) -> Pace
         fixed = trainer.clock.ledger["initialization"] + trainer.clock.ledger["compilation"]
         begun, joules = trainer.clock.now(), meter.read() if meter else 0.0
         trainer.train()
+        if trainer.failure is not None:
+            raise trainer.failure
         watts = (meter.read() - joules) / (trainer.clock.now() - begun) if meter else None
         parts = {key: median(step[key] for step in timer.steps) for key in timer.steps[0]}
         tokens = timer.tokens / len(timer.steps)

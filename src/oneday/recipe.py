@@ -149,8 +149,10 @@ def split_command_line(
             position += has_value
         name, value = key.replace("-", "_"), NO_VALUE if text is None else read_value(text)
         name += "_" * keyword.iskeyword(name)  # `--for` is the field `for_`
-        is_item = name in repeatable and value is not NO_VALUE
-        overrides[name] = [*overrides.get(name, []), value] if is_item else value
+        if name in repeatable:
+            earlier = overrides.get(name, [])
+            value = NO_VALUE if value is NO_VALUE or earlier is NO_VALUE else [*earlier, value]
+        overrides[name] = value
     if bare_words is not None:
         return None, place_bare_words(words, overrides, *bare_words)
     if len(words) > 1:

@@ -22,7 +22,7 @@ from oneday.durable_files import check_folder, synchronize_path, write_whole
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
 # What the code on a card calls the model, until a push to the Hub puts the id there.
 PLACEHOLDER = "PATH_OR_ID"
-SOURCES = "sources.json"  # commits of the data sets that are streamed
+SOURCES = "sources.json"  # commits of the data sets that are read from the Hub
 ENVIRONMENT, CARD, CURVE = "environment.json", "README.md", "training_curve.png"
 STAGING, LOCK = ".staging", ".lock"
 TRACKERS = ("tensorboard", "trackio", "wandb")

@@ -114,7 +114,8 @@ def load_files(name: str, column: str, cache_dir: Path, without: Collection[str]
     parts = [_load_parquet(parquet, column, str(cache_dir))] if parquet else []
     if lines:
         try:
-            parts.append(_load_lines(lines, column, len(found) == 1, str(cache_dir)))
+            alone = sum(not file.endswith(".parquet") for file in found) == 1
+            parts.append(_load_lines(lines, column, alone, str(cache_dir)))
         except NoText:
             if not parts:
                 raise
@@ -150,13 +151,15 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
 
 
 def _load_lines(files: list[str], column: str, alone: bool, cache_dir: str) -> datasets.Dataset:
+    # `alone` is in the cache's key only where it does not follow from the files: it came later than the caches.
+    known = {} if alone == (len(files) == 1) else {"alone": alone}
     stamps = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in map(os.path.abspath, files)]
     try:
         return datasets.Dataset.from_generator(
             generate_documents,
             features=datasets.Features({"text": datasets.Value("string")}),
             cache_dir=cache_dir,
-            gen_kwargs={"files": tuple(stamps), "column": column, "alone": alone, "schema": SCHEMA_VERSION},
+            gen_kwargs={"files": tuple(stamps), "column": column, "schema": SCHEMA_VERSION, **known},
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, SettingError):
@@ -183,10 +186,14 @@ def refuse_full_cache(error: BaseException, cache_dir: str) -> None:
 
 
 def generate_documents(
-    files: tuple[tuple[str, int, int], ...], column: str, alone: bool, schema: int
+    files: tuple[tuple[str, int, int], ...], column: str, schema: int, alone: bool | None = None
 ) -> Iterator[dict[str, str]]:
-    """Yields the documents of (path, size, time) `files` that are not blank; all but the path only key the cache."""
+    """Yields the documents of (path, size, time) `files` that are not blank; size, time and schema only key the cache.
+
+    `alone` as in `read_documents`; None: as many files as are here were named.
+    """
     is_empty = True
+    alone = len(files) == 1 if alone is None else alone
     for file, _, _ in files:
         try:
             for text in read_documents(file, column, alone):

@@ -11,7 +11,6 @@ format is read up to it.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from oneday.arguments import SettingError
-from oneday.python_docs import hash_text
+from oneday.held_out import HeldOut
 from oneday.stream_files import TextFile
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ DAMAGED_RETRIES = 2
 # A mixture's choices are drawn this many at a time.
 CHOICES_AT_ONCE = 1024
 END = object()
-# One blank line, or more.
-PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 
 class StreamInterrupted(SettingError):
@@ -139,15 +136,15 @@ class FileStream(TextStream):
     Args:
         files: In the publisher's order; a pass takes them in an order that follows from its key.
         files_at_once: How many are open; fewer where there are fewer.
-        held_out: Of `hash_paragraphs`; documents that have no other are left out.
+        held_out: Documents that are left out.
     """
 
-    def __init__(self, files: Sequence[TextFile], files_at_once: int, held_out: frozenset[int] = frozenset()) -> None:
+    def __init__(self, files: Sequence[TextFile], files_at_once: int, held_out: HeldOut | None = None) -> None:
         self.files, self.files_at_once, self.held_out = files, files_at_once, held_out
 
-    def without(self, hashes: frozenset[int]) -> FileStream:
-        """The same stream without the documents whose every paragraph has one of these hashes."""
-        return FileStream(self.files, self.files_at_once, self.held_out | hashes)
+    def without(self, held_out: HeldOut) -> FileStream:
+        """The same stream without some documents."""
+        return FileStream(self.files, self.files_at_once, held_out)
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> FileReader:
         """See TextStream."""
@@ -183,7 +180,7 @@ class FileReader:
                 self.replace()
                 continue
             self.turn = (self.turn + 1) % len(self.open_files)
-            if is_text(text) and not (self.stream.held_out and consists_of(text, self.stream.held_out)):
+            if is_text(text) and not (self.stream.held_out and text in self.stream.held_out):
                 return text
         return None
 
@@ -208,21 +205,6 @@ class FileReader:
 
     def next_state(self) -> None:
         """See TextReader."""
-
-
-def hash_paragraphs(text: str) -> Iterator[int]:
-    """A hash of each paragraph, whatever white space is between its words."""
-    start = 0
-    for end in PARAGRAPH_END.finditer(text):
-        yield hash_text(" ".join(text[start : end.start()].split()))
-        start = end.end()
-    if text[start:].strip():
-        yield hash_text(" ".join(text[start:].split()))
-
-
-def consists_of(text: str, hashes: frozenset[int]) -> bool:
-    """Whether every paragraph of a text has one of these hashes."""
-    return all(number in hashes for number in hash_paragraphs(text))
 
 
 def is_text(text: object) -> bool:

@@ -171,7 +171,7 @@ class BudgetTrainer(RunTrainer):
         self.step_record: StepRecord | None = None
         self.signals: list[int] = []
         self.is_interrupted = False
-        self.failure: SettingError | None = None  # of its stream
+        self.failure: SettingError | None = None  # of its stream, which ended the steps
         self.counted: tuple[list[Batch], tuple[int, float, dict[str, int]]] | None = None
         self.eval_seconds = self.save_seconds = 0.0
         self.preparation_seconds = 0.0  # of this process, for the text

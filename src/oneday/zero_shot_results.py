@@ -13,7 +13,7 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from oneday.arguments import DataArguments, SettingError, setting
-from oneday.classification import hash_text
+from oneday.classification import hash_architecture, hash_text
 from oneday.corpus import load_part, name_corpus, split_names
 from oneday.durable_files import write_json
 from oneday.run_directory import read_json
@@ -121,7 +121,9 @@ def shares_ending(questions: Sequence[Question]) -> bool:
     return all(len({continuation for _, continuation in question.pairs}) == 1 for question in questions)
 
 
-def run_evaluation(scorer: Scorer, args: EvaluateArguments, facts: dict[str, Any], path: Path) -> dict[str, Any]:
+def run_evaluation(
+    scorer: Scorer, args: EvaluateArguments, facts: dict[str, Any], environment: dict[str, Any], path: Path
+) -> dict[str, Any]:
     """Score what the settings name; what is finished is in the file at once, and is not scored again.
 
     All tasks and texts are read before the first is scored.
@@ -130,6 +132,7 @@ def run_evaluation(scorer: Scorer, args: EvaluateArguments, facts: dict[str, Any
         scorer: Of the checkpoint.
         args: The settings.
         facts: What the file says beside the scores; `weights_hash` tells whose they are.
+        environment: Hardware, versions and commit, which each score gets.
         path: The file.
 
     Returns:
@@ -143,18 +146,20 @@ def run_evaluation(scorer: Scorer, args: EvaluateArguments, facts: dict[str, Any
     results = keep_earlier({**facts, "tasks": {}}, read_json(path))
     source = "hub" if args.task_data_dir is None else "files"
     for name, questions in tasks.items():
-        key = hash_text(repr([(question.pairs, question.gold, question.group) for question in questions]))
-        if results["tasks"].get(name, {}).get("questions_hash") == key:
-            logger.info("%s: these questions have been scored", name)
-            continue
-        logger.info("%s: %s questions", name, f"{len(questions):,}")
-        asked = {"max_examples": args.max_examples, "source": source, "questions_hash": key}
-        results["tasks"][name] = evaluate_task(scorer, questions) | asked
+        asked = [(question.pairs, question.gold, question.group) for question in questions]
+        key = hash_text(repr(asked) + hash_architecture(scorer.model.config, scorer.tokenizer))
+        entry = results["tasks"].get(name, {})
+        if entry.get("questions_hash") == key:
+            logger.info("%s: these questions have been scored; without %s they are scored anew", name, path)
+        else:
+            logger.info("%s: %s questions", name, f"{len(questions):,}")
+            entry = evaluate_task(scorer, questions) | {"questions_hash": key, "environment": environment}
+        results["tasks"][name] = entry | {"max_examples": args.max_examples, "source": source}
         write_json(path, results)
     if text is not None:
         name, documents = text
         read = {"name": name, "dataset_split": args.dataset_split, "max_examples": args.max_examples}
-        results["text"] = {**read, **scorer.score_texts(documents)}
+        results["text"] = {**read, **scorer.score_texts(documents), "environment": environment}
     write_json(path, results)
     return results
 

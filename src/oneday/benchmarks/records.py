@@ -137,9 +137,9 @@ class RecordStore:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a record that no longer stands to `NAME.2026-11-28T101500.replaced`: it may have cost hours."""
+    """Rename a record that no longer stands to `NAME.2026-11-28T101500.123456.replaced`: it may have cost hours."""
     if path.exists():
-        moment = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H%M%S")
+        moment = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H%M%S.%f")
         path.replace(path.with_suffix(f".{moment}.replaced"))
 
 

@@ -121,6 +121,8 @@ def measure_throughput(job: Job) -> Record:
         trainer.add_callback(timer)
         trainer.signals = []
         trainer.train()
+        if trainer.failure is not None:
+            raise trainer.failure
         if trainer.micro_batch_limit is not None:
             raise SettingError(
                 f"the memory does not hold a micro-batch of {args.micro_batch_tokens} tokens; "
