@@ -97,7 +97,8 @@ def test_bits_per_byte_counts_every_byte_of_the_text(make_trainer, texts):
     trainer = make_trainer("llama", budget_steps=1)
     metrics = trainer.evaluate()
     rows, lengths = trainer.eval_dataset.get_rows(np.arange(len(trainer.eval_dataset)))
-    predicted = len(trainer.objective.training_collator(0)(rows, lengths, np.arange(len(rows))).labels)
+    collator = trainer.objective.evaluation_collators(0)["eval_loss"]
+    predicted = len(collator(rows, lengths, np.arange(len(rows))).labels)
     num_bytes = sum(len(text.encode()) for text in texts[270:])
     nats = metrics["eval_loss"] * predicted
     assert metrics["eval_bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-6)
