@@ -620,7 +620,7 @@ def test_throughput_over_a_grid_with_a_point_that_cannot_run(run_benchmark, reci
     assert record["tokens_per_second"] > 0
     assert record["mfu"] == pytest.approx(record["flops_per_second"] / record["peak_flops_measured"])
     steps = record["step_seconds"]
-    assert 0 < steps["data"] < steps["forward_backward"] and 0 < steps["optimizer"] < steps["step"]
+    assert all(0 < steps[name] < steps["step"] for name in ("data", "forward_backward", "optimizer"))
     assert steps["data"] + steps["forward_backward"] + steps["optimizer"] == pytest.approx(steps["step"], rel=0.3)
     assert 8 * record["num_parameters"] == pytest.approx(record["optimizer_state_bytes"], rel=0.01), "two moments"
     assert record["batch_size_tokens"] == record["micro_batch_tokens"] == 512
@@ -660,6 +660,21 @@ def test_peaks_are_named_as_the_points_have_them():
     points.append(("bfloat16, float32 master weights", 1.8001e12))
     records = [{"precision": precision, "peak_flops_measured": peak} for precision, peak in points]
     assert describe_peaks(records) == "0.910 to 0.930 TFLOP/s in float32, 1.800 TFLOP/s in bfloat16"
+
+
+def test_a_stream_that_breaks_off_gives_no_rate(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    fits = itertools.chain([True] * 4, [SettingError("a file is damaged")])
+
+    def next_step_fits(trainer):
+        found = next(fits)
+        if found is not True:
+            raise found
+        return True
+
+    monkeypatch.setattr("oneday.trainer.BudgetTrainer.next_step_fits", next_step_fits)
+    with pytest.raises(SettingError, match="a file is damaged"):
+        measure_throughput(make_point(recipe, tmp_path))
 
 
 def test_rows_that_grow_are_measured_at_their_full_length(recipe, tmp_path, monkeypatch):

@@ -26,13 +26,15 @@ BLIMP = {"accuracy": 0.61, "standard_error": 0.02, "chance": 0.5, "num_questions
 def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     (tmp_path / "glue").mkdir()
     average = {"average": 0.65625, "average_name": "average of sst2, rte"}
-    glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART}} | average
+    letters = GLUE | {"task": "letters", "own_task": {"task_file": "/home/alice/letters.csv"}}
+    glue = {"protocol": "cramming", "tasks": {"sst2": GLUE, "rte": PART, "letters": letters}} | average
     (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
     hub = BLIMP | {"source": "hub"}
     arc = {name: hub | {"accuracy": value} for name, value in (("arc_easy", 0.3), ("arc_challenge", 0.2))}
     own = {"mine": BLIMP | {"source": "files"}, "piqa": BLIMP | {"source": "files"}}
     zero_shot = {"kind": "encoder", "tasks": {"blimp": hub | {"max_examples": 200}} | own | arc}
     (tmp_path / "zero_shot_results.json").write_text(json.dumps(zero_shot))
+    (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
     metadata = card_metadata(tmp_path, RESULTS | {"hub_datasets": ["HuggingFaceFW/fineweb-edu"]})
     card = ModelCard(f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n", ignore_metadata_errors=False)
     scores = {score.dataset_name: score for score in card.data.eval_results}
@@ -47,6 +49,7 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     assert [scores[name].metric_value for name in arc] == [0.3, 0.2]
     assert scores["arc_challenge"].dataset_config == "ARC-Challenge"
     assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    assert scores["letters"].metric_value == 0.8125 and "alice" not in str(card)
     assert "rte (subset: 100 of 2,490" in glue_section(tmp_path) and "80.0 to 82.0" in glue_section(tmp_path)
     assert glue_section(tmp_path).endswith("\n\naverage of sst2, rte: 65.6.")
     assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)

@@ -47,6 +47,7 @@ from oneday.classification import (
     load_checkpoint,
     pad_batch,
     set_dropout,
+    silence_libraries,
 )
 from oneday.finetuning import finetune_task, prepare_task, run_protocol
 from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run, put_in_place
@@ -426,6 +427,18 @@ def test_protocol_keeps_its_name_only_with_its_settings():
     assert name_protocol(FinetuneArguments(protocol="probe")) == "probe"
     assert name_protocol(FinetuneArguments(protocol="probe", num_train_epochs=7)) == "custom probe"
     assert name_protocol(FinetuneArguments(learning_rate=1e-4, protocol="quickstart")) == "quickstart"
+
+
+def test_bars_stay_as_they_were():
+    shows = transformers.logging.is_progress_bar_enabled()
+    try:
+        for is_shown in (False, True):
+            (transformers.logging.enable_progress_bar if is_shown else transformers.logging.disable_progress_bar)()
+            with silence_libraries():
+                assert not transformers.logging.is_progress_bar_enabled()
+            assert transformers.logging.is_progress_bar_enabled() == is_shown
+    finally:
+        (transformers.logging.enable_progress_bar if shows else transformers.logging.disable_progress_bar)()
 
 
 def test_what_a_protocol_takes_no_notice_of_is_said(caplog):

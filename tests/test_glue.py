@@ -23,6 +23,7 @@ from oneday.glue import (
     find_task,
     load_metric,
     load_task,
+    normalize_labels,
     score_majority,
     score_predictions,
 )
@@ -200,6 +201,13 @@ def test_label_names_are_mapped_and_missing_texts_are_empty(tmp_path, caplog):
     assert data["train"]["label"][:] == [1, 0]
     assert data["train"]["sentence2"][:] == ["", ""]
     assert "label names mapped" in caplog.text and "1 rows have no text" in caplog.text
+
+
+def test_a_number_that_is_not_finite_is_no_label():
+    with pytest.raises(SettingError, match="the label inf, which is no finite number; correct the file"):
+        normalize_labels(find_task("stsb"), "train", [1.0, float("inf")])
+    with pytest.raises(SettingError, match="the label 2, outside 0..1; correct the file"):
+        normalize_labels(find_task("rte"), "train", [2])
 
 
 def test_regression_labels_are_floats(tmp_path):

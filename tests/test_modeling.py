@@ -246,11 +246,18 @@ def test_flops(name):
     assert expected == pytest.approx(counted.get_total_flops(), rel=0.02)
 
 
-def test_flops_of_a_mixture():
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
+        ("aria_text", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 48}),
+    ],
+)
+def test_flops_of_a_mixture(name, settings):
     """A token goes through its router and two of eight experts: within 2 % of what torch counts, loop by loop."""
     config = AutoConfig.for_model(
-        "qwen3_moe", vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, max_position_embeddings=64,
+        name, vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=64, **settings,
     )  # fmt: skip
     model = build_model(config)
     expected = FlopCounter(model).step_flops(64, 64**2, 64)

@@ -30,7 +30,7 @@ from oneday.plan_rows import (
     mean_batch_tokens,
     memory_bytes,
 )
-from oneday.plan_table import format_plan
+from oneday.plan_table import format_plan, make_notes
 from oneday.planning import PlanArguments, find_material, list_models, plan_budget
 from oneday.probing import (
     COUNTED_ROWS,
@@ -160,6 +160,18 @@ def test_the_choice():
     assert choose(row(1e6, 1e7), row(2e6, 1e7, name="own.json")) == 1, "none sees its share"
     with pytest.raises(SettingError, match="No model fits"):
         choose(row(1e6, 1e7, micro=0))
+
+
+def test_the_note_names_the_rule_by_which_was_chosen():
+    """A model that does not fit has no say in it."""
+    said = Prediction(2.0, 1.9, 2.1)
+    fits = SimpleNamespace(micro_batch_tokens=128, prediction=said, epochs=1.0)
+    for other, words in (
+        (SimpleNamespace(micro_batch_tokens=0, prediction=None), ">: the lowest loss"),
+        (SimpleNamespace(micro_batch_tokens=128, prediction=None), ">: the largest that fits"),
+    ):
+        plan = SimpleNamespace(rows=[fits, other], best=0, fitted=None, family="f", mfu=None, left_out=[], unfit=[])
+        assert any(note.startswith(words) for note in make_notes(plan))
 
 
 def test_cards_are_found_by_words():

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
 from oneday.arguments import SettingError
+from oneday.preparation import keep_tokenizer
 from oneday.tokenization import (
     encode_documents,
     hash_tokenizer,
@@ -284,3 +285,21 @@ def test_chinese(tokenizer_type, vocab_size):
     starts = np.cumsum(lengths) - lengths
     first = decode(tokenizer, tokens[starts[0] : starts[0] + lengths[0]].tolist())
     assert first.replace(" ", "") == CHINESE[0]
+
+
+@pytest.mark.parametrize("fails_in", ["save", "rename"])
+def test_a_tokenizer_is_kept_whole_or_not_at_all(tmp_path, monkeypatch, fails_in):
+    """tokenizers itself raises a plain Exception where the disk is full."""
+    tokenizer = train_tokenizer(["some words of text"] * 20, "wordpiece", 36)
+
+    def refuse(*arguments, **options):
+        raise (Exception if fails_in == "save" else OSError)("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((type(tokenizer), "save_pretrained") if fails_in == "save" else (Path, "rename")), refuse)
+        with pytest.raises(SettingError, match="could not be written .No space left on device.: free some space"):
+            keep_tokenizer(tokenizer, tmp_path / "kept")
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):  # as another process that has made the same
+        keep_tokenizer(tokenizer, tmp_path / "kept")
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept/tokenizer.json").exists()

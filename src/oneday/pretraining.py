@@ -281,6 +281,9 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
     if trainer.status == "interrupted":
         if pusher:
             pusher.leave(PUSH_SECONDS)
+        # A file that is damaged will be so again. The other processes end quietly, as below.
+        if trainer.ranks.is_first and not isinstance(trainer.failure, StreamInterrupted | None):
+            raise trainer.failure
         return say_interrupted(trainer)
     with rundir.refuse_full_disk(trainer.args.output_dir):
         write(metrics)
@@ -309,13 +312,7 @@ def make_pusher(args: BudgetTrainingArguments) -> HubPusher:
 
 
 def say_interrupted(trainer: BudgetTrainer) -> int:
-    """Where the next process goes on.
-
-    Raises:
-        SettingError: On process 0, when the stream cannot be read on and waiting would not help.
-    """
-    if trainer.ranks.is_first and not isinstance(trainer.failure, StreamInterrupted | None):
-        raise trainer.failure
+    """Where the next process goes on."""
     where = "with a checkpoint"
     if trainer.saved_at != trainer.clock.steps_taken:
         where = "without a new checkpoint: the last one is"

@@ -151,15 +151,13 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
 
 
 def _load_lines(files: list[str], column: str, alone: bool, cache_dir: str) -> datasets.Dataset:
-    # `alone` is in the cache's key only where it does not follow from the files: it came later than the caches.
-    known = {} if alone == (len(files) == 1) else {"alone": alone}
     stamps = [(file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in map(os.path.abspath, files)]
     try:
         return datasets.Dataset.from_generator(
             generate_documents,
             features=datasets.Features({"text": datasets.Value("string")}),
             cache_dir=cache_dir,
-            gen_kwargs={"files": tuple(stamps), "column": column, "schema": SCHEMA_VERSION, **known},
+            gen_kwargs={"files": tuple(stamps), "column": column, "alone": alone, "schema": SCHEMA_VERSION},
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, SettingError):
@@ -186,14 +184,10 @@ def refuse_full_cache(error: BaseException, cache_dir: str) -> None:
 
 
 def generate_documents(
-    files: tuple[tuple[str, int, int], ...], column: str, schema: int, alone: bool | None = None
+    files: tuple[tuple[str, int, int], ...], column: str, alone: bool, schema: int
 ) -> Iterator[dict[str, str]]:
-    """Yields the documents of (path, size, time) `files` that are not blank; size, time and schema only key the cache.
-
-    `alone` as in `read_documents`; None: as many files as are here were named.
-    """
+    """Yields the documents of (path, size, time) `files` that are not blank; size, time, schema only key the cache."""
     is_empty = True
-    alone = len(files) == 1 if alone is None else alone
     for file, _, _ in files:
         try:
             for text in read_documents(file, column, alone):
@@ -207,7 +201,7 @@ def generate_documents(
 
 
 def read_documents(file: str, column: str, alone: bool) -> Iterator[str]:
-    """Yields the texts of one .txt, .jsonl or .csv file; `alone`: no other was named by the same path or glob."""
+    """Yields the texts of one .txt, .jsonl or .csv file; `alone`: the same path or glob named no other of these."""
     form = next(form for form in FORMATS if file.endswith(tuple(form + packed for packed in COMPRESSIONS)))
     if form == ".txt":
         with open_binary(file) as stream:

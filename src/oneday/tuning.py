@@ -63,9 +63,10 @@ def choose_setting(
     """
     task = parts[0].task
     metric, number = task.main_metric, task.name_number(HELD_OUT)
-    grid = [{name: getattr(point, name) for name in CHOSEN_SETTINGS} for point in points]
-    for row in grid:
-        row |= {"scores": [], "diverged": False}
+    grid = [
+        {name: getattr(point, name) for name in CHOSEN_SETTINGS} | {"scores": [], "diverged": False}
+        for point in points
+    ]
     for (row, _), line in zip(itertools.product(grid, parts), lines, strict=True):
         row["scores"].append(line["scores"][number][metric])
         row["diverged"] |= line["diverged"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oneday import hub_texts
+from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
@@ -64,7 +65,7 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
                     write_json(folder / SOURCES, hub_texts.REVISIONS)
                 write_reports(trainer, data, model_args, data_args, metrics)
                 keep_run(folder, run_dir)
-            except OSError as error:  # a full disk, say, does not undo the run
+            except (OSError, SettingError) as error:  # a full disk, say, does not undo the run
                 logger.warning("The run is not kept in %s (%s); its record is.", run_dir, error)
         return {**result, "precision": trainer.describe_precision()}
 
