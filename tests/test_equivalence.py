@@ -106,6 +106,30 @@ def test_bits_per_byte_counts_every_byte_of_the_text(make_trainer, texts):
     assert "eval_bits_per_byte" not in trainer.measure_held_out(), "some of the text is not in the ids"
 
 
+def test_a_decoder_trains_on_the_ends_of_documents_and_is_not_scored_on_them(make_trainer, tokenizers):
+    """The loss of a step is the plain mean over its tokens and ends, in float64."""
+    trainer = make_trainer("llama", budget_steps=1)
+    samples = np.arange(len(trainer.train_dataset))[-16:]  # the shortest pieces
+    rows, lengths = trainer.train_dataset.get_rows(samples)
+    end, trains = tokenizers["decoder"].eos_token_id, trainer.objective.training_collator(trainer.position_offset)
+    (scores,) = trainer.objective.evaluation_collators(trainer.position_offset).values()
+    batch = trains(rows, lengths, samples)
+    num_ends = sum(int((np.cumsum(row) < rows.shape[1]).sum()) for row in lengths)
+    assert int((batch.labels == end).sum()) == num_ends > 0
+    assert not (scores(rows, lengths, samples).labels == end).any()
+    model = copy.deepcopy(trainer.model).double().eval()
+    model.set_attn_implementation("eager")
+    total = 0.0
+    for row, row_lengths in zip(rows.astype(np.int64), lengths):
+        for stop, length in zip(np.cumsum(row_lengths), row_lengths):
+            ids = torch.from_numpy(row[stop - length : stop])
+            with torch.no_grad():
+                chances = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            targets = torch.cat([ids[1:], torch.tensor([end][: int(stop < len(row))], dtype=torch.long)])
+            total -= chances[: len(targets)].gather(1, targets[:, None]).sum().item()
+    assert trainer.objective.summed_loss(trainer.model.eval(), batch).item() == pytest.approx(total, rel=1e-5)
+
+
 def build_batches(model):
     """The documents of test_attention as two micro-batches, a third of the tokens predicted."""
     generator = torch.Generator().manual_seed(1)

@@ -410,6 +410,21 @@ def test_a_recipe_that_is_planned_with_is_not_overwritten(small_recipe, tmp_path
     assert {path: path.read_text() for path in tmp_path.glob("*.yaml")} == before
 
 
+def test_a_stream_that_breaks_off_gives_no_plan(small_recipe, tmp_path, monkeypatch):
+    calls = []
+
+    def next_step_fits(trainer):
+        calls.append(1)
+        if len(calls) == 5:
+            raise SettingError("a file is damaged")
+        return True
+
+    monkeypatch.setattr("oneday.trainer.BudgetTrainer.next_step_fits", next_step_fits)
+    with pytest.raises(SettingError, match="a file is damaged"):
+        plan(small_recipe, tmp_path / "plan.yaml", probe_seconds=5, budget_minutes=2)
+    assert not (tmp_path / "plan.yaml").exists()
+
+
 def test_the_recipe_of_a_run_is_not_overwritten(small_recipe, tmp_path):
     """The run goes on with the same command, which names it."""
     target, run = tmp_path / "plan.yaml", tmp_path / "run"
