@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint without training: zero-shot tasks, perplexity and bits a byte."""
+"""Evaluate a checkpoint without training: zero-shot tasks, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from oneday.classification import hash_weights
 from oneday.durable_files import make_folder
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
+from oneday.run_directory import ZERO_SHOT_RESULTS
 from oneday.scoring import load_scorer
 from oneday.signals import resumable
 from oneday.throughput import describe_environment, keep_freed_memory, set_threads
-from oneday.zero_shot_results import RESULTS_FILE, EvaluateArguments, format_zero_shot, run_evaluation
+from oneday.zero_shot_results import EvaluateArguments, format_zero_shot, run_evaluation
 
 DESCRIPTION = (
     "Score zero-shot tasks with a causal model (log-likelihood) or a masked one (pseudo-log-likelihood), and measure "
-    "perplexity and bits a byte on any text."
+    "perplexity and bits per byte on any text."
 )
 EXAMPLE = (
     "python scripts/evaluate.py --model_name_or_path runs/quickstart-gpt --task_names blimp,piqa --task_data_dir DIR "
@@ -42,10 +43,10 @@ def main() -> None:
         "weights_hash": hash_weights(scorer.model.state_dict()),
     }
     with resumable():
-        results = run_evaluation(scorer, args, facts, describe_environment(device), folder / RESULTS_FILE)
+        results = run_evaluation(scorer, args, facts, describe_environment(device), folder / ZERO_SHOT_RESULTS)
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     refresh_card(folder)
-    sys.stdout.write(f"\nwritten to {folder / RESULTS_FILE}\n")
+    sys.stdout.write(f"\nwritten to {folder / ZERO_SHOT_RESULTS}\n")
 
 
 def find_output_dir(args: EvaluateArguments) -> Path:

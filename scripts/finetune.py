@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from oneday.durable_files import read_json
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments, find_output_dir
-from oneday.glue_results import RESULTS_FILE, compare_with_full, format_results, read_earlier
+from oneday.glue_results import compare_with_full, format_results
 from oneday.model_card import refresh_card
 from oneday.recipe import parse_recipe, run_program
+from oneday.run_directory import GLUE, GLUE_RESULTS
 from oneday.signals import resumable
 
 DESCRIPTION = (
@@ -28,11 +30,11 @@ def main() -> None:
     (args,) = parse_recipe((FinetuneArguments,), description=DESCRIPTION, example=EXAMPLE)
     with resumable():
         results = run_protocol(args, may_start_processes=True)
-    path = find_output_dir(args) / RESULTS_FILE
-    beside = compare_with_full(results, read_earlier(path.parent.parent / "glue" / RESULTS_FILE))
+    path = find_output_dir(args) / GLUE_RESULTS
+    beside = compare_with_full(results, read_json(path.parent.parent / GLUE / GLUE_RESULTS))
     shown = "\n".join([format_results(results), *beside])
     sys.stdout.write(f"\n{shown}\n\nwritten to {path}\n")
-    if path.parent == Path(args.model_name_or_path) / "glue":  # whose scores the card shows
+    if path.parent == Path(args.model_name_or_path) / GLUE:  # whose scores the card shows
         refresh_card(args.model_name_or_path)
 
 

@@ -45,7 +45,7 @@ def main() -> None:
                 f"submitted   Slurm jobs {' and '.join(jobs)}; when they are done this command says what is prepared"
             )
             return
-    data = prepare_data(data_args, kind, args.seed)
+    data = prepare_data(data_args, kind, args.shuffle_seed)
     print(f"corpus      {data.corpus.name} {data.corpus.corpus_hash}")
     print(f"tokenizer   {len(data.tokenizer):,} tokens, {100 * data.unknown_rate:.3f} % [UNK] in the held-out text")
     for name, rows in (("train", data.train), ("held out", data.validation)):

@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer, pipeline
 
 from oneday.arguments import SettingError, setting
+from oneday.attention import count_positions
 from oneday.recipe import parse_recipe, run_program
 from oneday.reporting import format_filled
 from oneday.scoring import Scorer, load_scorer
@@ -87,17 +88,16 @@ def make_filler(args: TryArguments, scorer: Scorer) -> Answer:
 def make_writer(args: TryArguments, scorer: Scorer) -> Answer:
     """Goes on with a text, token by token; of a long one the end is read."""
     model, tokenizer = scorer.model, scorer.tokenizer
-    limit = getattr(model.config, "max_position_embeddings", None) or 0
-    if 0 < limit <= args.max_new_tokens:
+    limit = count_positions(model)
+    if limit is not None and limit <= args.max_new_tokens:
         raise SettingError(f"max_new_tokens is {args.max_new_tokens}, but the model has {limit} positions; lower it.")
     choice = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     settings = choice if args.temperature > 0 else {"do_sample": False}
 
     def answer(text: str) -> None:
         inputs = tokenizer(text, return_tensors="pt")
-        inputs = (
-            {name: value[:, args.max_new_tokens - limit :] for name, value in inputs.items()} if limit > 0 else inputs
-        )
+        if limit is not None:
+            inputs = {name: value[:, args.max_new_tokens - limit :] for name, value in inputs.items()}
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         with torch.no_grad():
             model.generate(

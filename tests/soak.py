@@ -25,7 +25,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from oneday.checkpoints import find_fault, list_checkpoints
-from oneday.run_directory import STAGING, read_json, read_metrics
+from oneday.durable_files import read_json
+from oneday.run_directory import STAGING, read_metrics
 
 ROOT = Path(__file__).parent.parent
 MODEL = "model.json"

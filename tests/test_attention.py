@@ -22,6 +22,7 @@ from oneday.attention import (
     build_layout,
     build_mask,
     can_attend_flattened,
+    count_positions,
     forward_packed,
     position_offset,
     probe_packing,
@@ -51,6 +52,7 @@ ENCODERS = {
         "vocab_size": 60, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 40
     },
     "modernbert": {**MODERN, **LOCAL, "local_attention": 4},
+    "data2vec-text": {**BASE, "pad_token_id": 1},
     "eurobert": {**GROUPED, "mask_token_id": 3},
 }  # fmt: skip
 DECODERS = {
@@ -71,6 +73,7 @@ DECODERS = {
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
            "shared_expert_intermediate_size": 16}  # fmt: skip
 REFUSED = {
+    "mpnet": {**BASE, "pad_token_id": 1},
     "xlnet": {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 4, "d_inner": 24},
     "deberta-v2": {**BASE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "roformer": {**BASE, "embedding_size": 16},
@@ -284,7 +287,9 @@ def test_probe_finds_wrong_positions(monkeypatch):
         probe_packing(model)
 
 
-@pytest.mark.parametrize("name,offset", [("roberta", 2), ("bert", 0), ("opt", 0), ("llama", 0)])
+@pytest.mark.parametrize(
+    "name,offset", [("roberta", 2), ("data2vec-text", 2), ("mpnet", 2), ("bert", 0), ("opt", 0), ("llama", 0)]
+)
 def test_position_offset_is_the_stock_one(name, offset):
     """With the offset added, explicit positions give what the model computes when it counts by itself."""
     model = build_tiny(name, spread=0.4)
@@ -295,6 +300,21 @@ def test_position_offset_is_the_stock_one(name, offset):
     assert torch.equal(ours, model(input_ids=ids).logits)
     wrong = model(input_ids=ids, position_ids=torch.arange(10)[None] * 2 + offset).logits
     assert not torch.allclose(ours, wrong)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "data2vec-text", "mpnet", "gpt2"])
+def test_a_model_has_as_many_positions_as_are_counted(name):
+    model = build_tiny(name)
+    model.set_attn_implementation("eager")
+    limit = count_positions(model)
+    assert limit == (38 if name in ("roberta", "data2vec-text", "mpnet") else 40)
+    assert model(input_ids=torch.full((1, limit), 5)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 5))
+
+
+def test_rotary_positions_are_bounded_by_the_config_and_xlnets_not():
+    assert count_positions(build_tiny("llama")) == 40 and count_positions(build_tiny("xlnet")) is None
 
 
 @pytest.mark.parametrize("name", ["modernbert", "bert", "gemma3_text", "llama", "opt"])

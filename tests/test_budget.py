@@ -10,7 +10,7 @@ import pytest
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.budget import Budget, BudgetClock
-from oneday.run_directory import read_json
+from oneday.durable_files import read_json
 from oneday.throughput import process_age_seconds
 
 

@@ -40,7 +40,7 @@ def test_the_time_to_match_by_hand(tmp_path):
 
 
 def test_runs_are_compared_by_what_they_share():
-    """Bits a byte across tokenizers; the loss at 15 % masks, whatever each was trained with, across objectives."""
+    """Bits per byte across tokenizers; the loss at 15 % masks, whatever each was trained with, across objectives."""
     event = {"tokens": 1000, "budget_seconds": 60.0}
     way = {**event, "budget_seconds": 30.0, "eval_loss": 6.0}  # as a run writes it: the other loss at its end alone
     runs = {

@@ -84,7 +84,7 @@ def test_where_compiling_fails_on_another_process_this_one_runs_uncompiled_too(m
     trainer = make_trainer("bert", budget_steps=1, torch_compile=True)
     monkeypatch.setattr("oneday.trainer.try_compiled", lambda model, run, refuse: True)
     assert trainer.rehearse_step() and all(layer._compiled_call_impl for layer in find_layers(trainer.model))
-    trainer.ranks.add = lambda *numbers: [
+    trainer.ranks.all_reduce = lambda *numbers: [
         number + (len(numbers) == 1) for number in numbers
     ]  # the other one's failure
     assert not trainer.rehearse_step()

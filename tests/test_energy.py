@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from oneday import budget as budget_module
 from oneday.arguments import SettingError
 from oneday.budget import Budget, BudgetClock, open_meter
+from oneday.durable_files import read_json
 from oneday.energy import EnergyMeter, open_cpu_counters
 from oneday.evaluation import sum_part
-from oneday.run_directory import read_json
 
 
 def write_counter(root, number, name, microjoules):

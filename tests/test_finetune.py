@@ -49,8 +49,16 @@ from oneday.classification import (
     set_dropout,
     silence_libraries,
 )
-from oneday.finetuning import finetune_task, prepare_task, run_protocol
-from oneday.finetuning_run import ClassificationTrainer, build_trainer, measure_run, put_in_place
+from oneday.finetuning import prepare_task, run_protocol
+from oneday.finetuning_run import (
+    ClassificationTrainer,
+    build_trainer,
+    measure_run,
+    predict_splits,
+    put_in_place,
+    score_splits,
+    train_classifier,
+)
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions, draw_results
 from oneday.glue_protocol import (
@@ -298,10 +306,15 @@ def test_seed_decides_everything(bert, data_dir, tmp_path):
     )  # fmt: skip
     checkpoint = load_checkpoint(bert)
     task = prepare_task("stsb", args, checkpoint)
-    first, again, other = (finetune_task(checkpoint, task, args, seed) for seed in (0, 0, 1))
+
+    def score(checkpoint, seed, from_random=False):
+        trainer = train_classifier(checkpoint, task, args, seed, from_random)
+        return score_splits(task, predict_splits(trainer, task))
+
+    first, again, other = (score(checkpoint, seed) for seed in (0, 0, 1))
     assert first == again and first != other
-    assert finetune_task(bert, "stsb", args, 0) == first
-    assert finetune_task(checkpoint, task, args, 0, from_random=True) != first
+    assert score(load_checkpoint(bert), 0) == first
+    assert score(checkpoint, 0, from_random=True) != first
 
 
 def test_classifier_holds_the_checkpoint_and_a_head_of_the_seed(bert):
@@ -400,8 +413,7 @@ def test_positions_bound_the_length(bert, caplog):
     with caplog.at_level(logging.INFO):
         assert limit_length(128, checkpoint) == 32
     assert "32 positions" in caplog.text and limit_length(16, checkpoint) == 16
-    config = transformers.RobertaConfig(max_position_embeddings=34, pad_token_id=1)
-    assert limit_length(128, dataclasses.replace(checkpoint, config=config)) == 32
+    assert limit_length(128, dataclasses.replace(checkpoint, num_positions=None)) == 128
 
 
 def test_a_padded_batch_stays_within_the_positions(bert):
@@ -449,9 +461,9 @@ def test_what_a_protocol_takes_no_notice_of_is_said(caplog):
     warn_of_unread(FinetuneArguments(protocol="tuned", learning_rate=1e-6, num_train_epochs=1))
     warn_of_unread(FinetuneArguments(protocol="probe", dropout=0.3))
     assert caplog.messages == [
-        "protocol tuned takes no notice of learning_rate 1e-06: it chooses from tuned_learning_rates",
-        "protocol tuned takes no notice of num_train_epochs 1: it chooses from tuned_epochs",
-        "protocol probe takes no notice of dropout 0.3: the encoder is frozen",
+        "protocol tuned ignores learning_rate 1e-06: it chooses from tuned_learning_rates",
+        "protocol tuned ignores num_train_epochs 1: it chooses from tuned_epochs",
+        "protocol probe ignores dropout 0.3: the encoder is frozen",
     ]
 
 

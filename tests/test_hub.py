@@ -21,6 +21,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from oneday import run_directory
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints, seal_checkpoint
+from oneday.durable_files import read_json
 from oneday.hub import (
     COPIES,
     HubPusher,
@@ -34,7 +35,7 @@ from oneday.hub import (
     stage_model,
     stage_saved_model,
 )
-from oneday.run_directory import inspect_run, read_json, read_metrics
+from oneday.run_directory import inspect_run, read_metrics
 
 SECRET = "hf_good"
 

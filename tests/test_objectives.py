@@ -21,13 +21,12 @@ from transformers import (
     DataCollatorForPermutationLanguageModeling,
 )
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import SettingError
 from oneday.collators import hash_uniform
 from oneday.objectives import COMPANION, find_objective
 from oneday.objectives.replaced_tokens import draw_tokens
 from oneday.packed_dataset import pack_corpus
 from oneday.tokenization import train_tokenizer
-from oneday.trainer import BudgetTrainer
 
 CASES = [
     ("mlm_nsp", "bert", {"nsp_negatives": "swapped"}),
@@ -456,4 +455,3 @@ def test_steps_tell_their_counts(make, tmp_path):
     trainer.run()
     masked = [step["num_predicted"] for step in steps_of(trainer)]
     assert all(0.2 < count / step["batch_tokens"] < 0.3 for count, step in zip(masked, steps_of(trainer)))
-    assert isinstance(trainer, BudgetTrainer) and isinstance(trainer.args, BudgetTrainingArguments)

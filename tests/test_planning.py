@@ -123,7 +123,7 @@ def test_memory_of_a_container_is_what_it_may_take(monkeypatch):
 
 
 def test_the_largest_micro_batch_that_fits():
-    """80 MB of 100 may be used: 50 of the model, 20 of the state in 8 bit, so 10 MB at 10 kB a token: 1,000 tokens."""
+    """80 MB of 100 may be used: 50 of the model, 20 of the state in 8 bit, so 10 MB at 10 kB per token: 1,000."""
     assert largest_micro_batch(PROBE, "muon_8bit", MACHINE, SETTINGS) == 512, "divides the batch"
     assert largest_micro_batch(PROBE, "muon", MACHINE, SETTINGS) == 0
     assert memory_bytes(PROBE, "muon", 512) == 50e6 + 30e6 + 5.12e6
@@ -155,7 +155,7 @@ def test_the_choice():
     assert choose(row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5, micro=0), row(4e6, 1e7, 3.8)) == 2
     assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.4, name="own.json")) == 1, "not told apart"
     assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.55, name="own.json")) == 0
-    assert choose(row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)) == 1, "the largest with 20 tokens a parameter"
+    assert choose(row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)) == 1, "the largest with 20 tokens per parameter"
     assert choose(row(1e6, 1e7), row(2e6, 1e7)) == 0
     assert choose(row(1e6, 1e7), row(2e6, 1e7, name="own.json")) == 1, "none sees its share"
     with pytest.raises(SettingError, match="No model fits"):

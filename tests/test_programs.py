@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -25,6 +24,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.durable_files import read_json
 from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
 from oneday.run_directory import create_run, refresh_recipe
@@ -86,8 +86,7 @@ def test_the_trainer_knows_how_long_the_text_took(text_file, tmp_path):
 @pytest.mark.parametrize("at_start", [1e9, 9e9])
 def test_the_better_of_two_measured_peaks_counts(run_script, text_file, tmp_path, monkeypatch, at_start):
     monkeypatch.setattr("oneday.trainer.measure_peak_flops", lambda device, bf16: at_start)
-    at_end = SimpleNamespace(__wrapped__=lambda device, bf16: 5e9)
-    monkeypatch.setattr("oneday.model_card.measure_peak_flops", at_end)
+    monkeypatch.setattr("oneday.throughput.time_products", lambda size, *_: 2 * size**3 / 5e9)
     code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
     assert code == 0, stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -267,7 +266,7 @@ def test_killed_by_a_signal_and_started_again(text_file, tmp_path):
     assert second.returncode == 0, second.stderr
     assert json.loads((out / "results.json").read_text())["steps"] == 80
     assert "license: cc-by-sa-3.0" in (out / "README.md").read_text()
-    report = rundir.read_json(out / "budget.json")
+    report = read_json(out / "budget.json")
     assert report["ledger_seconds"]["lost"] > 1.0, "starting again takes seconds, and they count"
     assert sum(report["ledger_seconds"].values()) == pytest.approx(report["spent"]["seconds"], rel=0.01)
 

@@ -24,8 +24,9 @@ from test_programs import ROOT
 
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints, read_state
+from oneday.durable_files import read_json
 from oneday.ranks import check_strategy
-from oneday.run_directory import read_json, read_metrics
+from oneday.run_directory import read_metrics
 
 STEPS, LEARNING_RATE, MUON_RATE = 20, 1e-3, 5e-3
 SETTINGS = {
@@ -274,7 +275,7 @@ with ranks.first_alone():
         time.sleep(5)
         (folder / "prepared").touch()
     assert (folder / "prepared").exists()
-assert ranks.gather(rank) == [0, 1]
+assert ranks.all_gather(rank) == [0, 1]
 ranks.close()
 """
 

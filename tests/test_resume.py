@@ -22,10 +22,11 @@ from oneday import saving, streamed_rows, text_streams
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.callbacks import heartbeat
 from oneday.checkpoints import find_fault, list_checkpoints, read_state
+from oneday.durable_files import read_json
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
 from oneday.pretraining import load_state, perform_run, prepare_first_step
-from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_json, read_metrics
+from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_metrics
 from oneday.stream_files import StreamShard, TablePart
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import FileStream, StreamInterrupted

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from oneday.arguments import SettingError
+from oneday.arguments import SettingError, describe_error
 from oneday.glue_protocol import PROBE, FinetuneArguments, choose_device
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,9 @@ def quantize_layers(model: PreTrainedModel, layers: list[str], device: torch.dev
         # Lazily: it prints on a CPU.
         from bitsandbytes.nn import Linear4bit, Params4bit
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise SettingError(f"peft is 'qlora', and bitsandbytes cannot be used ({reason}); take lora.") from None
+        raise SettingError(
+            f"peft is 'qlora', and bitsandbytes cannot be used ({describe_error(error)}); take lora."
+        ) from None
     for name in layers:
         old = model.get_submodule(name)
         # Its kernel for CPUs (0.50.2) reads such weights back a quarter off, and says nothing.

@@ -17,6 +17,11 @@ class SettingError(ValueError):
     """A setting that cannot work. The message is one sentence: which setting, which value, what to do."""
 
 
+def describe_error(error: BaseException) -> str:
+    """The first line of a library's error, to stand in brackets in a sentence; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def setting(default: object, help: str, **metadata: object) -> object:
     """A dataclass field with its help text; lists and dicts become default factories."""
     metadata["help"] = help
@@ -151,7 +156,7 @@ REFUSED_SETTINGS = {
     "torch_compile_mode": "has no effect here; set torch_compile instead",
     "save_only_model": "would lose the optimizer of a resumed run; leave it out",
     "hub_token": "would stand in recipe.yaml; run `hf auth login` or set HF_TOKEN instead",
-    "hub_always_push": "is how it is not done: one push at a time; leave it out",
+    "hub_always_push": "is not supported: pushes run one at a time; leave it out",
     "hub_revision": "has no effect here; leave it out",
     "include_num_input_tokens_seen": "would count nothing here; leave it out, the trackers have tokens anyway",
     "use_liger_kernel": "would replace parts of the model under the fused loss; leave it out",
@@ -285,9 +290,11 @@ class BudgetTrainingArguments(TrainingArguments):
         "decay_fraction (in a line, or steep at first). linear and cosine: down at once. constant: flat. triangle, "
         "without a warm-up: up from a quarter until decay_fraction is left, then down.",
     )
-    warmup_fraction: float = setting(0.02, "Fraction of the budget over which the learning rate rises.")
+    warmup_fraction: float = setting(
+        0.02, "Fraction of the budget over which the learning rate rises (not with triangle)."
+    )
     decay_fraction: float = setting(
-        0.5, "Fraction of the budget over which trapezoid and one_minus_sqrt fall to zero."
+        0.5, "Fraction of the budget over which trapezoid, one_minus_sqrt and triangle fall to zero."
     )
 
     embedding_init: str = setting(
@@ -337,11 +344,16 @@ class BudgetTrainingArguments(TrainingArguments):
     data_seed: int | None = setting(None, "Seed of the shuffle.")
     torch_compile: bool | None = setting(
         False,
-        "Compile the layers with torch.compile, which takes up to half a minute of the budget; null: where that soon "
+        "Compile the layers with torch.compile, which takes up to 45 seconds of the budget; null: where that soon "
         "pays, on a GPU and on a CPU that computes in bfloat16.",
     )
     bf16: bool | None = setting(None, "Compute in bfloat16; empty: where the hardware has it.")
     num_threads: int | None = setting(None, "CPU threads; empty: the usable cores, shared by the local processes.")
+
+    @property
+    def shuffle_seed(self) -> int:
+        """Seed of the order of the text."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def __post_init__(self) -> None:
         """Give the parent what it accepts; keep this project's own choices beside it."""

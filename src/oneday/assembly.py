@@ -8,11 +8,12 @@ import torch
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
 from oneday.budget import Budget
+from oneday.durable_files import read_json
 from oneday.modeling import build_model, check_config_file, hash_config, load_config, read_skeleton
 from oneday.objectives import Objective, find_objective
 from oneday.position_init import check_attention_init
 from oneday.preparation import PreparedData, prepare_data
-from oneday.run_directory import BUDGET, check_same_run, read_json
+from oneday.run_directory import BUDGET, check_same_run
 from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
 from oneday.trackers import check_trackers
@@ -52,14 +53,12 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
         )
     for name, value in (("max_seq_length_start", args.max_seq_length_start), ("torch_compile", args.use_compile)):
         if not objective_class.is_packed and value:
-            raise SettingError(f"{name} is {value}, which objective {args.objective} does not do; leave it out.")
+            raise SettingError(f"{name} is {value}, which objective {args.objective} does not support; leave it out.")
     objective_class.check_rows(
         args, min(args.max_seq_length_start or data_args.max_seq_length, data_args.max_seq_length)
     )
     with make_ranks(args).first_alone():
-        data = prepare_data(
-            data_args, objective_class.kind, args.data_seed if args.data_seed is not None else args.seed
-        )
+        data = prepare_data(data_args, objective_class.kind, args.shuffle_seed)
     return objective_class(data.tokenizer, args), data
 
 

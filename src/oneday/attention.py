@@ -22,6 +22,7 @@ architecture can be packed is found by trying it (`probe_packing`), not from a l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -285,14 +286,22 @@ def record_attention_calls() -> Iterator[list[AttentionCall]]:
 def position_offset(model: nn.Module) -> int:
     """Position that a stock model gives a row's first token: `padding_idx + 1` for the RoBERTa family, else 0.
 
-    RoBERTa's embeddings count from there by themselves only when no `position_ids` are passed. OPT adds its own 2 to
-    the ids it is passed, so its offset is 0. `probe_packing` compares with the stock model's own positions, so a wrong
-    answer here is found.
+    RoBERTa's embeddings count from there by themselves only when no `position_ids` are passed, with a method or, in
+    MPNet's and Longformer's files, a function of one name. OPT adds its own 2 to the ids it is passed, so its offset
+    is 0. `probe_packing` compares with the stock model's own positions, so a wrong answer here is found.
     """
     for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
+        places = (module, sys.modules[type(module).__module__])
+        counts = any(hasattr(place, "create_position_ids_from_input_ids") for place in places)
+        if counts and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
     return 0
+
+
+def count_positions(model: PreTrainedModel) -> int | None:
+    """The most tokens of a text that a model has positions for; None: any number (XLNet says -1)."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    return limit - position_offset(model) if limit > 0 else None
 
 
 def probe_packing(model: PreTrainedModel) -> None:

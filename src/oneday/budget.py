@@ -40,6 +40,8 @@ class Budget:
         steps: Optimizer steps.
         usd: US dollars, at `usd_per_hour`.
         kwh: Kilowatt-hours: metered, or at `stated_watts` where that is given.
+        usd_per_hour: Price of the machine.
+        stated_watts: Power that energy is reckoned by; None: it is metered.
     """
 
     seconds: float | None = None

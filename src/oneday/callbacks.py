@@ -171,7 +171,7 @@ class BudgetCallback(TrainerCallback):
             return True
         seconds = trainer.last_eval_seconds
         if seconds is None:
-            seconds = trainer.eval_seconds / len(trainer.objective.evaluation_collators(trainer.position_offset))
+            seconds = trainer.eval_seconds / len(trainer.eval_collators)
         return clock.ledger["evaluation"] + seconds <= EVALUATION_SHARE * clock.elapsed_seconds
 
     def evaluations_due(self) -> int:
@@ -245,7 +245,7 @@ class HubCallback(TrainerCallback):
 
 
 class BudgetProgressCallback(TrainerCallback):
-    """A bar of the budget with loss, tokens a second and time left; a line every tenth where nobody watches."""
+    """A bar of the budget with loss, tokens per second and time left; a line every tenth where nobody watches."""
 
     def __init__(self, trainer: BudgetTrainer) -> None:
         self.trainer = trainer

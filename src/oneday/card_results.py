@@ -11,12 +11,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
 from oneday.corpus import PYTHON_DOCS
+from oneday.durable_files import read_json
 from oneday.glue import TASKS
 from oneday.glue_results import METRIC_TITLES
-from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
 from oneday.objectives import OBJECTIVES, Objective
 from oneday.zero_shot import HUB_SETS
-from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
 from oneday.zero_shot_results import name_measure
 
 
@@ -41,11 +40,11 @@ def describe_origin(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 
 def held_out(results: dict[str, Any], pipeline: str) -> list[EvalResult]:
-    """Loss, and bits a byte where they are defined."""
+    """Loss, and bits per byte where they are defined."""
     corpus = {"task_type": pipeline, "dataset_type": "text", "dataset_name": results["corpus"]}
     named = {
         "eval_loss": ("loss", describe_loss(results["objective"])),
-        "bits_per_byte": ("bits_per_byte", "bits a byte"),
+        "bits_per_byte": ("bits_per_byte", "bits per byte"),
     }
     return [
         EvalResult(**corpus, metric_type=kind, metric_value=round(results[key], 4), metric_name=name)
@@ -61,7 +60,7 @@ def describe_loss(objective: str) -> str:
 
 def fine_tuned(folder: Path) -> list[EvalResult]:
     """The median over the seeds of each task; a part of the data is named as one."""
-    glue = rundir.read_json(folder / "glue" / GLUE_RESULTS)
+    glue = read_json(folder / rundir.GLUE / rundir.GLUE_RESULTS)
     return [
         EvalResult(
             task_type="text-classification",
@@ -87,7 +86,7 @@ def subset_mark(task: dict[str, Any]) -> str:
 
 def zero_shot(folder: Path, pipeline: str) -> list[EvalResult]:
     """Accuracies without training."""
-    measure = name_measure(rundir.read_json(folder / ZERO_SHOT_RESULTS))
+    measure = name_measure(read_json(folder / rundir.ZERO_SHOT_RESULTS))
     return [
         EvalResult(
             task_type=pipeline,
@@ -120,7 +119,7 @@ def zero_shot_section(folder: Path) -> str:
 
 def zero_shot_tasks(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
     """(name, scores, mark of a subset) of each zero-shot task in a run directory."""
-    report = rundir.read_json(folder / ZERO_SHOT_RESULTS)
+    report = read_json(folder / rundir.ZERO_SHOT_RESULTS)
     tasks = report.get("tasks", {})
     limits = {name: task.get("max_examples", report.get("max_examples")) for name, task in tasks.items()}
     return [

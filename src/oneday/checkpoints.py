@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from oneday.arguments import SettingError
-from oneday.durable_files import synchronize_path, synchronize_tree, write_json
+from oneday.durable_files import read_json, synchronize_path, synchronize_tree, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,7 @@ def list_kept(output_dir: str | Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """This project's own part of a checkpoint: position in the data, clock, counts; {} where it cannot be read."""
-    try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return read_json(checkpoint / STATE)
 
 
 def hash_file(path: Path) -> str:

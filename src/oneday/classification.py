@@ -29,7 +29,8 @@ from transformers import (
     set_seed,
 )
 
-from oneday.arguments import SettingError
+from oneday.arguments import SettingError, describe_error
+from oneday.attention import count_positions
 from oneday.glue import Task, name_labels
 from oneday.modeling import freeze_sinusoids
 from oneday.tokenization import hash_tokenizer
@@ -53,6 +54,7 @@ class Checkpoint:
         weights: Every pretrained tensor that the classification model has a place for, in float32.
         weights_hash: Of those tensors.
         architecture_hash: Of the configuration and the tokenizer.
+        num_positions: The most tokens of a text that it has positions for; None: any number.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     weights_hash: str
     architecture_hash: str
+    num_positions: int | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,7 @@ class PreparedTask:
     """A task, tokenised once for all its runs; `label`, `row` and `length` (tokens) ride beside the model's inputs.
 
     `row` is a row's `idx` on the Hub, or its place in the file. `test_splits` are answered and not scored; `test_hash`
-    is of their rows. `num_rows`
-    of each split were there before `max_train_examples` and `max_eval_examples`.
+    is of their rows. `num_rows` of each split were there before `max_train_examples` and `max_eval_examples`.
     """
 
     task: Task
@@ -122,8 +124,9 @@ def load_checkpoint(name: str) -> Checkpoint:
         with silence_libraries():
             config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # configs and tokenizers refuse in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SettingError(f"model_name_or_path {name} cannot be loaded ({reason}); name a checkpoint.") from None
+        raise SettingError(
+            f"model_name_or_path {name} cannot be loaded ({describe_error(error)}); name a checkpoint."
+        ) from None
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise SettingError(
             f"model_name_or_path {name} is a {config.model_type} model, which has no sequence classification head in "
@@ -136,8 +139,9 @@ def load_checkpoint(name: str) -> Checkpoint:
                 name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:  # no weights, damaged ones, other sizes: each library has its own errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise SettingError(f"The weights in model_name_or_path {name} cannot be loaded ({reason}).") from None
+        raise SettingError(
+            f"The weights in model_name_or_path {name} cannot be loaded ({describe_error(error)})."
+        ) from None
     new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
     if any(name.endswith(OF_A_TASK) for name in config.architectures or []):
         kept = (f"{model.base_model_prefix}.", *PRETRAINED_LAYERS)
@@ -146,7 +150,8 @@ def load_checkpoint(name: str) -> Checkpoint:
     if not weights:
         raise SettingError(f"No weight in model_name_or_path {name} fits its own config.json; save the model again.")
     logger.info("%s: %d tensors loaded, %d new ones for the task: %s", name, len(weights), len(new), sorted(new))
-    return Checkpoint(name, config, tokenizer, weights, hash_weights(weights), hash_architecture(config, tokenizer))
+    hashes = hash_weights(weights), hash_architecture(config, tokenizer)
+    return Checkpoint(name, config, tokenizer, weights, *hashes, count_positions(model))
 
 
 def hash_architecture(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -183,22 +188,15 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
         )
 
 
-def count_positions(config: PreTrainedConfig) -> int | None:
-    """The most tokens of a text that a model has positions for; None: any number."""
-    num_positions = getattr(config, "max_position_embeddings", None) or 0
-    if num_positions > 0 and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        # These count positions from the padding id on.
-        num_positions -= (config.pad_token_id or 0) + 1
-    return num_positions if num_positions > 0 else None
-
-
 def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
     """`max_seq_length`, or less where the model has fewer positions."""
-    num_positions = count_positions(checkpoint.config)
-    if num_positions is not None and num_positions < max_seq_length:
-        logger.info("max_seq_length is %d and the model has %d positions: used", max_seq_length, num_positions)
-        return num_positions
-    return max_seq_length
+    limit = checkpoint.num_positions
+    if limit is None or limit >= max_seq_length:
+        return max_seq_length
+    logger.info(
+        "max_seq_length is %d, but the model has %d positions: longer texts are cut to those", max_seq_length, limit
+    )
+    return limit
 
 
 def pad_batch(rows: list[dict], checkpoint: Checkpoint, multiple: int | None) -> BatchEncoding:
@@ -208,7 +206,7 @@ def pad_batch(rows: list[dict], checkpoint: Checkpoint, multiple: int | None) ->
     """
     longest = max(row["length"] for row in rows)
     length = longest if multiple is None else -(-longest // multiple) * multiple
-    length = min(length, count_positions(checkpoint.config) or length)
+    length = min(length, checkpoint.num_positions or length)
     inputs = [{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows]
     return DataCollatorWithPadding(checkpoint.tokenizer, padding="max_length", max_length=length)(inputs)
 

@@ -170,6 +170,10 @@ class PackedCollator:
         """Positions and bounds of the documents."""
         return build_layout(doc_lengths, row_length, self.position_offset)
 
+    def find_text(self, tokens: np.ndarray, doc_lengths: list[np.ndarray]) -> np.ndarray:
+        """(rows, row_length) bool: what is neither padding nor a special token, which are never predicted."""
+        return mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
+
 
 @dataclass
 class MaskedCollator(PackedCollator):
@@ -197,7 +201,7 @@ class MaskedCollator(PackedCollator):
     ) -> Batch:
         """See Collator. Special tokens and padding are never predicted."""
         tokens = rows.astype(np.int64)
-        eligible = mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
+        eligible = self.find_text(tokens, doc_lengths)
         chosen = self.choose(tokens, eligible, sample_indices, progress)
         predicted = np.flatnonzero(chosen)
         labels = tokens.ravel()[predicted]
@@ -248,8 +252,7 @@ class WordOrderCollator(MaskedCollator):
         batch = super().__call__(rows, doc_lengths, sample_indices, progress)
         hidden = np.zeros(original.size, dtype=bool)
         hidden[batch.positions.numpy()] = True
-        free = mark_documents(doc_lengths, original.shape[1]) & ~self.is_special[original]
-        free &= ~hidden.reshape(original.shape)
+        free = self.find_text(original, doc_lengths) & ~hidden.reshape(original.shape)
         draws = hash_uniform(self.seed, sample_indices, original.shape[1], 3)
         shuffled, moved = shuffle_runs(original, free, draws, self.order_probability, self.span)
         places = np.sort(np.concatenate([batch.positions.numpy(), np.flatnonzero(moved)]))
@@ -370,8 +373,7 @@ class CausalCollator(PackedCollator):
         tokens = rows.astype(np.int64)
         layout = self.lay_out(doc_lengths, tokens.shape[1])
         follows = layout.position_ids.numpy() > self.position_offset
-        target = follows & mark_documents(doc_lengths, tokens.shape[1]) & ~self.is_special[tokens]
-        places = np.flatnonzero(target)
+        places = np.flatnonzero(follows & self.find_text(tokens, doc_lengths))
         positions, labels = places - 1, tokens.ravel()[places]
         if self.end_id is not None:
             ends = find_ends(doc_lengths, tokens.shape[1])

@@ -51,7 +51,7 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
 def choose_measure(runs: Runs, facts: Facts) -> tuple[str, Runs]:
     """What the runs' ends share, and the evaluations that have it.
 
-    Bits a byte where every run has it, which compares across tokenizers; the runs' own loss where it is one and the
+    Bits per byte where every run has it, which compares across tokenizers; the runs' own loss where it is one and the
     same, which alone has a curve; else the loss at 15 % masks, which an encoder takes at its end alone.
     """
     shared = set.intersection(*[set(events[-1]) for events in runs.values()])

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from oneday import hub_texts
 from oneday.arguments import DataArguments, SettingError
+from oneday.durable_files import make_folder
 from oneday.held_out import HeldOut
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
 from oneday.stream_files import TablePart
@@ -64,13 +65,7 @@ def resolve_cache_dir(cache_dir: str | None) -> Path:
         SettingError: it cannot be made or written.
     """
     folder = Path(cache_dir or os.environ.get("ONEDAY_CACHE") or "~/.cache/oneday").expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise SettingError(f"cache_dir {str(folder)!r} cannot be made ({reason}): name another folder.") from error
-    if not os.access(folder, os.W_OK):
-        raise SettingError(f"cache_dir {str(folder)!r} cannot be written: name another folder.")
+    make_folder(folder, "cache_dir")
     return folder
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from oneday import run_directory as rundir  # noqa: E402
+from oneday.durable_files import read_json
 
 # 1,430 pixels wide; shrunk to the 900 of a README its letters are still 9 pixels high.
 FIGURE_INCHES, DPI = (11, 6.4), 130
@@ -26,7 +27,7 @@ def draw_curve(output_dir: str | Path) -> Path:
     figure, axes = plt.subplots(2, 3, figsize=FIGURE_INCHES, constrained_layout=True)
     draw_loss(axes[0, 0], steps, evals, "tokens", 1e-6, "tokens seen (millions)")
     draw_loss(axes[0, 1], steps, evals, "budget_seconds", 1 / 60, "budget time (minutes)")
-    draw_ledger(axes[0, 2], rundir.read_json(Path(output_dir) / rundir.BUDGET))
+    draw_ledger(axes[0, 2], read_json(Path(output_dir) / rundir.BUDGET))
     minutes = [step["budget_seconds"] / 60 for step in steps]
     draw_series(axes[1, 0], minutes, [step["lr"] for step in steps], "learning rate")
     draw_series(

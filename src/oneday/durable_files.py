@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,20 +16,64 @@ from oneday.arguments import SettingError
 
 def write_whole(path: str | Path, text: str, is_durable: bool = True) -> None:
     """Write a file aside and rename it, so that a reader or a crash never meets half of it."""
-    path = Path(path)
+    with written_aside(Path(path), is_durable) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_aside(path: Path, is_durable: bool = True) -> Iterator[Path]:
+    """Gives the name beside `path` to write a file or a directory under; afterwards it is on the disk, at `path`.
+
+    A file replaces what is there. Of a directory that another process has made meanwhile, theirs stays.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         if is_durable:
-            synchronize_path(aside)
-        os.replace(aside, path)
+            synchronize_tree(aside)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            if not (aside.is_dir() and path.is_dir()):
+                raise
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any, is_durable: bool = True) -> None:
     """Write a JSON file whole, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=2) + "\n", is_durable)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file, or {} when it is not there or not whole."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a line of JSON, after the end of one that a full disk or a kill cut off."""
+    with path.open("a+b") as handle:
+        end = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, end - 1))
+        is_torn = end > 0 and handle.read(1) != b"\n"
+        handle.write(b"\n" * is_torn + json.dumps(content).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of JSON in a file, without those that were cut off; [] when it is not there."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
 
 
 def check_folder(folder: Path, setting: str) -> None:
@@ -74,7 +119,7 @@ def synchronize_path(path: Path) -> None:
 
 
 def synchronize_tree(folder: Path) -> None:
-    """Bring all that is in a directory, and its names, to the disk."""
+    """Bring a file, or all that is in a directory and its names, to the disk."""
     for path in [*folder.rglob("*"), folder]:
         synchronize_path(path)
 

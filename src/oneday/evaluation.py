@@ -1,4 +1,4 @@
-"""Held-out loss and bits a byte, on packed rows with fixed masks."""
+"""Held-out loss and bits per byte, on packed rows with fixed masks."""
 
 from __future__ import annotations
 

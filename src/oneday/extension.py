@@ -15,10 +15,8 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state, remove_checkpoint
-from oneday.durable_files import write_json
-from oneday.glue_results import RESULTS_FILE as GLUE_RESULTS
+from oneday.durable_files import read_json, write_json
 from oneday.schedules import find_plateau_end
-from oneday.zero_shot_results import RESULTS_FILE as ZERO_SHOT_RESULTS
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +37,9 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
         SettingError: When the run cannot be extended, or the budget is not larger than what it had.
     """
     folder = Path(output_dir)
-    report = rundir.read_json(folder / rundir.BUDGET)
+    report = read_json(folder / rundir.BUDGET)
     base = find_base(folder)
-    check_extension(folder, settings, budget, report)
+    check_extension(settings, budget, report)
     rundir.check_same_run(folder, read_state(base), data, model)
     is_falling = find_plateau_end(settings["lr_shape"], settings["decay_fraction"]) == 0.0
     state = read_state(base)["clock"]
@@ -65,7 +63,7 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
         remove_checkpoint(checkpoint)
     rundir.write_recipe(folder, settings)
     # The scores of weights that are about to move; results.json last, without which the run is not finished.
-    scores = [*folder.glob(f"glue*/{GLUE_RESULTS}"), folder / ZERO_SHOT_RESULTS, folder / rundir.RESULTS]
+    scores = [*folder.glob(f"glue*/{rundir.GLUE_RESULTS}"), folder / rundir.ZERO_SHOT_RESULTS, folder / rundir.RESULTS]
     for path in filter(Path.exists, scores):
         os.replace(path, path.with_name(f"{path.stem}-{report['spent']['steps']:.0f}-steps.json"))
     logger.info("Going on from step %d, %.0f s of the budget spent.", state["steps"], state["elapsed_seconds"])
@@ -81,7 +79,7 @@ def is_later(checkpoint: Path, steps_taken: int) -> bool:
     return find_fault(checkpoint) is not None if clock is None else clock["steps_taken"] > steps_taken
 
 
-def check_extension(folder: Path, settings: dict[str, Any], budget: Budget, report: dict[str, Any]) -> None:
+def check_extension(settings: dict[str, Any], budget: Budget, report: dict[str, Any]) -> None:
     """Refuse, before anything is touched, what would only cost the finished model.
 
     Raises:

@@ -19,16 +19,12 @@ from oneday.classification import (
     silence_libraries,
     tokenize_split,
 )
-from oneday.durable_files import check_folder, make_folder, write_json
+from oneday.durable_files import check_folder, make_folder, read_json, write_json
 from oneday.finetuning_processes import obtain_runs
 from oneday.finetuning_run import (
     WEIGHTS,
     PlannedRun,
-    Scores,
     plan_run,
-    predict_splits,
-    score_splits,
-    train_classifier,
 )
 from oneday.glue import Task, complete_task, find_task, load_task, take_examples
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
@@ -40,10 +36,10 @@ from oneday.glue_protocol import (
     find_output_dir,
     warn_of_unread,
 )
-from oneday.glue_results import RESULTS_FILE, describe_table, keep_earlier, read_earlier, summarize_runs
+from oneday.glue_results import describe_table, keep_earlier, summarize_runs
 from oneday.own_task import load_own_task
 from oneday.predictions import read_test_splits, remove_submission, write_submission
-from oneday.run_directory import refuse_full_disk
+from oneday.run_directory import GLUE_RESULTS, refuse_full_disk
 from oneday.throughput import keep_freed_memory, set_threads
 from oneday.tuning import check_rows, choose_setting, hold_out, plan_trials, spread_grid
 
@@ -80,7 +76,7 @@ def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> 
     for task in prepared if args.protocol == TUNED else ():
         check_rows(task)
     if args.task_file:
-        check_name_is_free(args, prepared[0], read_earlier(output_dir / RESULTS_FILE))
+        check_name_is_free(args, prepared[0], read_json(output_dir / GLUE_RESULTS))
     make_folder(output_dir, "output_dir")
     with refuse_full_disk(output_dir):
         return score_tasks(checkpoint, prepared, args, may_start_processes)
@@ -103,12 +99,12 @@ def score_tasks(
     ]
     lines = obtain_runs(checkpoint, args, runs, may_start_processes)
     table = describe_table(args, checkpoint)
-    kept = keep_earlier(table, read_earlier(output_dir / RESULTS_FILE))
+    kept = keep_earlier(table, read_json(output_dir / GLUE_RESULTS))
     if not kept:
         remove_submission(output_dir)
     submissions = write_submissions(args, prepared, runs, lines)
     results = summarize_runs(args, table, prepared, lines, kept, choices, submissions)
-    write_json(output_dir / RESULTS_FILE, results)
+    write_json(output_dir / GLUE_RESULTS, results)
     draw_results(results, count_answers(prepared, runs), output_dir / PICTURE_FILE)
     return results
 
@@ -211,30 +207,3 @@ def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:
         return load_own_task(args)
     data = load_task(name, args.task_data_dir, args.cache_dir)
     return complete_task(find_task(name), data["train"]), data
-
-
-def finetune_task(
-    model_name_or_path: str | Checkpoint,
-    task: str | PreparedTask,
-    args: FinetuneArguments,
-    seed: int,
-    from_random: bool = False,
-) -> Scores:
-    """Fine-tune once and score the last weights.
-
-    Args:
-        model_name_or_path: A directory, a Hub id, or a checkpoint already read.
-        task: A name in `glue.TASKS`, or a task already tokenised for this checkpoint.
-        args: The protocol.
-        seed: Of the new head, the order of the examples and dropout.
-        from_random: Start from random weights of the same architecture.
-
-    Returns:
-        Metrics of each validation split under its number's name, as `{"rte": {"accuracy": 0.57}}`.
-    """
-    name, args = model_name_or_path, complete_arguments(args)
-    checkpoint = name if isinstance(name, Checkpoint) else load_checkpoint(name)
-    prepared = task if isinstance(task, PreparedTask) else prepare_task(task, args, checkpoint)
-    with silence_libraries():
-        trainer = train_classifier(checkpoint, prepared, args, seed, from_random)
-        return score_splits(prepared, predict_splits(trainer, prepared))

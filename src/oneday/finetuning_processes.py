@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from tqdm.auto import tqdm
 
 from oneday.classification import Checkpoint
+from oneday.durable_files import append_line
 from oneday.finetuning_run import PlannedRun, describe_run, measure_run
 from oneday.glue_protocol import FinetuneArguments, choose_device, find_output_dir
-from oneday.glue_results import RUNS_FILE, append_run, read_runs
+from oneday.glue_results import RUNS_FILE, read_runs
 from oneday.processes import map_in_processes
 from oneday.throughput import (
     available_memory_bytes,
@@ -66,7 +67,7 @@ def obtain_runs(
         for line in perform_runs(checkpoint, missing, num_processes, num_threads):
             line["environment"] = environment
             lines[line["key"]] = line
-            append_run(path, line)
+            append_line(path, line)
             bar.set_postfix_str(describe_run(line), refresh=False)
             bar.update()
             if bar.disable:

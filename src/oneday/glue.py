@@ -22,7 +22,8 @@ import pyarrow.json
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from oneday.arguments import SettingError
+from oneday.arguments import SettingError, describe_error
+from oneday.docs_tasks import build_docs_task
 
 if TYPE_CHECKING:
     import evaluate
@@ -48,7 +49,7 @@ class Task:
         name: Its name here, on the Hub and as a folder of `task_data_dir`.
         columns: Text columns in the Hub's names.
         num_labels: Number of classes; 1 is a regression, 0 is read from the data.
-        metrics: Configurations of `metrics/glue_metric`.
+        metrics: Configurations of `metrics/glue_metric`; the first is the score that is averaged.
         label_names: Names in the order of their ids.
         num_train: Rows of the complete training split; None when there is no official size.
         num_validation: Rows of each complete validation split.
@@ -56,13 +57,13 @@ class Task:
         num_first_columns: How many of `columns` make up the first text; the rest are the second.
         train_task: Task whose training split is used, where the task has none.
         hub_files: Pattern of files on the Hub, where `load_dataset(GLUE_HUB, name)` is not the way.
+        is_built_in: Made from the built-in text, see `docs_tasks`.
     """
 
     name: str
     columns: tuple[str, ...]
     num_labels: int
     metrics: tuple[str, ...]
-    main_metric: str
     label_names: tuple[str, ...] = ()
     num_train: int | None = None
     num_validation: tuple[int, ...] = ()
@@ -70,11 +71,17 @@ class Task:
     num_first_columns: int = 1
     train_task: str | None = None
     hub_files: str | None = None
+    is_built_in: bool = False
+
+    @property
+    def main_metric(self) -> str:
+        """The metric whose median is the task's score."""
+        return self.metrics[0]
 
     @property
     def hub_id(self) -> str:
         """The data set's id on the Hub; of a built-in task its name."""
-        if self.name.startswith("docs-"):
+        if self.is_built_in:
             return self.name
         return GLUE_HUB if self.hub_files is None else SUPERGLUE_HUB
 
@@ -85,43 +92,93 @@ class Task:
 
 PAIR = ("sentence1", "sentence2")
 NLI = ("entailment", "neutral", "contradiction")
-NLI_SPLITS = ("validation_matched", "validation_mismatched")
-ENTAILMENT = ("entailment", "not_entailment")
 MATTHEWS = "matthews_correlation"
 TASKS = {
     task.name: task
     for task in (
-        # fmt: off
         Task(
-            "cola", ("sentence",), 2, (MATTHEWS, "accuracy"), MATTHEWS, ("unacceptable", "acceptable"), 8551, (1043,)
+            "cola",
+            ("sentence",),
+            2,
+            (MATTHEWS, "accuracy"),
+            label_names=("unacceptable", "acceptable"),
+            num_train=8551,
+            num_validation=(1043,),
         ),
-        Task("sst2", ("sentence",), 2, ("accuracy",), "accuracy", ("negative", "positive"), 67349, (872,)),
-        Task("mrpc", PAIR, 2, ("f1", "accuracy"), "f1", ("not_equivalent", "equivalent"), 3668, (408,)),
-        Task("stsb", PAIR, 1, ("pearson", "spearmanr"), "pearson", (), 5749, (1500,)),
+        Task(
+            "sst2",
+            ("sentence",),
+            2,
+            ("accuracy",),
+            label_names=("negative", "positive"),
+            num_train=67349,
+            num_validation=(872,),
+        ),
+        Task(
+            "mrpc",
+            PAIR,
+            2,
+            ("f1", "accuracy"),
+            label_names=("not_equivalent", "equivalent"),
+            num_train=3668,
+            num_validation=(408,),
+        ),
+        Task("stsb", PAIR, 1, ("pearson", "spearmanr"), num_train=5749, num_validation=(1500,)),
         Task(
             "qqp",
             ("question1", "question2"),
             2,
             ("f1", "accuracy"),
-            "f1",
-            ("not_duplicate", "duplicate"),
-            363846,
-            (40430,),
+            label_names=("not_duplicate", "duplicate"),
+            num_train=363846,
+            num_validation=(40430,),
         ),
-        Task("mnli", ("premise", "hypothesis"), 3, ("accuracy",), "accuracy", NLI, 392702, (9815, 9832), NLI_SPLITS),
-        Task("qnli", ("question", "sentence"), 2, ("accuracy",), "accuracy", ENTAILMENT, 104743, (5463,)),
-        Task("rte", PAIR, 2, ("accuracy",), "accuracy", ENTAILMENT, 2490, (277,)),
-        Task("wnli", PAIR, 2, ("accuracy",), "accuracy", ("not_entailment", "entailment"), 635, (71,)),
+        Task(
+            "mnli",
+            ("premise", "hypothesis"),
+            3,
+            ("accuracy",),
+            label_names=NLI,
+            num_train=392702,
+            num_validation=(9815, 9832),
+            validation_splits=("validation_matched", "validation_mismatched"),
+        ),
+        Task(
+            "qnli",
+            ("question", "sentence"),
+            2,
+            ("accuracy",),
+            label_names=("entailment", "not_entailment"),
+            num_train=104743,
+            num_validation=(5463,),
+        ),
+        Task(
+            "rte",
+            PAIR,
+            2,
+            ("accuracy",),
+            label_names=("entailment", "not_entailment"),
+            num_train=2490,
+            num_validation=(277,),
+        ),
+        Task(
+            "wnli",
+            PAIR,
+            2,
+            ("accuracy",),
+            label_names=("not_entailment", "entailment"),
+            num_train=635,
+            num_validation=(71,),
+        ),
         Task(
             "ax",
             ("premise", "hypothesis"),
             3,
             (MATTHEWS, "accuracy"),
-            MATTHEWS,
-            NLI,
-            392702,
-            (1104,),
-            ("test",),
+            label_names=NLI,
+            num_train=392702,
+            num_validation=(1104,),
+            validation_splits=("test",),
             train_task="mnli",
         ),
         Task(
@@ -129,10 +186,9 @@ TASKS = {
             ("question", "passage"),
             2,
             ("accuracy",),
-            "accuracy",
-            ("False", "True"),
-            9427,
-            (3270,),
+            label_names=("False", "True"),
+            num_train=9427,
+            num_validation=(3270,),
             hub_files=SUPERGLUE_FILES,
         ),
         Task(
@@ -140,10 +196,9 @@ TASKS = {
             ("premise", "hypothesis"),
             3,
             ("accuracy", "f1_macro"),
-            "accuracy",
-            ("entailment", "contradiction", "neutral"),
-            250,
-            (56,),
+            label_names=("entailment", "contradiction", "neutral"),
+            num_train=250,
+            num_validation=(56,),
             hub_files=SUPERGLUE_FILES,
         ),
         Task(
@@ -151,17 +206,15 @@ TASKS = {
             ("premise", "question", "choice1", "choice2"),
             2,
             ("accuracy",),
-            "accuracy",
-            ("choice1", "choice2"),
-            400,
-            (100,),
+            label_names=("choice1", "choice2"),
+            num_train=400,
+            num_validation=(100,),
             num_first_columns=2,
             hub_files=SUPERGLUE_FILES,
         ),
-        Task("docs-topic", ("sentence",), 0, ("accuracy", "f1_macro"), "accuracy"),
-        Task("docs-pair", PAIR, 0, ("accuracy",), "accuracy"),
-        Task("docs-order", ("sentence",), 0, ("accuracy",), "accuracy"),
-        # fmt: on
+        Task("docs-topic", ("sentence",), 0, ("accuracy", "f1_macro"), is_built_in=True),
+        Task("docs-pair", PAIR, 0, ("accuracy",), is_built_in=True),
+        Task("docs-order", ("sentence",), 0, ("accuracy",), is_built_in=True),
     )
 }
 
@@ -226,9 +279,7 @@ def read_splits(
     task: Task, task_data_dir: str | None, cache_dir: str | None, splits: tuple[str, ...]
 ) -> dict[str, Dataset]:
     """The named splits that are there, as they are stored."""
-    if task.name.startswith("docs-"):
-        from oneday.docs_tasks import build_docs_task
-
+    if task.is_built_in:
         return dict(build_docs_task(task.name, cache_dir))
     if task_data_dir is None:
         return read_hub(task, cache_dir, splits)
@@ -254,8 +305,9 @@ def read_file(path: Path, text_columns: Iterable[str]) -> pa.Table:
         )
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(f"The task file {path} cannot be read ({reason}); write it again or remove it.") from None
+        raise SettingError(
+            f"The task file {path} cannot be read ({describe_error(error)}); write it again or remove it."
+        ) from None
 
 
 def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict[str, Dataset]:
@@ -267,9 +319,8 @@ def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict
         return dict(datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir))
     # datasets, huggingface_hub and httpx each have errors of their own for "not reachable".
     except Exception as error:  # noqa: BLE001
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise SettingError(
-            f"The task {task.name} cannot be read from the Hub ({reason}); "
+            f"The task {task.name} cannot be read from the Hub ({describe_error(error)}); "
             f"set task_data_dir to a directory with {list_files(task)}."
         ) from None
 

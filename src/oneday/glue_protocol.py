@@ -18,6 +18,7 @@ import torch
 
 from oneday.arguments import MAX_SEED, SettingError, setting
 from oneday.glue import expand_task_names
+from oneday.run_directory import GLUE
 from oneday.throughput import has_fast_bf16
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ OWN_TASK_SETTINGS = ("task_file", "validation_file", "text_columns", "label_colu
 TUNED_SETTINGS = ("tuned_learning_rates", "tuned_epochs")
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha")
 CHOSEN_SETTINGS = ("learning_rate", "num_train_epochs")
-# What a protocol takes no notice of, and why.
+# What a protocol ignores, and why.
 UNREAD = {
     TUNED: {name: f"it chooses from {grid}" for name, grid in zip(CHOSEN_SETTINGS, TUNED_SETTINGS)},
     PROBE: {"dropout": "the encoder is frozen"},
@@ -250,13 +251,11 @@ def check_unused(args: FinetuneArguments) -> None:
 
 
 def warn_of_unread(args: FinetuneArguments) -> None:
-    """Say which settings, a recipe's perhaps, the protocol takes no notice of."""
+    """Say which settings, a recipe's perhaps, the protocol ignores."""
     usual = FinetuneArguments()
     for name, instead in UNREAD.get(args.protocol, {}).items():
         if getattr(args, name) not in (None, 0, getattr(usual, name)):
-            logger.warning(
-                "protocol %s takes no notice of %s %g: %s", args.protocol, name, getattr(args, name), instead
-            )
+            logger.warning("protocol %s ignores %s %g: %s", args.protocol, name, getattr(args, name), instead)
 
 
 def find_output_dir(args: FinetuneArguments) -> Path:
@@ -264,7 +263,7 @@ def find_output_dir(args: FinetuneArguments) -> Path:
     if args.output_dir:
         return Path(args.output_dir)
     if Path(args.model_name_or_path).is_dir():
-        return Path(args.model_name_or_path) / (f"glue-{args.peft}" if args.peft else "glue")
+        return Path(args.model_name_or_path) / (f"{GLUE}-{args.peft}" if args.peft else GLUE)
     raise SettingError(
         f"model_name_or_path {args.model_name_or_path} is not a local directory; "
         "if it is a Hub id, say with output_dir where the scores go, else correct it (scripts/pretrain.py trains one)."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 from pathlib import Path
 
 import numpy as np
 
 from oneday.classification import Checkpoint, PreparedTask, hash_text
+from oneday.durable_files import read_lines
 from oneday.glue import GLUE_NUMBERS, TASKS, name_labels, score_majority
 from oneday.glue_protocol import (
     CHOSEN_SETTINGS,
@@ -28,7 +28,6 @@ from oneday.glue_protocol import (
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "glue_results.json"
 RUNS_FILE = "glue_runs.jsonl"
 COST_KEYS = ("trainable_parameters", "total_parameters", "peak_memory_bytes")
 METRIC_TITLES = {
@@ -263,31 +262,5 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
 
 
 def read_runs(path: Path) -> dict[str, dict]:
-    """Finished runs by key; a line cut off by a crash is skipped."""
-    runs = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            run = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s has an unreadable line; that run is done again", path)
-            continue
-        runs[run["key"]] = run
-    return runs
-
-
-def read_earlier(path: Path) -> dict:
-    """The results written by an earlier call; empty when there are none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-
-
-def append_run(path: Path, run: dict) -> None:
-    """Add one line, after the end of one that a crash cut off."""
-    with path.open("a+b") as file:
-        is_cut = False
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            is_cut = file.read(1) != b"\n"
-        file.write(b"\n" * is_cut + json.dumps(run).encode() + b"\n")
+    """Finished runs by key."""
+    return {run["key"]: run for run in read_lines(path)}

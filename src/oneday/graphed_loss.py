@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from oneday.arguments import describe_error
+
 logger = logging.getLogger(__name__)
 
 # Each graph holds the gradients of all parameters: 4 bytes each.
@@ -78,5 +80,6 @@ class GraphedLoss:
             generator.graphsafe_set_state(before)
             self.graphs.clear()
             self.is_possible = False
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.warning("CUDA graphs are off: %s cannot be captured (%s)", type(self.model).__name__, reason)
+            logger.warning(
+                "CUDA graphs are off: %s cannot be captured (%s)", type(self.model).__name__, describe_error(error)
+            )

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
-from oneday.durable_files import synchronize_tree, write_json
+from oneday.durable_files import read_json, read_lines, synchronize_tree, write_json
 from oneday.saving import COMPANION_FILE
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ UNSENT = {"training_args.bin", rundir.LOCK}
 # Of a finished run, beside its weights.
 SENT = {
     *(rundir.CARD, rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES, rundir.ENVIRONMENT, rundir.RESULTS),
-    *(rundir.CURVE, "zero_shot_results.json"),
+    *(rundir.CURVE, rundir.ZERO_SHOT_RESULTS),
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
@@ -112,22 +112,10 @@ def copy_publicly(source: Path, target: Path) -> None:
     elif source.suffix == ".json":
         text = json.dumps(hide_paths(json.loads(text)), indent=2) + "\n"
     elif source.suffix == ".jsonl":
-        text = "".join(json.dumps(hide_paths(json.loads(line))) + "\n" for line in whole_lines(text))
+        text = "".join(json.dumps(hide_paths(line)) + "\n" for line in read_lines(source))
     else:
         text = hide_paths(text)
     target.write_text(text, encoding="utf-8")
-
-
-def whole_lines(text: str) -> list[str]:
-    """The lines that are JSON; the last may be torn."""
-    lines = []
-    for line in text.splitlines():
-        try:
-            json.loads(line)
-        except ValueError:
-            continue
-        lines.append(line)
-    return lines
 
 
 def stage_model(run_dir: Path, folder: Path) -> None:
@@ -140,10 +128,10 @@ def stage_model(run_dir: Path, folder: Path) -> None:
             strangers.append(path.name)
     if strangers:
         logger.info("Not sent, as they are not a run's files: %s", ", ".join(strangers))
-    scores = run_dir / "glue" / "glue_results.json"
+    scores = run_dir / rundir.GLUE / rundir.GLUE_RESULTS
     if scores.is_file():
-        (folder / "glue").mkdir()
-        copy_publicly(scores, folder / "glue" / scores.name)
+        (folder / rundir.GLUE).mkdir()
+        copy_publicly(scores, folder / rundir.GLUE / scores.name)
 
 
 def stage_saved_model(checkpoint: Path, folder: Path) -> None:
@@ -167,7 +155,7 @@ def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
             copy_publicly(checkpoint.parent / file, folder / file)
     # The run may have ended meanwhile; where a checkpoint comes back without the final model, it has not.
     if (folder / rundir.BUDGET).is_file():
-        report = {**rundir.read_json(folder / rundir.BUDGET), "status": "interrupted"}
+        report = {**read_json(folder / rundir.BUDGET), "status": "interrupted"}
         write_json(folder / rundir.BUDGET, report)
 
 
@@ -185,13 +173,13 @@ def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, priv
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if branch != "main":
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    there = api.list_repo_files(repo_id, revision=branch)
-    replaced = {name.split("/")[0] for name in names if "/" in name}
-    gone = [name for name in there if name.split("/")[0] in replaced and name not in names]
-    operations = [CommitOperationAdd(name, path) for name, path in names.items()]
-    operations += [CommitOperationDelete(name) for name in gone]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=branch,
+        commit_message=message,
+        delete_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.is_dir()],
+    )
     return commit.commit_url
 
 
@@ -232,7 +220,7 @@ def describe_failure(error: BaseException) -> str:
         return reasons[status]
     if status is not None and status >= 500:
         return f"the Hub had an error of its own ({status})"
-    if type(error).__name__ == "LocalTokenNotFoundError":
+    if isinstance(error, LocalTokenNotFoundError):
         return reasons[401]
     is_network = isinstance(error, (ConnectionError, TimeoutError))
     if isinstance(error, OSError) and error.errno is not None and not is_network:
@@ -408,7 +396,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
 def fetch_sources(repo_id: str) -> dict[str, str]:
     """The commits of the data sets of a pushed run; {}: it read none, or they cannot be had."""
     try:
-        return rundir.read_json(hf_hub_download(repo_id, rundir.SOURCES, revision=CHECKPOINT_BRANCH))
+        return read_json(hf_hub_download(repo_id, rundir.SOURCES, revision=CHECKPOINT_BRANCH))
     except Exception:  # noqa: BLE001  # `fetch_run` says what is wrong with the repository
         return {}
 
@@ -416,7 +404,7 @@ def fetch_sources(repo_id: str) -> dict[str, str]:
 def fetch_results(repo_id: str) -> dict[str, Any]:
     """results.json of a pushed run; {}: the repository has none, or it cannot be had."""
     try:
-        return rundir.read_json(hf_hub_download(repo_id, rundir.RESULTS))
+        return read_json(hf_hub_download(repo_id, rundir.RESULTS))
     except Exception:  # noqa: BLE001  # a name that is none, no network, nothing in the cache
         return {}
 
@@ -428,4 +416,4 @@ def find_newest(folder: Path) -> Path | None:
 
 def read_step(checkpoint: Path) -> int:
     """Steps in a checkpoint's weights; of a damaged one -1."""
-    return rundir.read_json(checkpoint / "trainer_state.json").get("global_step", -1)
+    return read_json(checkpoint / "trainer_state.json").get("global_step", -1)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import datasets
 from huggingface_hub import HfApi
 
 from oneday.arguments import DataArguments, SettingError
+from oneday.durable_files import write_json
+from oneday.run_directory import SOURCES
 from oneday.stream_files import list_stream_files
 from oneday.text_files import describe_missing_column
 from oneday.text_streams import FileStream
 
 logger = logging.getLogger(__name__)
 
-# Names of data sets -> commits; `run_directory.SOURCES` keeps them, so that a run goes on with the
-# same text whatever its publisher does meanwhile.
+# Names of data sets -> commits; a run directory keeps them, so that a run goes on with the same text whatever its
+# publisher does meanwhile.
 REVISIONS: dict[str, str] = {}
 # For an answer that can be done without.
 ASK_SECONDS = 10.0
+
+
+def write_revisions(folder: str | Path) -> None:
+    """Keep the commits in a run directory, where data sets of the Hub are read."""
+    if REVISIONS:
+        write_json(Path(folder) / SOURCES, REVISIONS)
 
 
 def load_hub(name: str, split: str, args: DataArguments) -> datasets.Dataset | FileStream:

@@ -67,7 +67,8 @@ def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: in
     A batch that grows has multiples of a micro-batch. One that stays has the rows asked for, or the nearest number
     that micro-batches of at least half the size divide.
 
-    Example: 16,384 tokens a step, 8,192 a micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32) for 4.
+    Example: 16,384 tokens per step, 8,192 per micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32)
+    for 4.
     """
     wanted = max(1, round(batch_tokens / row_length))
     unit = min(max(1, micro_tokens(args) // row_length), wanted)

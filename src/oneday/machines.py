@@ -32,7 +32,7 @@ class Card:
 
     @property
     def peak_flops(self) -> float:
-        """Peak in FLOPs a second."""
+        """Peak in FLOPs per second."""
         return self.peak_exaflop_per_day * 1e18 / SECONDS_PER_DAY
 
 

@@ -13,12 +13,12 @@ from oneday.arguments import DataArguments, ModelArguments
 from oneday.card_results import describe_loss, describe_origin, model_index, subset_mark, zero_shot_section
 from oneday.corpus import list_hub_ids
 from oneday.curves import draw_curve
-from oneday.durable_files import write_json, write_whole
+from oneday.durable_files import read_json, write_json, write_whole
 from oneday.evaluation import hash_evaluation
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION, OBJECTIVES, Objective
 from oneday.python_docs import corpus_hash
-from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes
+from oneday.throughput import describe_environment, measure_peak_again, peak_memory_bytes
 from oneday.tokenization import hash_tokenizer
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def write_reports(
         return
     folder = Path(trainer.args.output_dir)
     if trainer.args.device.type == "cpu" and trainer.args.world_size == 1:
-        # What else ran at the start may have slowed the first measurement: the better of the two counts.
-        again = measure_peak_flops.__wrapped__(trainer.args.device, trainer.bf16)
-        trainer.peak_flops = max(trainer.peak_flops, again)
+        trainer.peak_flops = measure_peak_again(trainer.peak_flops, trainer.args.device, trainer.bf16)
     results = collect_results(trainer, data, model_args, data_args, metrics)
     draw_curve(folder)
     write_whole(folder / rundir.CARD, format_card(folder, results))
@@ -57,7 +55,7 @@ def write_reports(
 def refresh_card(output_dir: str | Path) -> None:
     """Write the card of a finished run again, with what has been added to its directory since (scores, say)."""
     folder = Path(output_dir)
-    results = rundir.read_json(folder / rundir.RESULTS)
+    results = read_json(folder / rundir.RESULTS)
     if results:
         write_whole(folder / rundir.CARD, format_card(folder, results))
 
@@ -119,7 +117,7 @@ def name_publicly(metrics: dict[str, float]) -> dict[str, float]:
 
 def format_card(folder: Path, results: dict[str, Any]) -> str:
     """The model card: Hub metadata, then what was trained on what, for how much, with what result."""
-    budget, environment = rundir.read_json(folder / rundir.BUDGET), rundir.read_json(folder / rundir.ENVIRONMENT)
+    budget, environment = read_json(folder / rundir.BUDGET), read_json(folder / rundir.ENVIRONMENT)
     sections = [
         f"---\n{yaml.safe_dump(card_metadata(folder, results), sort_keys=False)}---",
         f"# {folder.resolve().name}",
@@ -174,7 +172,7 @@ def usage(folder: Path, results: dict[str, Any]) -> str:
     """Code that loads the model; with the mask of its tokenizer, which may be one from elsewhere."""
     task = find_pipeline(results["objective"])
     name, call = PIPELINES[task]
-    mask = rundir.read_json(folder / "tokenizer_config.json").get("mask_token") or "[MASK]"
+    mask = read_json(folder / "tokenizer_config.json").get("mask_token") or "[MASK]"
     call = call.replace("[MASK]", mask["content"] if isinstance(mask, dict) else mask)
     return (
         "```python\n"
@@ -191,12 +189,12 @@ def results_table(results: dict[str, Any]) -> str:
     names = {
         "eval_loss": describe_loss(results["objective"]),
         "eval_mlm_loss": "loss at 15 % masks, all [MASK], nats a masked token",
-        "bits_per_byte": "bits a byte",
+        "bits_per_byte": "bits per byte",
         "eval_pair_accuracy": "accuracy of the pair task",
         "eval_masked_loss": "loss of the masked words, nats each",
         "eval_nsp_loss": "loss of the pair task, nats a pair",
         "eval_generator_loss": "loss of the generator, nats a masked token",
-        "eval_discriminator_loss": "loss of the discriminator, nats a token",
+        "eval_discriminator_loss": "loss of the discriminator, nats per token",
         "eval_detection_accuracy": "accuracy of the discriminator",
     }
     rows = []
@@ -210,7 +208,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 def glue_section(folder: Path) -> str:
     """The fine-tuning scores, when there are some."""
-    glue = rundir.read_json(folder / "glue" / "glue_results.json")
+    glue = read_json(folder / rundir.GLUE / rundir.GLUE_RESULTS)
     if not glue:
         return ""
     rows = []
@@ -276,7 +274,7 @@ def training_table(results: dict[str, Any], environment: dict[str, Any]) -> str:
         ("optimizer", results["optim"]),
         ("precision", results["precision"]),
         ("steps", f"{results['steps']:,}"),
-        ("tokens a second", f"{results['tokens_per_second']:,.0f}"),
+        ("tokens per second", f"{results['tokens_per_second']:,.0f}"),
         ("MFU", f"{100 * results['mfu']:.1f} % of {peak}{each}"),
         ("peak memory", f"{memory:.2f} GiB" + (" in process 0" if each else "")),
         ("seed", results["seed"]),

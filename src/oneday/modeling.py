@@ -29,7 +29,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from oneday.arguments import SettingError
-from oneday.attention import PACKED, AttentionCall, build_layout, position_offset, record_attention_calls
+from oneday.attention import (
+    PACKED,
+    AttentionCall,
+    build_layout,
+    count_positions,
+    position_offset,
+    record_attention_calls,
+)
 from oneday.optimizers import NO_MATRICES
 
 VOCABULARY_MULTIPLE = 64  # matrix units want it: a vocabulary of 50,257 is slower than one of 50,304
@@ -183,12 +190,11 @@ def find_position_tables(model: nn.Module) -> list[nn.Embedding]:
 
 def check_length(config: PreTrainedConfig, skeleton: PreTrainedModel, max_seq_length: int, file: Path) -> None:
     """Raises SettingError if rows of `max_seq_length` tokens have more positions than the model."""
-    offset = position_offset(skeleton)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit > 0 and max_seq_length > limit - offset:  # XLNet has no limit and says -1
+    limit = count_positions(skeleton)
+    if limit is not None and max_seq_length > limit:
         raise SettingError(
-            f"max_seq_length is {max_seq_length}, but {file} has {limit - offset} positions: lower max_seq_length or "
-            f"set max_position_embeddings to {max_seq_length + offset} in the file."
+            f"max_seq_length is {max_seq_length}, but {file} has {limit} positions: lower max_seq_length or "
+            f"set max_position_embeddings to {max_seq_length + position_offset(skeleton)} in the file."
         )
 
 
@@ -304,7 +310,7 @@ class FlopCounter:
     activations, lookups and recomputation are not counted.
 
     Attributes:
-        body: forward FLOPs a token in the linear layers of `base_model`.
+        body: forward FLOPs per token in the linear layers of `base_model`.
         head: forward FLOPs a predicted token.
         attention: one entry a call of an attention layer.
     """
@@ -358,7 +364,7 @@ class FlopCounter:
 
 
 def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, float, list[AttentionCall]]:
-    """FLOPs a token of the linear layers inside and outside `base_model`, and the calls of attention."""
+    """FLOPs per token of the linear layers inside and outside `base_model`, and the calls of attention."""
     in_body = set(model.base_model.modules())
     flops = {True: 0.0, False: 0.0}
 
@@ -385,7 +391,7 @@ def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, 
 
 
 def measure_bare_weights(model: PreTrainedModel) -> float:
-    """FLOPs a token of the products of `base_model` with parameters that belong to no linear layer.
+    """FLOPs per token of the products of `base_model` with parameters that belong to no linear layer.
 
     Those are XLNet's projections, of three dimensions, and a mixture's routers and stacked experts, of which a token
     goes to `num_experts_per_tok`.
@@ -413,7 +419,7 @@ def describe_attention(config: PreTrainedConfig) -> list[AttentionCall]:
 
 
 def format_config_table(files: Iterable[Path]) -> str:
-    """A Markdown table of config files: shape, parameters, training FLOPs a token at a length of 512 (or the longest).
+    """A Markdown table of config files: shape, parameters, training FLOPs per token at length 512 (or the longest).
 
     An encoder predicts 15 % of its tokens, a decoder all.
     """

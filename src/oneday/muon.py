@@ -213,7 +213,7 @@ class Muon(Optimizer):
 
 
 class Muon8bit(Muon):
-    """Muon whose momentum is held in 8 bits: 1.016 bytes a parameter between steps instead of 4.
+    """Muon whose momentum is held in 8 bits: 1.016 bytes per parameter between steps instead of 4.
 
     Each block of 256 values has one scale and is rounded to bitsandbytes' signed dynamic map (Dettmers et al. 2021,
     arXiv 2110.02861), which moves a momentum by about 0.011 of its norm.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments, SettingError, describe_error
 from oneday.muon import Muon, Muon8bit
 
 # Below this many elements a block-wise 8-bit state saves nothing (bitsandbytes' own default).
@@ -165,16 +165,9 @@ HIDDEN_OPTIMIZERS: dict[str, Builder] = {
     "muon_8bit": build_muon_8bit,
 }
 
-# What sharded processes (FSDP) share the work of each optimizer out by: each steps its rows of every matrix, where an
-# element's update depends on that element alone, or some matrices whole.
-SHARED_BY = {
-    "adamw": "rows",
-    "adamw_8bit": "matrices",
-    "lion_8bit": "matrices",
-    "ademamix_8bit": "matrices",
-    "muon": "matrices",
-    "muon_8bit": "matrices",
-}
+# Those whose update of an element depends on that element alone. Of these each sharded process (FSDP) steps its rows
+# of every matrix, of the others some matrices whole.
+ELEMENTWISE = {"adamw"}
 
 
 @dataclass(frozen=True)
@@ -184,7 +177,7 @@ class Part:
     Attributes:
         parameters: Disjoint from those of other parts.
         build: The optimizer over them, or over what stands for them.
-        shared_by: `rows` or `matrices`, see SHARED_BY.
+        shared_by: What sharded processes share the work out by: `rows` of every matrix, or whole `matrices`.
     """
 
     parameters: list[nn.Parameter]
@@ -201,9 +194,8 @@ def import_bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingError(
-            f"An 8-bit optimizer needs bitsandbytes, which does not load here ({reason}); "
+            f"An 8-bit optimizer needs bitsandbytes, which does not load here ({describe_error(error)}); "
             "pip install bitsandbytes, or set optim to adamw or muon."
         ) from None
     return bitsandbytes
@@ -230,7 +222,8 @@ def plan_optimizer(model: nn.Module, args: BudgetTrainingArguments) -> list[Part
     """
     check_optimizer(args.optimizer_name)
     hidden, tables, vectors = split_parameters(model)
-    builder, shared_by = HIDDEN_OPTIMIZERS[args.optimizer_name], SHARED_BY[args.optimizer_name]
+    builder = HIDDEN_OPTIMIZERS[args.optimizer_name]
+    shared_by = "rows" if args.optimizer_name in ELEMENTWISE else "matrices"
     undecayed = Part(tables + vectors, functools.partial(build_undecayed, args=args), "rows")
     return [Part(hidden, functools.partial(builder, args=args), shared_by), undecayed] if hidden else [undecayed]
 

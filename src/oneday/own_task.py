@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 from datasets import Dataset, DatasetDict
 
-from oneday.arguments import SettingError
+from oneday.arguments import SettingError, describe_error
 from oneday.glue import GLUE_NUMBERS, TASKS, Task, normalize_split, read_file
 from oneday.glue_protocol import FinetuneArguments
 
@@ -104,8 +104,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pa.Table:
         )
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(f"The task file {path} cannot be read ({reason}); write it again.") from None
+        raise SettingError(f"The task file {path} cannot be read ({describe_error(error)}); write it again.") from None
 
 
 def spell_label(label: object) -> str | None:
@@ -129,7 +128,7 @@ def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
     if name in TASKS or name in GLUE_NUMBERS:
         name += " (own)"
     if args.metric in REGRESSION_METRICS:
-        return Task(name, columns, 1, (args.metric,), args.metric)
+        return Task(name, columns, 1, (args.metric,))
     names = sorted(set(labels), key=sort_label)
     if not 2 <= len(names) <= MAX_CLASSES:
         raise SettingError(
@@ -150,7 +149,7 @@ def describe_task(args: FinetuneArguments, labels: list[str]) -> Task:
     logger.info("%s: %d classes: %s", name, len(names), dict(enumerate(names)))
     if args.metric in BINARY_METRICS:
         logger.info("%s: %s is that of %r; positive_label names the other", name, args.metric, names[1])
-    return Task(name, columns, len(names), (args.metric,), args.metric, tuple(names))
+    return Task(name, columns, len(names), (args.metric,), label_names=tuple(names))
 
 
 def find_class(label: str | None, names: list[str]) -> str | None:

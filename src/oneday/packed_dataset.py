@@ -56,7 +56,7 @@ class PackedIndex:
     # With special tokens, without padding.
     num_tokens: int = 0
     num_documents: int = 0
-    # UTF-8 bytes of all documents, for bits a byte.
+    # UTF-8 bytes of all documents, for bits per byte.
     num_bytes_text: int = 0
     packing_efficiency: float = 0.0
     tokenize_seconds: float = 0.0

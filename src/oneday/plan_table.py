@@ -90,7 +90,7 @@ def make_notes(plan: BudgetPlan) -> list[str]:
             notes.append(f"warning: outside that range for the model to take: {best.prediction.outside}.")
     if any(row.prediction is None for row in plan.rows if row.micro_batch_tokens):  # as `choose_row` does
         notes.append(
-            f">: the largest that fits and sees {TOKENS_PER_PARAMETER:g} tokens a parameter, else the recipe's own."
+            f">: the largest that fits and sees {TOKENS_PER_PARAMETER:g} tokens per parameter, else the recipe's own."
         )
     else:
         notes.append(">: the lowest loss, or the recipe's own model where its interval holds that.")

@@ -16,7 +16,7 @@ from oneday.benchmarks.arguments import check_positive
 from oneday.budget import Budget
 from oneday.compilation import decide_compiling
 from oneday.corpus import list_hub_ids
-from oneday.durable_files import write_whole
+from oneday.durable_files import read_json, write_whole
 from oneday.ladder import RECORD_DIRS, Family, FamilyLaw, fit_family, read_records
 from oneday.machines import Machine, find_machine
 from oneday.modeling import check_config_file
@@ -33,7 +33,7 @@ from oneday.probing import (
     measure_pace,
 )
 from oneday.recipe import Settings, build_arguments, complete_settings, read_layers, read_yaml
-from oneday.run_directory import RECIPE, read_json
+from oneday.run_directory import RECIPE
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
 def count_flops_of_all(
     material: Material, settings: Settings, models: list[str], needed: list[str]
 ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-    """(parameters, FLOPs a token) of the models that can take the recipe, and the names of those that cannot.
+    """(parameters, FLOPs per token) of the models that can take the recipe, and the names of those that cannot.
 
     Raises:
         SettingError: When one that was asked for cannot.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import DataArguments, SettingError, ShardArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir, sample_bytes
-from oneday.durable_files import synchronize_tree
+from oneday.durable_files import written_aside
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
@@ -156,18 +154,13 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises:
         SettingError: When it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        tokenizer.save_pretrained(aside)
-        synchronize_tree(aside)
-        aside.rename(folder)
+        with written_aside(folder) as aside:
+            tokenizer.save_pretrained(aside)
     except Exception as error:  # tokenizers raises a plain one
-        if not (folder / "tokenizer.json").exists():  # else another process has made the same meanwhile
-            raise SettingError(
-                f"{folder} could not be written ({error}): free some space or set cache_dir elsewhere."
-            ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise SettingError(
+            f"{folder} could not be written ({error}): free some space or set cache_dir elsewhere."
+        ) from None
 
 
 def prepare_rows(

@@ -17,6 +17,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.callbacks import HubCallback, heartbeat, say_ending
 from oneday.checkpoints import read_state
+from oneday.durable_files import read_json
 from oneday.hub import HubPusher
 from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
@@ -169,7 +170,7 @@ def load_trained(trainer: BudgetTrainer) -> bool:
     Raises:
         SettingError: When text, tokenizer or model config are others than it was trained on.
     """
-    report = trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
+    report = trainer.ranks.lead(lambda: read_json(Path(trainer.args.output_dir) / rundir.BUDGET))
     if report.get("status") not in ("trained", "finished"):
         return False
     rundir.check_same_run(trainer.args.output_dir, report, trainer.data_fingerprint, trainer.model_fingerprint)
@@ -187,7 +188,7 @@ def load_trained(trainer: BudgetTrainer) -> bool:
 def take_up_clock(trainer: BudgetTrainer) -> None:
     """Go on from what earlier processes had spent, and this one's start-up, before anything writes there."""
     clock = trainer.clock
-    clock.load_carried(trainer.ranks.lead(lambda: rundir.read_json(Path(trainer.args.output_dir) / rundir.BUDGET)))
+    clock.load_carried(trainer.ranks.lead(lambda: read_json(Path(trainer.args.output_dir) / rundir.BUDGET)))
     # Reading the text again counts as little as it did at first.
     clock.start(since=clock.now() - max(0.0, process_age_seconds() - trainer.preparation_seconds))
 

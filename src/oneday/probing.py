@@ -180,7 +180,7 @@ def probing(material: Material, settings: Settings) -> Iterator[BudgetTrainer]:
 
 
 def count_flops(material: Material, settings: Settings) -> tuple[int, float]:
-    """(parameters, FLOPs a token in full rows) of a model, without storage for its weights; companions not counted."""
+    """(parameters, FLOPs per token in full rows) of a model, without storing its weights; companions not counted."""
     model_args, data_args, args = build_arguments(CLASSES, settings)
     row, objective = data_args.max_seq_length, material.objective
     config = load_config(model_args.model_config, material.tokenizer, row, model_args.position_encoding)

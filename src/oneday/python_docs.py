@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 import sysconfig
 import tempfile
 from collections import Counter, defaultdict
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import datasets
 
-from oneday.durable_files import explain_failed_write, synchronize_tree
+from oneday.durable_files import explain_failed_write, written_aside
 from oneday.prose import clean_docstring
 from oneday.throughput import usable_cores
 
@@ -267,17 +266,10 @@ def build_python_docs(cache_dir: str | Path, num_proc: int | None = None) -> dat
     folder = Path(cache_dir) / f"python-docs-{key}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Built beside its place and then renamed, so that an interrupted build leaves nothing that looks finished.
-        building = tempfile.mkdtemp(prefix="python-docs-", dir=folder.parent)
-        try:
+        with tempfile.TemporaryDirectory(prefix="python-docs-", dir=folder.parent) as building:
             docs = _build(building, num_proc or min(usable_cores(), 8))
-            with explain_failed_write(folder):
-                docs.save_to_disk(f"{building}/done")
-                synchronize_tree(Path(building) / "done")
-            if not folder.exists():
-                os.rename(f"{building}/done", folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            with explain_failed_write(folder), written_aside(folder) as aside:
+                docs.save_to_disk(aside)
     return datasets.load_from_disk(str(folder))
 
 

@@ -42,7 +42,7 @@ BUCKET_ELEMENTS = 2**24
 BEAT_SECONDS = 60.0
 # How accelerate may start the processes. Under FSDP it says so in its environment alone.
 STRATEGIES = ("NO", "MULTI_CPU", "MULTI_GPU")
-# What an accelerate config may ask for and this project does not do.
+# What an accelerate config may ask for and this project does not support.
 REFUSED_OPTIONS = {
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params",
     "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing",
@@ -76,7 +76,7 @@ def check_strategy(args: BudgetTrainingArguments) -> None:
         name = "DEEPSPEED"
     if name not in STRATEGIES:
         raise SettingError(
-            f"The distributed_type is {name}, which this project does not do; set it to MULTI_GPU "
+            f"The distributed_type is {name}, which this project does not support; set it to MULTI_GPU "
             "(recipes/accelerate_configs/ddp.yaml) or FSDP (fsdp.yaml there)."
         )
     if args.fsdp:
@@ -126,9 +126,9 @@ class Ranks:
 
     def decide(self, *numbers: float) -> list[float]:
         """Process 0's numbers."""
-        return self.add(*(number if self.is_first else 0.0 for number in numbers))
+        return self.all_reduce(*(number if self.is_first else 0.0 for number in numbers))
 
-    def add(self, *numbers: float) -> list[float]:
+    def all_reduce(self, *numbers: float) -> list[float]:
         """Each number summed over the processes; exact for integers below 2^53."""
         if self.size == 1:
             return list(numbers)
@@ -136,7 +136,7 @@ class Ranks:
         dist.all_reduce(words, group=self.group)
         return words.tolist()
 
-    def gather(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """Everyone's value, by rank; for what is rare."""
         if self.size == 1:
             return [value]
@@ -144,7 +144,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def tell(self, rank: int, value: Result) -> Result:
+    def broadcast(self, rank: int, value: Result) -> Result:
         """The value of one process; what the others give is not looked at."""
         if self.size == 1:
             return value
@@ -164,7 +164,7 @@ class Ranks:
                 result = call(), None
             except SettingError as error:
                 result = None, str(error)
-        result, refusal = self.gather(result)[0]
+        result, refusal = self.all_gather(result)[0]
         if refusal is not None:
             raise SettingError(refusal)
         return result
@@ -200,7 +200,7 @@ class Ranks:
         Raises:
             SettingError: When another has a different one.
         """
-        if len(set(self.gather(fingerprint))) > 1:
+        if len(set(self.all_gather(fingerprint))) > 1:
             raise SettingError(f"{what} is not the same for all processes; have every machine read the same files.")
 
     def share_weights(self, model: nn.Module) -> None:

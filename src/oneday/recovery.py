@@ -65,7 +65,7 @@ class StepGuard:
 def are_finite(model: torch.nn.Module, ranks: Ranks) -> bool:
     """Whether every weight is, on every process."""
     bad = sum(not bool(torch.isfinite(read_own(parameter)).all()) for parameter in model.parameters())
-    return not any(ranks.add(bad))
+    return not any(ranks.all_reduce(bad))
 
 
 def find_bad_number(loss: float, grad_norm: Any) -> str | None:
@@ -145,7 +145,7 @@ def fit_into_memory(
         except torch.OutOfMemoryError:
             ranks.refuse_to_repeat(*describe_full_memory(trainer.args.micro_batch_tokens))
             has_failed = True
-        num_failed, progress = ranks.add(has_failed, progress if ranks.is_first else 0.0)
+        num_failed, progress = ranks.all_reduce(has_failed, progress if ranks.is_first else 0.0)
         if not num_failed:
             return result, progress
         step, result = [], None  # nothing holds the tensors of the failed pass

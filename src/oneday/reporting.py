@@ -13,6 +13,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.budget import format_amount
 from oneday.card_results import zero_shot_tasks
+from oneday.durable_files import read_json
 from oneday.model_card import find_pipeline
 from oneday.objectives import OBJECTIVES, Objective
 
@@ -57,7 +58,7 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         SettingError: When the run is not there or not finished.
     """
-    results = rundir.read_json(Path(run_dir) / rundir.RESULTS)
+    results = read_json(Path(run_dir) / rundir.RESULTS)
     if not results:
         raise SettingError(f"There is no finished run in {run_dir}; train one with scripts/pretrain.py.")
     return results
@@ -66,7 +67,7 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
 def format_report(run_dir: str | Path) -> str:
     """The table of a run: held-out numbers before and after, speed, budget, and the fine-tuning scores."""
     folder, results = Path(run_dir), read_results(run_dir)
-    budget = rundir.read_json(folder / rundir.BUDGET)
+    budget = read_json(folder / rundir.BUDGET)
     lines = [f"{'':34}{'random weights':>16}{'pretrained':>14}", "-" * 78]
     has_one_term = OBJECTIVES.get(results["objective"], Objective).loss_unit == Objective.loss_unit
     names = {
@@ -108,7 +109,7 @@ def row(name: str, before: float | None, after: float, form: str, smaller_is_bet
 
 def task_rows(folder: Path) -> list[str]:
     """A line a fine-tuning task, with the floor of always answering the commonest class."""
-    glue = rundir.read_json(folder / "glue" / "glue_results.json")
+    glue = read_json(folder / rundir.GLUE / rundir.GLUE_RESULTS)
     lines = []
     for name, task in glue.get("tasks", {}).items():
         label = f"{name} {task['metric']} (floor {100 * task['majority']:.1f})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -17,13 +16,14 @@ import yaml
 from safetensors import SafetensorError
 
 from oneday.arguments import SettingError
-from oneday.durable_files import check_folder, synchronize_path, write_whole
+from oneday.durable_files import append_line, check_folder, read_json, read_lines, synchronize_path, write_whole
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
 # What the code on a card calls the model, until a push to the Hub puts the id there.
 PLACEHOLDER = "PATH_OR_ID"
 SOURCES = "sources.json"  # commits of the data sets that are read from the Hub
 ENVIRONMENT, CARD, CURVE = "environment.json", "README.md", "training_curve.png"
+GLUE, GLUE_RESULTS, ZERO_SHOT_RESULTS = "glue", "glue_results.json", "zero_shot_results.json"  # GLUE is a directory
 STAGING, LOCK = ".staging", ".lock"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What writing a file with Python, torch or safetensors may raise.
@@ -236,11 +236,7 @@ def refuse_full_disk(output_dir: str | Path) -> Iterator[None]:
 def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl; where that fails the line is lost, the training is not."""
     try:
-        with open(Path(output_dir) / METRICS, "a+b") as handle:
-            end = handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, end - 1))
-            is_torn = end > 0 and handle.read(1) != b"\n"  # a line that a full disk or a kill cut off
-            handle.write(b"\n" * is_torn + json.dumps(event).encode() + b"\n")
+        append_line(Path(output_dir) / METRICS, event)
     except OSError as error:  # a network disk may stumble; the next line may reach it again
         reason = "The disk is full" if is_disk_full(error, output_dir) else f"It was not written ({error.strerror})"
         logger.warning("%s: %s of step %s is not in %s.", reason, event["event"], event["step"], METRICS)
@@ -253,13 +249,8 @@ def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> li
         output_dir: A run directory.
         undone_by_rollback: Also the lines that a rollback undid; those that a resume undid are always left out.
     """
-    path = Path(output_dir) / METRICS
     events: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for event in read_lines(Path(output_dir) / METRICS):
         if event["event"] == "resume":
             last = event.get("from_taken", event["from_step"])
             events = [old for old in events if old.get("taken", old["step"]) <= last]
@@ -267,11 +258,3 @@ def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> li
             events = [old for old in events if old["step"] <= event["from_step"]]
         events.append(event)
     return events
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file, or {} when it is not there or not whole."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -1,21 +1,31 @@
 """Shapes over the budget: functions of progress, for learning rate, batch size and mask rate.
 
 A shape knows nothing of clocks or steps: `progress` in [0, 1] comes from the BudgetClock, whatever the budget is of.
-To add one, write the function and enter it in LR_SHAPES.
+To add one, write the function and enter it in LR_SHAPES, with where its flat phase ends.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from oneday.arguments import SettingError
 
-Shape = Callable[[float, float, float], float]
+
+class Shape(NamedTuple):
+    """A learning rate over the budget.
+
+    Attributes:
+        multiplier: Of (progress, warmup, decay), each a fraction of the budget: the share of the peak.
+        plateau_end: Of the decay: progress up to which a run does not depend on how long it will be; 0: nowhere.
+    """
+
+    multiplier: Callable[[float, float, float], float]
+    plateau_end: Callable[[float], float]
 
 
 def trapezoid(progress: float, warmup: float, decay: float) -> float:
@@ -56,8 +66,13 @@ def ramp(progress: float, until: float) -> float:
     return 1.0 if until <= 0 else min(1.0, progress / until)
 
 
-LR_SHAPES: dict[str, Shape] = {
-    shape.__name__: shape for shape in (trapezoid, one_minus_sqrt, linear, cosine, triangle, constant)
+LR_SHAPES = {
+    "trapezoid": Shape(trapezoid, lambda decay: 1.0 - decay),
+    "one_minus_sqrt": Shape(one_minus_sqrt, lambda decay: 1.0 - decay),
+    "linear": Shape(linear, lambda decay: 0.0),
+    "cosine": Shape(cosine, lambda decay: 0.0),
+    "triangle": Shape(triangle, lambda decay: 0.0),
+    "constant": Shape(constant, lambda decay: 1.0),
 }
 
 
@@ -72,12 +87,13 @@ def learning_rate_multiplier(shape: str, warmup_fraction: float, decay_fraction:
     for name, value in (("warmup_fraction", warmup_fraction), ("decay_fraction", decay_fraction)):
         if not 0.0 <= value <= 1.0:
             raise SettingError(f"The setting {name} is {value:g}; it must lie in 0 to 1.")
-    return lambda progress: max(0.0, LR_SHAPES[shape](min(1.0, progress), warmup_fraction, decay_fraction))
+    multiplier = LR_SHAPES[shape].multiplier
+    return lambda progress: max(0.0, multiplier(min(1.0, progress), warmup_fraction, decay_fraction))
 
 
 def find_plateau_end(shape: str, decay_fraction: float) -> float:
     """Progress up to which a run does not depend on how long it will be; 0: the shape has no flat phase."""
-    return {"trapezoid": 1.0 - decay_fraction, "one_minus_sqrt": 1.0 - decay_fraction, "constant": 1.0}.get(shape, 0.0)
+    return LR_SHAPES[shape].plateau_end(decay_fraction)
 
 
 def interpolate(start: float | None, end: float, progress: float, until: float = 1.0) -> float:

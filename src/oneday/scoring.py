@@ -28,10 +28,11 @@ from transformers import (
 )
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
-from oneday.attention import position_offset
+from oneday.arguments import SettingError, describe_error
+from oneday.attention import count_positions
 from oneday.checkpoints import STATE
 from oneday.cross_entropy import chunk_rows
+from oneday.durable_files import read_json
 from oneday.hub import fetch_results
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
@@ -94,8 +95,7 @@ class Scorer:
             raise SettingError("The tokenizer of model_name_or_path has no mask token; a masked model needs one.")
         # Like lm-evaluation-harness: a start token where the tokenizer sets one itself, or where nothing else stands.
         self.sets_start = self.kind == "encoder" or tokenizer("a")["input_ids"][:1] == self.prefix
-        limit = getattr(model.config, "max_position_embeddings", None) or 0
-        self.max_length = limit - position_offset(model) if limit > 0 else batch_tokens
+        self.max_length = count_positions(model) or batch_tokens
         self.text_length = min(self.max_length, text_length or self.max_length)
         self.selected = SelectedPositions(model)
 
@@ -203,7 +203,7 @@ class Scorer:
         return [(number, nats[row], wrong[row] == 0) for row, (number, _, _, _) in enumerate(rows)]
 
     def score_texts(self, texts: Sequence[str]) -> dict[str, float]:
-        """Measures of whole texts: `loss` (nats a token), `perplexity` and `bits_per_byte`.
+        """Measures of whole texts: `loss` (nats per token), `perplexity` and `bits_per_byte`.
 
         The last of a causal model whose tokenizer loses nothing of a text.
 
@@ -269,7 +269,7 @@ def find_trained_length(name: str) -> int | None:
     if not folder.is_dir():
         return read_length(fetch_results(name))
     run_dir = folder.resolve().parent if (folder / STATE).is_file() else folder
-    length, recipe = read_length(rundir.read_json(run_dir / rundir.RESULTS)), run_dir / rundir.RECIPE
+    length, recipe = read_length(read_json(run_dir / rundir.RESULTS)), run_dir / rundir.RECIPE
     return read_length(read_yaml(str(recipe))) if length is None and recipe.is_file() else length
 
 
@@ -281,5 +281,4 @@ def read_length(settings: Any) -> int | None:
 
 def describe_load_error(name: str, error: Exception) -> str:
     """One sentence for a checkpoint that cannot be loaded."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return f"The checkpoint {name} cannot be loaded ({reason}); name another."
+    return f"The checkpoint {name} cannot be loaded ({describe_error(error)}); name another."

@@ -65,7 +65,7 @@ class RowShares:
         """Whole states on process 0: what has the shape of this process's rows is put together from all."""
         whole: States = {}
         for index, own in enumerate(self.own):
-            shares = self.ranks.collect(states.get(index, {}))
+            shares = self.ranks.gather_to_first(states.get(index, {}))
             if shares is None or not shares[0]:
                 continue
             shape = own.shape
@@ -157,7 +157,7 @@ class MatrixShares:
         """Everyone's states on process 0."""
         whole: States = {}
         for index, owner in enumerate(self.owners):
-            shares = self.ranks.collect(states.get(index) if owner == self.ranks.rank else None)
+            shares = self.ranks.gather_to_first(states.get(index) if owner == self.ranks.rank else None)
             if shares is not None and shares[owner]:
                 whole[index] = shares[owner]
         return whole

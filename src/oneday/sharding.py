@@ -72,7 +72,7 @@ class ShardedRanks(Ranks):
         if hasattr(model, COMPANION):
             raise SettingError(
                 "The setting objective is rtd, whose two models share a table and run one after the other, which FSDP "
-                "does not do; start with recipes/accelerate_configs/ddp.yaml, or set objective to mlm."
+                "does not support; start with recipes/accelerate_configs/ddp.yaml, or set objective to mlm."
             )
         weights = ShardedWeights(model, half)
         shard_model(model, device, self.size, half)
@@ -93,7 +93,7 @@ class ShardedRanks(Ranks):
 
         What is filled up with is a pass whose loss is counted over infinitely many things: its gradient is zero.
         """
-        missing = int(max(self.gather(len(step)))) - len(step)
+        missing = int(max(self.all_gather(len(step)))) - len(step)
         yield from ((batch, counts) for batch in step)
         yield from ((step[-1], dict.fromkeys(counts, math.inf)) for _ in range(missing))
 
@@ -135,7 +135,7 @@ class ShardedRanks(Ranks):
             if optimizer is not None:
                 del optimizer.state_dict
 
-    def collect(self, value: Any) -> list[Any] | None:
+    def gather_to_first(self, value: Any) -> list[Any] | None:
         """Everyone's value by rank, on process 0 only, in main memory; tensors of a dictionary come along."""
         values = [None] * self.size if self.is_first else None
         dist.gather_object(to_memory(value), values, 0, self.group)
@@ -251,7 +251,7 @@ def collect_weights(model: nn.Module, ranks: ShardedRanks) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if is_share(tensor) and id(tensor) not in found:
-            rows = ranks.collect(tensor.detach().to_local())
+            rows = ranks.gather_to_first(tensor.detach().to_local())
             found[id(tensor)] = torch.cat(rows) if ranks.is_first else tensor
         weights[name] = found.get(id(tensor), tensor)
     return weights if ranks.is_first else {}

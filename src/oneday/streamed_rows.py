@@ -123,11 +123,11 @@ class StreamedRows:
         if self._reader is None:
             self._reader = BlockReader(self, number, self._next["stream"])
         read, error = self._reader.next_block()
-        errors = [other for other in self.ranks.gather(error) if other is not None]
+        errors = [other for other in self.ranks.all_gather(error) if other is not None]
         if errors:
             self.close()
             raise errors[0]
-        rows = self.ranks.tell(number % self.ranks.size, read.rows)
+        rows = self.ranks.broadcast(number % self.ranks.size, read.rows)
         order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(rows.input_ids))
         self._next = {"block": number + 1, "first_sample": first_sample + len(order), "stream": read.after}
         return Block(number, first_sample, read.before, rows, order)

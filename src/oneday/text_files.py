@@ -106,7 +106,9 @@ def load_files(name: str, column: str, cache_dir: Path, without: Collection[str]
     found = list_files(name)
     files = [file for file in found if os.path.realpath(file) not in without]
     if not files:
-        raise SettingError(f"dataset_name {name!r} has only files that validation_name names too; leave some.")
+        raise SettingError(
+            f"dataset_name {name!r} has only files that validation_name names too; leave at least one to train on."
+        )
     if len(files) < len(found):
         logger.warning("%d files of %s are held out and not trained on.", len(found) - len(files), name)
     parquet = [file for file in files if file.endswith(".parquet")]
@@ -274,8 +276,8 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
         for row in rows:
             if None in row or None in row.values():  # of too many cells, or too few
                 raise SettingError(
-                    f"dataset_name has {file!r}, whose line {rows.line_num} has not the {len(rows.fieldnames or ())} "
-                    "cells of its first: mend the row (a cell with a comma in it needs double quotes)."
+                    f"dataset_name has {file!r}, whose line {rows.line_num} has another number of cells than the "
+                    f"first ({len(rows.fieldnames or ())}): mend the row (a cell with a comma needs double quotes)."
                 )
             yield row[column]
     except csv.Error as error:

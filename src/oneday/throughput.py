@@ -1,4 +1,4 @@
-"""What the machine gives: threads, bf16, the measured peak, memory. Tokens and FLOPs a second against it."""
+"""What the machine gives: threads, bf16, the measured peak of its matrix products, memory."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 # A product of this size says how long a large one would take.
 PROBE_SIZE = 256
+PEAK_SECONDS = 0.4  # how long the peak is looked for
 
 
 def usable_cores() -> int:
@@ -103,15 +104,15 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 @functools.cache
-def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -> float:
-    """FLOPs a second of a square matrix product: 2048^3 on a CPU, 8192^3 on a GPU; the best of many.
+def measure_peak_flops(device: torch.device, bf16: bool) -> float:
+    """FLOPs per second of a square matrix product: 2048^3 on a CPU, 8192^3 on a GPU; the best of many.
 
     Smaller where one would take longer than a second: a CPU without bfloat16 units takes a minute for 2048^3.
+    Measured once per process, see `measure_peak_again`.
 
     Args:
         device: Where to measure.
         bf16: bfloat16 instead of float32.
-        seconds: How long to try.
     """
     size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -119,7 +120,12 @@ def measure_peak_flops(device: torch.device, bf16: bool, seconds: float = 0.4) -
         if time_products(PROBE_SIZE, device, dtype) * (size / PROBE_SIZE) ** 3 <= 1.0:
             break
         size //= 2
-    return 2 * size**3 / time_products(size, device, dtype, seconds)
+    return 2 * size**3 / time_products(size, device, dtype, PEAK_SECONDS)
+
+
+def measure_peak_again(before: float, device: torch.device, bf16: bool) -> float:
+    """The better of an earlier measurement and one now: what else ran may have slowed either."""
+    return max(before, measure_peak_flops.__wrapped__(device, bf16))
 
 
 def time_products(size: int, device: torch.device, dtype: torch.dtype, seconds: float = 0.0) -> float:

@@ -8,7 +8,6 @@ Only tokenising is shared out: packing takes a hundredth of its time.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import SettingError
-from oneday.durable_files import explain_failed_write, synchronize_path
+from oneday.corpus import count_bytes
+from oneday.durable_files import explain_failed_write, written_aside
 from oneday.tokenization import encode_documents
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Encode
     """Tokenise some documents."""
     started = time.perf_counter()
     tokens, lengths = encode_documents(tokenizer, texts)
-    num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return EncodedBatch(tokens, lengths, num_bytes, time.perf_counter() - started)
+    return EncodedBatch(tokens, lengths, count_bytes(texts), time.perf_counter() - started)
 
 
 def write_part(
@@ -70,23 +69,18 @@ def write_part(
         logger.info("%s is there already.", path)
         return path
     own = texts.select(cut(len(texts), shard, num_shards))
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     schema = pa.schema({"tokens": pa.list_(pa.uint32()), "num_bytes": pa.int64(), "seconds": pa.float64()})
     with explain_failed_write(path):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with (
-                pa.OSFile(str(aside), "wb") as sink,
-                pa.ipc.new_stream(sink, schema) as writer,
-                tqdm(total=len(own), desc="Tokenizing", unit=" documents", disable=None) as progress,
-            ):
-                for batch in own.iter(TEXTS_AT_ONCE):
-                    writer.write_batch(to_record_batch(encode_batch(tokenizer, batch["text"]), schema))
-                    progress.update(len(batch["text"]))
-            synchronize_path(aside)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with (
+            written_aside(path) as aside,
+            pa.OSFile(str(aside), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as writer,
+            tqdm(total=len(own), desc="Tokenizing", unit=" documents", disable=None) as progress,
+        ):
+            for batch in own.iter(TEXTS_AT_ONCE):
+                writer.write_batch(to_record_batch(encode_batch(tokenizer, batch["text"]), schema))
+                progress.update(len(batch["text"]))
     return path
 
 

@@ -91,7 +91,7 @@ def check_model(
     if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise SettingError(
             "The setting activation_checkpointing (or gradient_checkpointing) is true, which "
-            f"{type(model).__name__} does not do; leave it out."
+            f"{type(model).__name__} does not support; leave it out."
         )
 
 
@@ -138,6 +138,7 @@ class BudgetTrainer(RunTrainer):
         self.data_fingerprint, self.model_fingerprint = data_fingerprint, model_fingerprint
         self.begin_counting(args)
         self.position_offset = position_offset(model)
+        self.eval_collators = objective.evaluation_collators(self.position_offset)
         check_model(model, args, objective, train_dataset)
         args.use_compile = decide_compiling(args, objective.is_packed)
         self.loader = self.build_loader(args, train_dataset)
@@ -211,8 +212,7 @@ class BudgetTrainer(RunTrainer):
 
     def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset | RowSource) -> StepLoader:
         """The loader of this rank."""
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        source = ShuffledRows(dataset, seed) if isinstance(dataset, PackedDataset) else dataset
+        source = ShuffledRows(dataset, args.shuffle_seed) if isinstance(dataset, PackedDataset) else dataset
         source.share_among(self.ranks)
         check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
@@ -333,7 +333,7 @@ class BudgetTrainer(RunTrainer):
 
         is_compiled, _ = fit_into_memory(self, self.loader.peek(), rehearse)
         self.model.zero_grad()
-        (num_failed,) = self.ranks.add(not is_compiled)
+        (num_failed,) = self.ranks.all_reduce(not is_compiled)
         if num_failed:  # on one of the processes: all plan their steps alike
             uncompile(self.model)
         return not num_failed
@@ -342,7 +342,7 @@ class BudgetTrainer(RunTrainer):
         """(tokens, FLOPs, counts of the loss's terms) over all processes; also hears of signals that reached any."""
         if self.counted is None or self.counted[0] is not step:
             tokens, flops, counts = self.count_share(step)
-            tokens, flops, signals, *totals = self.ranks.add(tokens, flops, len(self.signals), *counts.values())
+            tokens, flops, signals, *totals = self.ranks.all_reduce(tokens, flops, len(self.signals), *counts.values())
             self.is_interrupted = signals > 0
             self.counted = step, (int(tokens), flops, dict(zip(counts, map(int, totals))))
         return self.counted[1]
@@ -405,7 +405,7 @@ class BudgetTrainer(RunTrainer):
         with self.clock.account("evaluation"):
             metrics = self.measure_held_out(own_only=self.is_in_train)
         # During training one collator runs, at the end all of them.
-        times = len(self.objective.evaluation_collators(self.position_offset)) if self.is_in_train else 1
+        times = len(self.eval_collators) if self.is_in_train else 1
         seconds = time.monotonic() - begun
         # The first whole one during training replaces what a part of one promised: that may have been disturbed.
         longest = 0.0 if self.last_eval_seconds is None else self.eval_seconds
@@ -428,7 +428,7 @@ class BudgetTrainer(RunTrainer):
 
     def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
         """Held-out losses of the present weights; in smaller batches where memory runs out."""
-        collators = list(self.objective.evaluation_collators(self.position_offset).items())
+        collators = list(self.eval_collators.items())
         self.eval_batch_tokens = min(self.eval_batch_tokens, self.micro_batch_limit or self.eval_batch_tokens)
         try:
             totals = sum_held_out(
@@ -447,7 +447,7 @@ class BudgetTrainer(RunTrainer):
             if self.eval_batch_tokens <= self.eval_dataset.row_length:
                 raise
             totals = None
-        shares = self.ranks.gather(totals)
+        shares = self.ranks.all_gather(totals)
         if None in shares:
             self.eval_batch_tokens //= 2
             return self.measure_held_out(own_only, max_parts)
@@ -476,7 +476,7 @@ class BudgetTrainer(RunTrainer):
 
     @property
     def mfu(self) -> float:
-        """Executed FLOPs a second of training over the measured peak of one device, per process."""
+        """Executed FLOPs per second of training over the measured peak of one device, per process."""
         rate = self.clock.flops / self.train_seconds if self.train_seconds else 0.0
         return rate / (self.peak_flops * self.args.world_size)
 

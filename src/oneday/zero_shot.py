@@ -31,7 +31,7 @@ from typing import Any
 
 import datasets
 
-from oneday.arguments import SettingError
+from oneday.arguments import SettingError, describe_error
 from oneday.tokenization import replace_surrogates
 
 Row = dict[str, Any]
@@ -244,8 +244,9 @@ def read_hub(name: str) -> Iterable[Row]:
         configs = datasets.get_dataset_config_names(repository) if name == "blimp" else [config]
         return [row for config in configs for row in datasets.load_dataset(repository, config, split=split)]
     except Exception as error:  # the network's own errors are many
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingError(f"The task {name} cannot be had from the Hub ({reason}); set task_data_dir.") from None
+        raise SettingError(
+            f"The task {name} cannot be had from the Hub ({describe_error(error)}); set task_data_dir."
+        ) from None
 
 
 def read_row(name: str, number: int, row: Row) -> Question:

@@ -15,14 +15,11 @@ from typing import Any
 from oneday.arguments import DataArguments, SettingError, setting
 from oneday.classification import hash_architecture, hash_text
 from oneday.corpus import load_part, name_corpus, split_names
-from oneday.durable_files import write_json
-from oneday.run_directory import read_json
+from oneday.durable_files import read_json, write_json
 from oneday.scoring import Score, Scorer
 from oneday.zero_shot import Question, load_task
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "zero_shot_results.json"
 
 
 @dataclass
@@ -38,7 +35,7 @@ class EvaluateArguments:
     )
     text_name: str | None = setting(
         None,
-        "Text to measure perplexity and bits a byte on: python-docs (built in), a Hub id, or a file, directory or "
+        "Text to measure perplexity and bits per byte on: python-docs (built in), a Hub id, or a file, directory or "
         "glob of .txt .jsonl .csv .parquet; several, comma-separated.",
     )
     text_column: str = setting("text", "Column that holds the text.")
@@ -220,7 +217,7 @@ def format_zero_shot(results: dict[str, Any]) -> str:
         )
     text = results.get("text")
     if text:
-        bits = f", {text['bits_per_byte']:.4f} bits a byte" if "bits_per_byte" in text else ""
+        bits = f", {text['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in text else ""
         name = text["name"].rpartition("/")[2]
         lines.append(f"{name[:20]}: loss {text['loss']:.4f}, perplexity {text['perplexity']:,.4g}{bits}")
     lines.append("-" * 78)

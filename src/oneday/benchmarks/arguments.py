@@ -35,7 +35,7 @@ class VersusStockArguments:
         "recipe, gpt2,llama for a decoder's.",
     )
     learning_rates: list[float] = setting(
-        [3e-4, 1e-3, 3e-3], "Learning rates stock chooses from, for each baseline, by short runs unless it is one."
+        [3e-4, 1e-3, 3e-3], "Learning rates stock chooses from, for each baseline, in short runs if there are several."
     )
     screen_minutes: float = setting(2.5, "Minutes of each run that chooses a learning rate.")
     sides: list[str] = setting(["ours", "stock"], "What is run: ours, stock or both; records of the other are shown.")

@@ -30,8 +30,9 @@ from oneday.glue_protocol import (
     choose_device,
     complete_arguments,
 )
-from oneday.glue_results import METRIC_TITLES, RESULTS_FILE
+from oneday.glue_results import METRIC_TITLES
 from oneday.recipe import Settings, build_arguments
+from oneday.run_directory import GLUE_RESULTS
 from oneday.throughput import describe_environment, measure_peak_flops, set_threads
 
 PROGRAM = Path(__file__).parents[3] / "scripts" / "finetune.py"
@@ -117,7 +118,7 @@ def run_ours(job: Job) -> Record:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({**job.recipe, "output_dir": folder}), encoding="utf-8")
         seconds = time_command([str(PROGRAM), str(recipe)])
-        results = json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
+        results = json.loads((Path(folder) / GLUE_RESULTS).read_text(encoding="utf-8"))
     scores = {number: task["scores"] for number, task in results["tasks"].items()}
     facts = {"seconds": seconds, "scores": scores, "threads_a_run": max(results["threads"])}
     return facts | measure_machine(job)

@@ -18,7 +18,7 @@ from oneday.evaluation import evaluate_objective
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION, Objective
 from oneday.packed_dataset import PackedDataset
-from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
+from oneday.throughput import describe_environment, measure_peak_again, peak_memory_bytes, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def describe_result(
     parameters, without_embeddings = count_parameters(model, COMPANION)
     seconds = curve.place["clock_seconds"]
     memory = peak_memory_bytes(device)  # before the products, which take their own
-    peak_flops = max(peak_flops, measure_peak_flops.__wrapped__(device, bf16))
+    peak_flops = measure_peak_again(peak_flops, device, bf16)
     return {
         "curve": curve.points,
         "final": curve.points[-1],

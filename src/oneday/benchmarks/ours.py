@@ -8,15 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from oneday import hub_texts
 from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
-from oneday.durable_files import write_json
+from oneday.hub_texts import write_revisions
 from oneday.model_card import write_reports
 from oneday.recipe import build_arguments
-from oneday.run_directory import SOURCES, create_run
+from oneday.run_directory import create_run
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +60,7 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         if run_dir is not None:  # all is measured
             try:
                 create_run(folder, {**job.recipe, "output_dir": str(run_dir)})
-                if hub_texts.REVISIONS:
-                    write_json(folder / SOURCES, hub_texts.REVISIONS)
+                write_revisions(folder)
                 write_reports(trainer, data, model_args, data_args, metrics)
                 keep_run(folder, run_dir)
             except (OSError, SettingError) as error:  # a full disk, say, does not undo the run

@@ -31,7 +31,7 @@ class Job:
     """One run: a side, a seed.
 
     Attributes:
-        kind: `ours`, `stock`, `ablation` or `throughput`.
+        kind: `ours`, `stock`, `ablation`, `throughput` or `ladder`.
         name: Of the record's file, without `.json`.
         run: Called with this job in a fresh process; returns what the record holds beside the job's own facts.
         recipe: Every setting of the recipe, for `run`; may hold paths and goes into no record.

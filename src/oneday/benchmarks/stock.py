@@ -40,6 +40,7 @@ from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, p
 from oneday.benchmarks.records import Job
 from oneday.budget import Budget, BudgetClock
 from oneday.corpus import resolve_cache_dir
+from oneday.durable_files import written_aside
 from oneday.modeling import FlopCounter, build_model, load_config
 from oneday.objectives import STANDARD_MLM_PROBABILITY, Objective
 from oneday.packed_dataset import smallest_dtype
@@ -291,9 +292,8 @@ def load_chunks(data: PreparedData, kind: str, row_length: int, most_tokens: flo
         logger.info("Tokenising the text for stock, once.")
         chunks = chunk_documents(data, kind, row_length, limit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.stem}.partial.npy")
-        np.save(aside, chunks)
-        aside.replace(path)
+        with written_aside(path) as aside, aside.open("wb") as sink:
+            np.save(sink, chunks)
     return np.load(path, mmap_mode="r")
 
 

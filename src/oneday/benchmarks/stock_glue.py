@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from oneday.attention import count_positions
 from oneday.glue import Task, complete_task, find_task, load_task, score_predictions, take_examples
 from oneday.throughput import set_threads
 
@@ -61,7 +62,7 @@ def run_glue(settings: dict[str, Any]) -> dict[str, Any]:
     config.problem_type = "regression" if regression else "single_label_classification"
     model = AutoModelForSequenceClassification.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
     times.append(time.perf_counter())
-    limit = getattr(config, "max_position_embeddings", None) or settings["max_seq_length"]
+    limit = count_positions(model) or settings["max_seq_length"]
     data = {
         split: tokenize(rows, task, tokenizer, min(settings["max_seq_length"], limit)) for split, rows in data.items()
     }

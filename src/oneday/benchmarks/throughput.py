@@ -1,4 +1,4 @@
-"""throughput: tokens a second, MFU, memory and optimizer state over a grid of settings, in real training steps."""
+"""throughput: tokens per second, MFU, memory and optimizer state over a grid of settings, in real training steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION
 from oneday.optimizers import count_state_bytes
 from oneday.recipe import Settings, build_arguments
-from oneday.throughput import describe_environment, measure_peak_flops, peak_memory_bytes, synchronize
+from oneday.throughput import describe_environment, measure_peak_again, peak_memory_bytes, synchronize
 from oneday.trainer import BudgetTrainer
 
 DEFAULT_GRID = (
@@ -126,13 +126,11 @@ def measure_throughput(job: Job) -> Record:
         if trainer.micro_batch_limit is not None:
             raise SettingError(
                 f"the memory does not hold a micro-batch of {args.micro_batch_tokens} tokens; "
-                f"{trainer.micro_batch_limit} it held."
+                f"it held {trainer.micro_batch_limit}."
             )
         plan, row_length = trainer.step_record.plan, data.train.row_length
         memory = peak_memory_bytes(args.device)  # before the products, which take their own
-        # The machine may be slower at one time than at another: the better of before and after is its peak.
-        peak_after = measure_peak_flops.__wrapped__(args.device, trainer.bf16)
-        peak_flops = max(trainer.peak_flops, peak_after)
+        peak_flops = measure_peak_again(trainer.peak_flops, args.device, trainer.bf16)
         seconds = sum(step["step"] for step in timer.steps)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         return {

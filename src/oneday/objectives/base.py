@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.collators import Batch, Collator
 from oneday.modeling import FlopCounter
-from oneday.objectives.selection import SelectedPositions, find_selected
+from oneday.objectives.selection import SelectedPositions
 from oneday.tokenization import keeps_text
 
 # Held-out masks do not depend on the run's own seed, so that runs compare.
@@ -104,18 +103,18 @@ class Objective:
         """Over how many things each term of the loss is a mean; the first is the number of predicted tokens."""
         return {"loss": len(batch.labels)}
 
-    def summed_terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def summed_terms(self, model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         """Each term summed over the batch, float32 scalars; the keys of `count_terms`.
 
         Args:
-            model: The model, wrapped or not, after `attach`.
+            model: The model after `attach`.
             batch: A batch of this objective's collator.
         """
         return {"loss": self.summed_loss(model, batch)}
 
-    def summed_loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def summed_loss(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """Cross-entropy summed over the predicted positions, in nats, float32 scalar."""
-        return find_selected(model).summed_loss(model, batch)
+        return model.selected_positions.summed_loss(model, batch)
 
     def mean_loss(self, sums: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> torch.Tensor:
         """The weighted sum of the terms' means; of a part of the step, its share of that.

@@ -12,7 +12,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForMaskedLM,
@@ -29,7 +28,6 @@ from oneday.modeling import FlopCounter, build_model
 from oneday.objectives.base import COMPANION
 from oneday.objectives.language_modeling import MaskedLanguageModeling
 from oneday.objectives.selection import SelectedPositions
-from oneday.objectives.sentence_pairs import find_bare
 
 OWN_HEAD = "electra"
 
@@ -81,10 +79,9 @@ class ReplacedTokenDetection(MaskedLanguageModeling):
         tokens = int(batch.doc_lengths.sum())
         return {"generator": len(batch.labels), "discriminator": tokens, "detection_accuracy": tokens}
 
-    def summed_terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def summed_terms(self, model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         """See Objective."""
-        bare = find_bare(model)
-        generator, selected = getattr(bare, COMPANION), bare.selected_positions
+        generator, selected = getattr(model, COMPANION), model.selected_positions
         output = selected.run(generator, batch.inputs, batch.positions)
         sums = {"generator": selected.score(output, batch.labels)}
         with torch.no_grad():
@@ -92,7 +89,7 @@ class ReplacedTokenDetection(MaskedLanguageModeling):
             parts = zip(output.split(rows), batch.extras["draws"].split(rows))
             drawn = torch.cat([draw_tokens(selected.logits(part), draws) for part, draws in parts])
         inputs, is_replaced = self.replace(batch, drawn)
-        logits = bare(**inputs).logits.reshape(is_replaced.shape).float()
+        logits = model(**inputs).logits.reshape(is_replaced.shape).float()
         is_token = batch.extras["is_token"]
         errors = F.binary_cross_entropy_with_logits(logits, is_replaced.float(), reduction="none")
         sums["discriminator"] = (errors * is_token).sum()

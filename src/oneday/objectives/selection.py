@@ -107,10 +107,3 @@ def find_body(model: nn.Module) -> nn.Module:
 def pass_through(hidden: torch.Tensor) -> torch.Tensor:
     """The output projection's forward while it is fused with the loss."""
     return hidden
-
-
-def find_selected(model: nn.Module) -> SelectedPositions:
-    """The hook that `attach` put on a model, through any wrapper (DDP, compiled)."""
-    while not hasattr(model, "selected_positions"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model.selected_positions

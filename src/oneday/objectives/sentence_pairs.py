@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
 from oneday.arguments import SettingError
 from oneday.collators import Batch, PairedCollator
 from oneday.objectives.language_modeling import MaskedLanguageModeling
-from oneday.objectives.selection import find_selected
 
 NEGATIVES = ("swapped", "random")
 
@@ -55,9 +53,9 @@ class MaskedWithNextSentence(MaskedLanguageModeling):
             counts |= dict.fromkeys(("nsp", "pair_accuracy"), len(batch.extras["pair_labels"]))
         return counts
 
-    def summed_terms(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def summed_terms(self, model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         """See Objective."""
-        selected, bare = find_selected(model), find_bare(model)
+        selected = model.selected_positions
         selected.others = batch.extras.get("pair_starts")
         try:
             sums = {"masked": selected.summed_loss(model, batch)}
@@ -66,14 +64,7 @@ class MaskedWithNextSentence(MaskedLanguageModeling):
             selected.others = selected.other_states = None
         if "pair_labels" in batch.extras:
             labels = batch.extras["pair_labels"]
-            logits = bare.cls.seq_relationship(bare.base_model.pooler(states[:, None])).float()
+            logits = model.cls.seq_relationship(model.base_model.pooler(states[:, None])).float()
             sums["nsp"] = F.cross_entropy(logits, labels, reduction="sum")
             sums["pair_accuracy"] = (logits.argmax(-1) == labels).sum().float()
         return sums
-
-
-def find_bare(model: nn.Module) -> nn.Module:
-    """The stock model inside any wrapper."""
-    while not isinstance(model, PreTrainedModel):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
