@@ -20,15 +20,8 @@ from oneday.benchmarks.planning import make_plan
 from oneday.benchmarks.throughput import run_throughput
 from oneday.benchmarks.versus_stock import run_versus_stock
 from oneday.glue_protocol import FinetuneArguments
-from oneday.recipe import (
-    build_arguments,
-    fields_of,
-    format_help,
-    resolve_settings,
-    run_program,
-    split_command_line,
-    split_mode,
-)
+from oneday.program import run_program
+from oneday.recipe import build_arguments, fields_of, format_help, resolve_settings, split_command_line, split_mode
 from oneday.signals import resumable
 
 DESCRIPTION = (

@@ -10,7 +10,8 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError, setting
 from oneday.comparison import draw_comparison, format_comparison, name_runs, read_evaluations
 from oneday.durable_files import read_json
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 
 DESCRIPTION = "Compare runs by their held-out loss: a table with the time to match, and a picture of the curves."
 EXAMPLE = "python scripts/compare_runs.py runs/first runs/second"

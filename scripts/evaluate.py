@@ -12,7 +12,8 @@ from oneday.arguments import SettingError
 from oneday.classification import hash_weights
 from oneday.durable_files import make_folder
 from oneday.model_card import refresh_card
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 from oneday.run_directory import ZERO_SHOT_RESULTS
 from oneday.scoring import load_scorer
 from oneday.signals import resumable

@@ -10,7 +10,8 @@ from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments, find_output_dir
 from oneday.glue_results import compare_with_full, format_results
 from oneday.model_card import refresh_card
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 from oneday.run_directory import GLUE, GLUE_RESULTS
 from oneday.signals import resumable
 

@@ -18,14 +18,8 @@ from oneday.ladder import (
 )
 from oneday.plan_table import format_plan
 from oneday.planning import PlanArguments, plan_budget
-from oneday.recipe import (
-    build_arguments,
-    fields_of,
-    resolve_settings,
-    run_program,
-    split_command_line,
-    split_mode,
-)
+from oneday.program import run_program
+from oneday.recipe import build_arguments, fields_of, resolve_settings, split_command_line, split_mode
 from oneday.signals import resumable
 
 DESCRIPTION = (

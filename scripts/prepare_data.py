@@ -15,7 +15,8 @@ from oneday.arguments import (
 from oneday.objectives import find_objective
 from oneday.packed_dataset import PackedDataset
 from oneday.preparation import prepare_data, tokenize_shard
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 from oneday.throughput import set_threads
 
 logger = logging.getLogger("oneday.prepare_data")

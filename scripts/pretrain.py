@@ -6,14 +6,14 @@ import functools
 from contextlib import ExitStack
 
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
-from oneday.callbacks import leave_on_signals
 from oneday.model_card import write_reports
 from oneday.opening import open_run, pin_sources, say_finished
 from oneday.pretraining import perform_run
-from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
+from oneday.program import run_program
+from oneday.recipe import build_arguments, complete_settings, resolve_settings
 from oneday.replay import read_replayed_settings
 from oneday.run_directory import inspect_run
-from oneday.signals import INTERRUPTED
+from oneday.signals import INTERRUPTED, end_with_launcher, leave_on_signals
 
 DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
@@ -34,6 +34,7 @@ def main() -> int:
     code = 0
     with ExitStack() as held:
         held.enter_context(leave_on_signals(INTERRUPTED))
+        end_with_launcher()
         pin_sources(args)
         trainer, data = assemble_trainer(model_args, data_args, args)
         fingerprints = data.fingerprint, trainer.model_fingerprint

@@ -14,7 +14,8 @@ from oneday.arguments import SettingError, setting
 from oneday.checkpoints import find_good_checkpoint
 from oneday.hub import describe_failure, push_checkpoint, push_model, send_patiently
 from oneday.model_card import refresh_card
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 
 
 @dataclass

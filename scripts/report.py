@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from oneday.arguments import setting
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 from oneday.reporting import format_report, format_samples
 
 

@@ -11,7 +11,8 @@ from transformers import TextStreamer, pipeline
 
 from oneday.arguments import SettingError, setting
 from oneday.attention import count_positions
-from oneday.recipe import parse_recipe, run_program
+from oneday.program import run_program
+from oneday.recipe import parse_recipe
 from oneday.reporting import format_filled
 from oneday.scoring import Scorer, load_scorer
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 import signal
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,16 +22,20 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 import numpy as np
 import pytest
 import torch
+from benchmark_parts import in_this_process, recipe  # noqa: F401  # fixtures
+from classifiers import bert, data_dir, gpt  # noqa: F401  # fixtures
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainerCallback
 
 from oneday.arguments import BudgetTrainingArguments
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
+from oneday.program import run_program
 from oneday.run_directory import read_metrics
 from oneday.tokenization import train_tokenizer
 from oneday.trainer import BudgetTrainer
 
+ROOT = Path(__file__).parent.parent
 ROW_LENGTH = 32
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -171,3 +179,28 @@ def make_trainer(tokenizers, packed, tmp_path):
         return build_trainer(tmp_path / output, name, tokenizers, rows, tokenizer, **settings)
 
     return make
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path, capsys):
+    """Runs a script's main in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+
+    def run(name, *argv):
+        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            run_program(module.main)
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_benchmark(run_script):
+    """Runs scripts/benchmark.py as `run_script` does."""
+    return functools.partial(run_script, "benchmark")

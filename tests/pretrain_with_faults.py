@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import pretrain  # noqa: E402
 
 from oneday.loader import StepLoader  # noqa: E402
-from oneday.recipe import run_program  # noqa: E402
+from oneday.program import run_program  # noqa: E402
 from oneday.trainer import BudgetTrainer  # noqa: E402
 
 backward, collate = BudgetTrainer.backward, StepLoader.collate

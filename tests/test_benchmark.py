@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
 import os
 import re
 import signal
-import sys
 from contextlib import nullcontext
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from benchmark_parts import ENVIRONMENT, TINY_BERT, TINY_GPT2
 from conftest import ROW_LENGTH
 from datasets import Dataset
 from torch.nn import functional as F
@@ -47,17 +45,12 @@ from oneday.modeling import FlopCounter
 from oneday.objectives import EVALUATION_SEED, find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.preparation import PreparedData
-from oneday.processes import RunError, attempt, run_in_fresh_process
-from oneday.recipe import complete_settings, run_program, split_command_line, split_mode
+from oneday.processes import RunError, run_in_fresh_process
+from oneday.recipe import complete_settings, split_command_line, split_mode
 from oneday.reporting import format_report
 from oneday.run_directory import inspect_run
 from oneday.throughput import has_fast_bf16
 from oneday.trainer import BudgetTrainer
-
-ROOT = Path(__file__).parent.parent
-TINY_BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
-             "intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": 192}  # fmt: skip
-TINY_GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64, "vocab_size": 320}
 
 
 def build_stock(settings, auto_class):
@@ -293,11 +286,6 @@ def test_repeated_words_of_the_command_line():
 
 # ---- Records ----
 
-ENVIRONMENT = {
-    "device": "A processor", "device_type": "cpu", "cores": 2, "threads": 2, "num_processes": 1, "python": "3.11.9",
-    "packages": {"oneday": "0.1.0", "torch": "2.13.0"}, "commit": "abc",
-}  # fmt: skip
-
 
 def make_job(kind="ours", **settings):
     return Job(kind, "a-record", run_ours, {}, {}, {"budget_seconds": 60.0, "seed": 1, "rates": (1, 2)} | settings)
@@ -434,43 +422,6 @@ def test_the_best_learning_rate_is_taken(tmp_path):
 # ---- Whole benchmarks ----
 
 
-@pytest.fixture
-def recipe(texts, tmp_path):
-    """A recipe of a tiny encoder over the shared text, with 3 seconds of budget."""
-    text = tmp_path / "texts.jsonl"
-    text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    ours = TINY_BERT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    for name, config in (("ours", ours), ("rival", TINY_BERT), ("gpt2", TINY_GPT2)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    path = tmp_path / "mini" / "pretrain.yaml"
-    path.parent.mkdir()
-    settings = {
-        "model_config": str(tmp_path / "ours.json"), "dataset_name": str(text), "validation_fraction": 0.1,
-        "vocab_size": 150, "max_seq_length": ROW_LENGTH, "batch_size_tokens": 512, "micro_batch_tokens": 512,
-        "optim": "adamw", "learning_rate": 3e-3, "budget_minutes": 0.05,
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(settings))
-    return path
-
-
-@pytest.fixture
-def run_benchmark(monkeypatch, tmp_path, capsys):
-    """Runs scripts/benchmark.py in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(ROOT)
-
-    def run(*argv):
-        spec = importlib.util.spec_from_file_location("script_benchmark", ROOT / "scripts" / "benchmark.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as stop:
-            run_program(module.main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
-
-
 OTHER_BASELINES = {
     "modernbert": {"model_type": "modernbert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
                    "intermediate_size": 64, "max_position_embeddings": 64, "vocab_size": 192},
@@ -576,19 +527,6 @@ def test_a_kept_run_is_a_run_directory(recipe, tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(record)
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Runs of a benchmark without a process for each, which takes ten seconds to start; the test above has them."""
-
-    def run(function, job, name):
-        outcome = attempt(function, job)
-        if "error" in outcome:
-            raise RunError(name, outcome["error"])
-        return outcome["result"]
-
-    monkeypatch.setattr("oneday.benchmarks.records.run_in_fresh_process", run)
-
-
 @pytest.mark.slow
 def test_a_run_that_was_killed_is_told_what_helps_there():
     with pytest.raises(RunError, match="often a lack of memory; take a smaller model or batch"):
@@ -651,7 +589,7 @@ def test_throughput_says_what_micro_batch_ran(recipe, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BudgetTrainer, "backward", refuse)
     assert measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=128))["micro_batch_tokens"] == 128
-    with pytest.raises(SettingError, match="does not hold a micro-batch of 256 tokens; 128 it held"):
+    with pytest.raises(SettingError, match="does not hold a micro-batch of 256 tokens; it held 128"):
         measure_throughput(make_point(recipe, tmp_path, micro_batch_tokens=256))
 
 

@@ -6,8 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from test_benchmark import in_this_process, run_benchmark  # noqa: F401
-from test_finetune import bert, data_dir, gpt, make_args  # noqa: F401
+from classifiers import make_args
 from transformers import AutoTokenizer
 
 from oneday.benchmarks.finetuning import compare_seconds, describe_number
@@ -15,12 +14,12 @@ from oneday.benchmarks.stock_glue import load_rows, run_glue, tokenize
 from oneday.glue_protocol import complete_arguments
 
 
-def make_settings(model, data_dir, tmp_path, task, **changes):  # noqa: F811
+def make_settings(model, data_dir, tmp_path, task, **changes):
     args = complete_arguments(make_args(model, data_dir, tmp_path, **changes))
     return dataclasses.asdict(args) | {"task_name": task, "seed": 0, "bf16": False}
 
 
-def test_stock_learns_from_rows_of_one_length(bert, data_dir, tmp_path):  # noqa: F811
+def test_stock_learns_from_rows_of_one_length(bert, data_dir, tmp_path):
     settings = make_settings(bert, data_dir, tmp_path, "sst2", max_train_examples=120)
     result = run_glue(settings)
     assert result["scores"]["sst2"]["accuracy"] > 0.9
@@ -32,12 +31,12 @@ def test_stock_learns_from_rows_of_one_length(bert, data_dir, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize(("task", "number"), [("stsb", "stsb"), ("mnli", "mnli_matched")])
-def test_stock_takes_decoders_and_every_kind_of_task(gpt, data_dir, tmp_path, task, number):  # noqa: F811
+def test_stock_takes_decoders_and_every_kind_of_task(gpt, data_dir, tmp_path, task, number):
     settings = make_settings(gpt, data_dir, tmp_path, task, num_train_epochs=1, max_seq_length=40)
     assert run_glue(settings)["scores"].keys() == {number}
 
 
-def test_from_start_to_table(run_benchmark, bert, data_dir, tmp_path, monkeypatch, in_this_process):  # noqa: F811
+def test_from_start_to_table(run_benchmark, bert, data_dir, tmp_path, monkeypatch, in_this_process):
     monkeypatch.setattr("oneday.benchmarks.records.SAME_SPEED", 100.0)  # other tests may run beside this one
     records = tmp_path / "records"
     argv = ["finetuning", "--model_name_or_path", bert, "--task_names", "sst2", "--task_data_dir", data_dir,

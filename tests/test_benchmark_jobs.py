@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from test_benchmark import ENVIRONMENT, recipe, run_benchmark  # noqa: F401
+from benchmark_parts import ENVIRONMENT
+from conftest import ROOT
 
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, check_settings
@@ -31,7 +31,6 @@ from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.recipe import build_arguments, complete_settings, read_layers
 
-ROOT = Path(__file__).parent.parent
 RECIPES = [
     "quickstart/bert.yaml",
     "quickstart/gpt.yaml",
@@ -40,7 +39,7 @@ RECIPES = [
 ]
 
 
-def make_plan(tmp_path, recipe, **settings):  # noqa: F811
+def make_plan(tmp_path, recipe, **settings):
     kind = "decoder" if "gpt" in recipe else "encoder"
     layers = [layer for _, layer in read_layers(str(ROOT / "recipes" / recipe))]
     complete = complete_settings(
@@ -53,8 +52,8 @@ def make_plan(tmp_path, recipe, **settings):  # noqa: F811
     return plan
 
 
-@pytest.mark.parametrize("recipe", RECIPES)  # noqa: F811
-def test_a_recipes_baselines_can_start(recipe, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipes_baselines_can_start(recipe, tmp_path, monkeypatch):
     """What the recipe sets for its own model (`attention_init`, which GPT-2 cannot take) is not asked of stock."""
     monkeypatch.chdir(ROOT)
     plan = make_plan(tmp_path, recipe, output_dir=str(tmp_path / "run"))
@@ -154,7 +153,7 @@ def test_changes_that_measure_nothing_are_refused(tmp_path, change, words):
         check_change(plan, label, change)
 
 
-def test_a_change_under_another_measure_is_refused(run_benchmark, recipe, tmp_path):  # noqa: F811
+def test_a_change_under_another_measure_is_refused(run_benchmark, recipe, tmp_path):
     argv = ["ablate", recipe, "--change", "objective=rtd", "--seeds", 1, "--records_dir", tmp_path / "records"]
     code, _, stderr = run_benchmark(*argv)
     assert code == 1 and "Traceback" not in stderr
@@ -163,7 +162,7 @@ def test_a_change_under_another_measure_is_refused(run_benchmark, recipe, tmp_pa
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_grid_without_words(recipe, tmp_path):  # noqa: F811
+def test_the_grid_without_words(recipe, tmp_path):
     settings = make_plan(tmp_path, recipe).settings
     points = expand_grid([*DEFAULT_GRID, halve_micro_batch(settings)])
     assert {point["optim"] for point in points} == {"muon", "muon_8bit", "adamw", "adamw_8bit"}

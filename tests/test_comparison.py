@@ -6,7 +6,6 @@ import doctest
 import json
 
 import pytest
-from test_programs import run_script  # noqa: F401
 
 from oneday import comparison
 from oneday.comparison import format_comparison, name_runs, read_evaluations, time_to_match
@@ -72,7 +71,7 @@ def test_names_are_short_where_they_can_be():
 
 
 @pytest.mark.parametrize("bits", [False, True])
-def test_the_program(run_script, tmp_path, bits):  # noqa: F811
+def test_the_program(run_script, tmp_path, bits):
     for name, losses in (("one", [5.0, 4.0]), ("two", [4.0, 3.0])):
         write_run(tmp_path / name, losses, bits=bits)
     picture = tmp_path / "pictures" / "both.png"
@@ -90,7 +89,7 @@ def test_the_program(run_script, tmp_path, bits):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen3"])
-def test_a_model_answers(run_script, make_model, tokenizers, tmp_path, name):  # noqa: F811
+def test_a_model_answers(run_script, make_model, tokenizers, tmp_path, name):
     tokenizer = tokenizers["encoder" if name == "bert" else "decoder"]
     make_model(name).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -102,6 +102,22 @@ def test_a_shape_without_a_flat_phase_warms_up_again(make_trainer, caplog):
     assert rates[-1] < 0.1 * max(rates)
 
 
+def test_a_shape_without_a_flat_phase_goes_on_from_any_checkpoint_of_its_end(make_trainer):
+    """A run whose last step was that of a checkpoint keeps no other: a signal there, or no step left after it."""
+    settings = {"lr_shape": "cosine", "decay_fraction": 0.5, "save_steps": 4}
+    folder = finish(make_trainer("bert", budget_steps=8, **settings), settings | {"budget_steps": 8})
+    for checkpoint in list_checkpoints(folder):
+        state = read_state(checkpoint)
+        (checkpoint / "oneday_state.json").write_text(json.dumps(state | {"is_kept": False}))
+        (checkpoint / "checksums.json").unlink()
+        seal_checkpoint(checkpoint)
+    extend_run(folder, settings | {"budget_steps": 16}, Budget(steps=16), "", "")
+    assert [path.name for path in list_checkpoints(folder)][-1] == "checkpoint-8"
+    shutil.rmtree(folder / "checkpoint-8")
+    with pytest.raises(SettingError, match="from before its learning rate fell is not there"):
+        extend_run(folder, settings | {"budget_steps": 16}, Budget(steps=16), "", "")
+
+
 def test_a_checkpoint_of_after_the_plateau_is_never_kept(make_trainer, tmp_path):
     """Fetched from the Hub it comes without the one before: a run that goes on from it cannot be extended."""
     settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 2}

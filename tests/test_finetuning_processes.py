@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_finetune import bert, data_dir, make_args  # noqa: F401
+from classifiers import make_args
+from conftest import ROOT
 
 from oneday import finetuning_processes, processes
 from oneday.arguments import SettingError
@@ -27,8 +28,6 @@ from oneday.finetuning_run import plan_run
 from oneday.glue_protocol import complete_arguments
 from oneday.processes import share_out
 
-ROOT = Path(__file__).parents[1]
-
 
 def read_lines(folder):
     return [json.loads(line) for line in (folder / "glue_runs.jsonl").read_text().splitlines()]
@@ -38,7 +37,7 @@ TUNED = {"protocol": "tuned", "tuned_learning_rates": [1e-3, 3e-3], "tuned_epoch
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(TUNED, marks=pytest.mark.slow)], ids=["plain", "tuned"])
-def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, changes):  # noqa: F811
+def test_scores_are_those_of_one_process(bert, data_dir, tmp_path, changes):
     """With dropout and with answers kept; resumed in either way without a further run."""
     shared = {"task_names": ["sst2", "stsb"], "num_seeds": 2, "num_train_epochs": 1, "dropout": 0.1, **changes}
     num_runs = 4 + 20 * bool(changes)  # tuned: two tasks at two rates on five parts first
@@ -76,7 +75,7 @@ def test_every_run_is_shared_out_once_and_no_worse_than_dearest_first(seed):
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):  # noqa: F811
+def test_a_failed_run_is_one_sentence_and_ends_the_others(bert, data_dir, tmp_path):
     args = make_args(bert, data_dir, tmp_path, num_seeds=3, num_processes=2, num_train_epochs=1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "runs").write_text("in the way of the answers")
@@ -93,7 +92,7 @@ SLOW_VICTIMS = [pytest.param(*case, marks=pytest.mark.slow) for case in (
 
 
 @pytest.mark.parametrize(("victim", "number"), [("group", signal.SIGINT), *SLOW_VICTIMS])
-def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim, number):  # noqa: F811
+def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, tmp_path, victim, number):
     """Ctrl-C, heard by the whole group as at a terminal; the signals of a batch system, heard by all or by the program
     alone; or one worker killed as for its memory."""
     argv = {"model_name_or_path": bert, "task_names": "sst2", "task_data_dir": data_dir, "output_dir": tmp_path,
@@ -128,7 +127,7 @@ def test_an_interrupt_or_a_lost_process_leaves_nothing_running(bert, data_dir, t
     assert 2 <= len(lines) < 50 and len({line["key"] for line in lines}) == len(lines)
 
 
-def test_how_many_at_a_time(bert, data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_how_many_at_a_time(bert, data_dir, tmp_path, monkeypatch):
     args = complete_arguments(make_args(bert, data_dir, tmp_path, num_threads=4))
     checkpoint = load_checkpoint(bert)
     task = prepare_task("sst2", args, checkpoint)
@@ -148,7 +147,7 @@ def test_how_many_at_a_time(bert, data_dir, tmp_path, monkeypatch):  # noqa: F81
     assert choose(runs) == 1, "a large model fills the cores"
 
 
-def test_threads_of_a_run_do_not_depend_on_what_is_finished_or_on_memory(bert, data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_threads_of_a_run_do_not_depend_on_what_is_finished_or_on_memory(bert, data_dir, tmp_path, monkeypatch):
     """Two cores and three runs: one thread each, also where only one is missing and memory holds one process."""
     monkeypatch.setattr(finetuning_processes, "MIN_FLOPS", 1.0)
     monkeypatch.setattr(finetuning_processes, "available_memory_bytes", lambda: 1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROW_LENGTH
+from conftest import ROOT, ROW_LENGTH
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from oneday.attention import PACKED, attend_packed, build_layout
@@ -18,7 +17,6 @@ from oneday.glue import TASKS
 from oneday.modeling import build_model, find_position_table, load_config, make_sinusoids
 from oneday.trainer import BudgetTrainer
 
-ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "model_configs" / "transformer-2017.json"
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hub_server import RETRY_AFTER_SECONDS, HubServer, commit_of
-from test_programs import ROOT, SMALL, run_script  # noqa: F401
+from huggingface_hub import HfApi
+from test_programs import SMALL
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory
@@ -31,6 +33,7 @@ from oneday.hub import (
     fetch_sources,
     find_newest,
     hide_paths,
+    push_checkpoint,
     stage_checkpoint,
     stage_model,
     stage_saved_model,
@@ -240,9 +243,10 @@ def test_a_run_that_did_not_fit_on_the_disk_is_fetched_again(tmp_path, monkeypat
     seal_checkpoint(run / "last-checkpoint")
     for name in ("recipe.yaml", "budget.json", "metrics.jsonl"):
         (run / name).write_text("{}")
+    monkeypatch.setattr("oneday.hub.list_remote_checkpoints", lambda api, repo: set())
     monkeypatch.setattr(
         "oneday.hub.snapshot_download",
-        lambda repo, revision, local_dir: shutil.copytree(run, local_dir, dirs_exist_ok=True),
+        lambda repo, revision, local_dir, allow_patterns: shutil.copytree(run, local_dir, dirs_exist_ok=True),
     )
     copy, write = shutil.copyfile, run_directory.write_recipe
 
@@ -353,6 +357,26 @@ def test_of_two_kinds_of_checkpoints_the_one_of_most_steps_comes_back(tmp_path):
     assert "--run_dir '/a b/run'" in describe_command("/a b/run", "ann/tiny")
 
 
+def test_checkpoints_that_an_extension_threw_away_are_removed_from_the_hub(hub, monkeypatch, tmp_path):
+    """Else another machine would take the one of most steps, whose learning rate had fallen; others stay."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    api = HfApi(hub.url, token="hf_good")
+
+    def push(step, strategy="all_checkpoints"):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir(exist_ok=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal_checkpoint(folder)
+        push_checkpoint(api, folder, "ann/tiny", strategy)
+
+    for step in (4, 12, 16):
+        push(step)
+    push(13, "checkpoint")
+    push(13)
+    names = {name.split("/")[0] for name in hub.branches["ann/tiny"]["checkpoints"] if "/" in name}
+    assert names == {"checkpoint-4", "checkpoint-12", "checkpoint-13", "last-checkpoint"}
+
+
 def test_what_cannot_be_brought_back(hub, program, tmp_path):
     code, said = program("pretrain", output_dir=tmp_path / "new", resume_from_hub="ann/nothing")
     assert code == 1
@@ -360,7 +384,7 @@ def test_what_cannot_be_brought_back(hub, program, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_cannot_be_pushed(run_script, tmp_path):  # noqa: F811
+def test_what_cannot_be_pushed(run_script, tmp_path):
     push = ("push_to_hub", tmp_path, "--hub_model_id", "ann/tiny")
     for argv, words in (
         (push, f"run_dir {tmp_path} holds no finished run"),

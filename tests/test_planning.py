@@ -46,7 +46,6 @@ from oneday.recipe import complete_settings, parse_recipe, resolve_settings, spl
 from oneday.scaling_law import Prediction
 from oneday.schedules import interpolate
 
-ROOT = Path(__file__).parent.parent
 PROBE = Probe(4_000_000, 2_000_000, 1e7, 50_000_000, 10_000.0, {"muon": 30_000_000, "muon_8bit": 20_000_000})
 MACHINE = Machine("machine", 100e6, 1e12, 200.0, None)
 SETTINGS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -26,10 +26,9 @@ from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import find_fault, list_checkpoints
 from oneday.durable_files import read_json
 from oneday.packed_dataset import PackedDataset
-from oneday.recipe import build_arguments, complete_settings, resolve_settings, run_program
+from oneday.recipe import build_arguments, complete_settings, resolve_settings
 from oneday.run_directory import create_run, refresh_recipe
 
-ROOT = Path(__file__).parent.parent
 SMALL = {
     "model_config": str(ROOT / "model_configs/bert-mini.json"),
     "vocab_size": 150,
@@ -50,25 +49,6 @@ def text_file(texts, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture
-def run_script(monkeypatch, tmp_path, capsys):
-    """Runs a script's main in this process; returns (exit code, stdout, stderr)."""
-    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(ROOT)
-
-    def run(name, *argv):
-        spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
-        with pytest.raises(SystemExit) as stop:
-            run_program(module.main)
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def flags(**settings):

@@ -17,10 +17,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from hub_server import HubServer
 from safetensors.numpy import load_file
 from shared_rows import BLOCK
-from test_programs import ROOT
 
 from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints, read_state

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from oneday.arguments import SettingError
 from oneday.recipe import fields_of, resolve_settings
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "EXPERIMENTS.md", "recipes/README.md", "model_configs/README.md"]
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT
 
 from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
 from oneday.budget import Budget
@@ -19,7 +18,6 @@ from oneday.position_init import check_attention_init
 from oneday.recipe import parse_recipe
 from oneday.schedules import learning_rate_multiplier
 
-ROOT = Path(__file__).parent.parent
 PRETRAIN = (ModelArguments, DataArguments, BudgetTrainingArguments)
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if "accelerate_configs" not in path.parts)
 PRETRAINING = [path for path in RECIPES if not path.stem.startswith("finetune")]

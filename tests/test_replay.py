@@ -15,6 +15,7 @@ from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import list_checkpoints, read_state
 from oneday.replay import ReplayClock, read_replayed_settings, read_script
+from oneday.run_directory import append_metrics
 
 SETTINGS = {
     "batch_size_tokens_start": 4 * ROW_LENGTH, "max_seq_length_start": ROW_LENGTH // 4, "mlm_probability_end": 0.15,
@@ -92,6 +93,15 @@ def test_a_replay_with_less_memory_takes_smaller_micro_batches(make_trainer):
     again.run()
     assert memory.failures == 1, "once, not at every step"
     assert again.clock.steps == 6
+
+
+def test_a_run_whose_extension_is_not_finished_is_not_replayed(tmp_path):
+    """Its old end is among the events that a resume from there leaves standing."""
+    for event in ({"event": "step", "step": 1, "taken": 1}, {"event": "end", "step": 1}, {"event": "resume", "step": 1,
+                  "from_step": 1}, {"event": "step", "step": 2, "taken": 2}):  # fmt: skip
+        append_metrics(tmp_path, event)
+    with pytest.raises(SettingError, match="holds no finished run"):
+        read_script(tmp_path)
 
 
 def test_what_cannot_be_replayed_is_refused(make_trainer, tmp_path):

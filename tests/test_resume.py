@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from oneday import saving, streamed_rows, text_streams
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.callbacks import heartbeat
+from oneday.beating import heartbeat
 from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.durable_files import read_json
 from oneday.modeling import build_model
@@ -420,7 +420,7 @@ def test_a_line_of_the_metrics_that_a_disk_refuses_does_not_end_the_training(mak
             raise OSError(errno.ESTALE, "Stale file handle")
         return dump(event, **given)
 
-    monkeypatch.setattr("oneday.run_directory.json.dumps", stumble)
+    monkeypatch.setattr("oneday.durable_files.json.dumps", stumble)
     trainer.run()
     assert "It was not written (Stale file handle): step of step 2 is not in metrics.jsonl" in caplog.text
     monkeypatch.undo()
@@ -539,6 +539,21 @@ def test_a_stream_that_breaks_off_leaves_a_checkpoint(make_trainer, monkeypatch,
             assert perform_run(trainer, "new", lambda metrics: None) == ends
         (checkpoint,) = list_checkpoints(trainer.args.output_dir)
         assert checkpoint.name == "checkpoint-3" and find_fault(checkpoint) is None
+
+
+def test_a_stream_that_breaks_off_when_the_budget_is_used_up_ends_the_run(make_trainer, monkeypatch):
+    """The step that would come after the last one is not needed, nor when what is finished is only to be scored."""
+    trainer = make_trainer("bert", budget_steps=3, save_steps=3)
+    whole = trainer.loader.peek
+
+    def peek(progress=None):
+        if trainer.clock.steps == 3:
+            raise SettingError("damaged")
+        return whole(progress)
+
+    monkeypatch.setattr(trainer.loader, "peek", peek)
+    assert perform_run(trainer, "new", lambda metrics: None) == 0
+    assert trainer.clock.steps == 3 and trainer.status == "finished"
 
 
 def test_a_small_micro_batch_stays_only_where_memory_was_small(make_trainer, monkeypatch):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from oneday.arguments import SettingError
 from oneday.ladder import Family, family_of, fit_family, format_law, read_records, to_point
 from oneday.scaling_law import EXPONENTS, Point, fit_law, log_losses, objective_and_slope
 
-ROOT = Path(__file__).parent.parent
 SIZES, TOKENS = (2e6, 5e6, 15e6, 40e6), (1e6, 3e6, 1e7, 3e7)
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import DECODERS, ENCODERS, ROW_LENGTH
+from conftest import DECODERS, ENCODERS, ROOT, ROW_LENGTH
 from safetensors.numpy import load_file
 from sharded_runs import prepare
-from test_programs import ROOT
 
 from oneday import muon
 from oneday.durable_files import read_json

@@ -12,11 +12,10 @@ import threading
 import time
 
 import pytest
-from test_programs import run_script  # noqa: F401
+from conftest import ROOT
 
-from oneday.callbacks import say_ending
 from oneday.processes import attempt, run_in_fresh_process
-from oneday.signals import STOP_SIGNALS, interrupted_by_signals, noted_signals, unheard_by_children
+from oneday.signals import STOP_SIGNALS, interrupted_by_signals, noted_signals, say_ending, unheard_by_children
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_that_keep_what_is_finished_say_run_me_again(run_script, monkeypatch, name, number):  # noqa: F811
+def test_programs_that_keep_what_is_finished_say_run_me_again(run_script, monkeypatch, name, number):
     place, argv = PROGRAMS[name]
 
     def work(*args, **kwargs):
@@ -101,3 +100,28 @@ def test_a_process_of_its_own_ends_with_the_one_that_started_it():
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_a_run_is_said(number):
     assert "a signal ended it" in attempt(signal.raise_signal, number)["error"]
+
+
+LAUNCHED = """
+import os, signal, sys, time
+from oneday.signals import end_with_launcher
+signal.signal(signal.SIGTERM, lambda number, frame: (open(sys.argv[1], "w").write("saved"), os._exit(75)))
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_end_of_the_launcher_is_a_signal_to_what_it_launched(tmp_path):
+    """`accelerate launch` dies of a SIGTERM and passes none on."""
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [ROOT / "recipes/accelerate_configs/cpu.yaml", tmp_path / "launched.py", tmp_path / "out"]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.terminate()
+    launcher.wait()
+    until = time.monotonic() + 20
+    while not (tmp_path / "out").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert (tmp_path / "out").read_text() == "saved"

@@ -165,30 +165,40 @@ def test_mixture_follows_its_shares_and_goes_on_from_any_position(stream):
     other = FileStream([TablePart(datasets.Dataset.from_dict({"text": [f"b {i}" for i in range(500)]}), 0, 1)], 1)
     mixed = MixedStream([stream, other], [0.25, 0.75])
     texts = read_pass(mixed, PassKey(1, 0))
-    assert len(set(texts)) == len(texts)
+    assert set(texts) == {*ALL_TEXTS, *other.files[0].texts["text"]}
     share = sum(text.startswith("b") for text in texts) / len(texts)
     assert abs(share - 0.75) < 0.05
     assert texts != read_pass(mixed, PassKey(1, 1))
     check_every_position(mixed, PassKey(1, 1), step=83)
 
 
-def test_a_small_part_of_a_mixture_does_not_begin_the_large_one_again(stream):
-    """Pass after pass of the small part the large one goes on, through all it has, and then from its beginning."""
-    small = FileStream([TablePart(datasets.Dataset.from_dict({"text": [f"b {i}" for i in range(20)]}), 0, 1)], 1)
-    mixed, state, large = MixedStream([stream, small], [0.5, 0.5]), None, []
-    for number in range(60):
-        reader = mixed.open_pass(PassKey(1, number), state)
-        texts = []
+def make_small(texts):
+    return FileStream([TablePart(datasets.Dataset.from_dict({"text": texts}), 0, 1)], 1)
+
+
+def test_a_small_part_of_a_mixture_begins_again_until_the_large_one_is_through(stream):
+    """All that read one pass, a tokenizer say, meet the whole of the large part; in the next pass each goes on."""
+    mixed, state, large, small = MixedStream([stream, make_small(["b 0", "b 1", "b 2"])], [0.5, 0.5]), None, [], []
+    for number in range(3):
+        reader, texts = mixed.open_pass(PassKey(1, number), state), []
         while (text := reader.read()) is not None:
             texts.append(text)
+        assert {*ALL_TEXTS, "b 0", "b 1", "b 2"} == set(texts)
+        assert abs(sum(text.startswith("b") for text in texts) / len(texts) - 0.5) < 0.1
         large += [text for text in texts if text.startswith("file")]
-        assert len(set(texts)) == len(texts) or len(large) > len(ALL_TEXTS)
+        small += [text for text in texts if text.startswith("b")]
         state = json.loads(json.dumps(reader.next_state()))
-        if len(large) > 2 * len(ALL_TEXTS):
-            break
-    assert sorted(large[: len(ALL_TEXTS)]) == sorted(ALL_TEXTS)
-    second = large[len(ALL_TEXTS) : 2 * len(ALL_TEXTS)]
-    assert sorted(second) == sorted(ALL_TEXTS) and second != large[: len(ALL_TEXTS)]
+    for number in range(3):
+        assert sorted(large[number * len(ALL_TEXTS) :][: len(ALL_TEXTS)]) == sorted(ALL_TEXTS)
+    assert large[: len(ALL_TEXTS)] != large[len(ALL_TEXTS) : 2 * len(ALL_TEXTS)]
+    assert all(set(small[place : place + 3]) == {"b 0", "b 1", "b 2"} for place in range(0, len(small) - 2, 3))
+    check_every_position(mixed, PassKey(1, 1), step=83)
+
+
+def test_a_part_of_a_mixture_without_text_is_left_out(stream):
+    mixed = MixedStream([stream, make_small([" ", None])], [0.5, 0.5])
+    assert sorted(read_pass(mixed)) == sorted(ALL_TEXTS)
+    assert read_pass(MixedStream([make_small([" "]), make_small([None])], [0.5, 0.5])) == []
 
 
 def test_first_documents_are_the_same_in_every_pass(stream):

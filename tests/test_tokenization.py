@@ -296,7 +296,7 @@ def test_a_tokenizer_is_kept_whole_or_not_at_all(tmp_path, monkeypatch, fails_in
         raise (Exception if fails_in == "save" else OSError)("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((type(tokenizer), "save_pretrained") if fails_in == "save" else (Path, "rename")), refuse)
+        patch.setattr(*((type(tokenizer), "save_pretrained") if fails_in == "save" else (os, "replace")), refuse)
         with pytest.raises(SettingError, match="could not be written .No space left on device.: free some space"):
             keep_tokenizer(tokenizer, tmp_path / "kept")
     assert not list(tmp_path.iterdir())

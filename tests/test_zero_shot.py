@@ -17,7 +17,6 @@ import pytest
 import torch
 from conftest import UNPACKED
 from datasets import Dataset
-from test_programs import run_script  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneday.arguments import SettingError
@@ -372,7 +371,7 @@ def test_scores_in_batches_are_those_of_single_rows(make_model, tokenizers, anyo
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path, name):  # noqa: F811
+def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path, name):
     folder, tokenizer = tmp_path / "model", tokenizers["encoder" if name == "bert" else "decoder"]
     anyone(make_model(name)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -494,7 +493,7 @@ def test_text_has_the_forms_of_dataset_name(tmp_path, monkeypatch):
         EvaluateArguments(text_name="ann/texts", streaming=True)
 
 
-def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
+def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenizers, tmp_path):
     folder = tmp_path / "model"
     make_model("bert").bert.save_pretrained(folder)
     tokenizers["encoder"].save_pretrained(folder)
@@ -506,7 +505,7 @@ def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenize
     assert code == 1 and f"error: run_dir {folder} has no trained word head" in stderr, "by its own setting"
 
 
-def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):  # noqa: F811
+def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):
     folder = tmp_path / "model"
     config = AutoConfig.for_model("xlnet", vocab_size=320, **UNPACKED["xlnet"])
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

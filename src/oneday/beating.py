@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
 
 
 @contextmanager
@@ -23,3 +28,21 @@ def beating(beat: Callable[[], object], seconds: float) -> Iterator[None]:
     finally:
         left.set()
         thread.join()
+
+
+@contextmanager
+def heartbeat(write: Callable[[], None]) -> Iterator[None]:
+    """Calls `write` at once, every two seconds from a thread, and at the end: a killed process pays for its time."""
+
+    def beat() -> None:
+        try:
+            write()
+        except OSError as error:  # a network disk may stumble; the next beat may reach it again
+            logger.warning("budget.json was not written: %s.", error)
+
+    beat()
+    try:
+        with beating(beat, HEARTBEAT_SECONDS):
+            yield
+    finally:
+        beat()

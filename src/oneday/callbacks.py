@@ -5,22 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from oneday.arguments import SettingError
-from oneday.beating import beating
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
-from oneday.signals import STOP_SIGNALS, handle_signals
 
 if TYPE_CHECKING:
     from oneday.hub import HubPusher
@@ -28,47 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 2.0
 # Evaluations before the last take at most this part of a clock's time: where they are slow, there are fewer.
 EVALUATION_SHARE = 0.05
 # Before one was timed, a checkpoint takes as many times as long as the model alone.
 OPTIMIZER_SHARE = 4.0
-
-
-def say_ending(name: str) -> None:
-    """What a run answers to the first signal that means "save and go away"."""
-    logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", name)
-
-
-@contextmanager
-def leave_on_signals(code: int) -> Iterator[None]:
-    """Where nothing is lost, before the first step and after the last, the same signals but Ctrl-C end at once."""
-
-    def leave(number: int, frame: object) -> None:
-        name = signal.Signals(number).name
-        logger.info("%s came while nothing was being trained; run the same command again.", name)
-        raise SystemExit(code)
-
-    with handle_signals([number for number in STOP_SIGNALS if number != signal.SIGINT], leave):
-        yield
-
-
-@contextmanager
-def heartbeat(write: Callable[[], None]) -> Iterator[None]:
-    """Calls `write` at once, every two seconds from a thread, and at the end: a killed process pays for its time."""
-
-    def beat() -> None:
-        try:
-            write()
-        except OSError as error:  # a network disk may stumble; the next beat may reach it again
-            logger.warning("budget.json was not written: %s.", error)
-
-    beat()
-    try:
-        with beating(beat, HEARTBEAT_SECONDS):
-            yield
-    finally:
-        beat()
 
 
 class BudgetCallback(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from oneday import hub_texts
-from oneday.arguments import DataArguments, SettingError
+from oneday.arguments import DataArguments, SettingError, describe_error
 from oneday.durable_files import make_folder
 from oneday.held_out import HeldOut
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
@@ -82,7 +84,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     of a few files (see `hold_out_of_stream`), and of python-docs its own validation modules.
 
     A mixture takes every document once; with `dataset_weights` it is drawn in that proportion of documents until one
-    part runs out, so that nothing is repeated, and what is left of the others is not used.
+    part runs out, so that nothing is repeated, and what is left of the others is not used. With a stream in it a part
+    that runs out begins again.
 
     Raises:
         SettingError: something named is missing, unreadable, empty, or has no such column.
@@ -122,8 +125,10 @@ def check_data(args: DataArguments, names: list[str]) -> None:
         raise SettingError(
             f"dataset_weights has {len(weights)} numbers for {len(names)} data sets in dataset_name: give one each."
         )
-    if weights is not None and not all(weight > 0 for weight in weights):
-        raise SettingError(f"dataset_weights {weights} must all be above zero: leave out a data set you do not want.")
+    if weights is not None and not all(0 < weight < math.inf for weight in weights):
+        raise SettingError(
+            f"dataset_weights {weights} must all be finite and above zero: leave out a data set you do not want."
+        )
     if args.stream_files < 1:
         raise SettingError(f"stream_files {args.stream_files} must be at least 1.")
     if args.max_train_documents is not None and args.max_train_documents < 1:
@@ -153,7 +158,7 @@ def load_part(name: str, args: DataArguments, split: str | None = None, without:
         texts = hub_texts.load_hub(name, split or args.dataset_split, args)
     if isinstance(texts, TextStream):
         return texts
-    texts = drop_blank(texts)
+    texts = drop_blank(texts, name)
     if not len(texts):
         raise SettingError(f"dataset_name {name!r} holds no text: every {args.text_column!r} in it is empty.")
     return texts
@@ -166,10 +171,21 @@ def load_python_docs(args: DataArguments, split: str) -> datasets.Dataset:
     return docs.select(rows).select_columns("text")
 
 
-def drop_blank(texts: datasets.Dataset) -> datasets.Dataset:
-    """Leaves out the documents that are missing or only white space."""
+def drop_blank(texts: datasets.Dataset, name: str) -> datasets.Dataset:
+    """Leaves out the documents of a data set that are missing or only white space.
+
+    Raises:
+        SettingError: One is not UTF-8.
+    """
     kept = [np.zeros(0, bool)]
-    for batch in texts.with_format("arrow").iter(batch_size=1000):
+    for number, batch in enumerate(texts.with_format("arrow").iter(batch_size=1000)):
+        try:
+            batch["text"].validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise SettingError(
+                f"dataset_name {name!r} holds text that is not UTF-8, in documents {1000 * number} to "
+                f"{1000 * number + len(batch) - 1} ({describe_error(error)}): write it again."
+            ) from None
         filled = pc.not_equal(pc.utf8_trim_whitespace(batch["text"]), "")
         kept.append(pc.fill_null(filled, False).to_numpy(zero_copy_only=False))
     mask = np.concatenate(kept)
@@ -284,7 +300,8 @@ def exceeds_bytes(texts: datasets.Dataset, limit: int) -> bool:
 def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: DataArguments) -> Texts:
     """Leaves out of the part `name` the documents that are also held out, word for word.
 
-    With `validation_name` also by paragraphs: one side may be whole files and the other cut at blank lines.
+    With `validation_name` also by paragraphs: one side may be whole files and the other cut at blank lines. Documents
+    that hold held-out paragraphs beside others stay, and are counted in a warning.
     """
     known = HeldOut(held_out["text"], by_paragraph=bool(args.validation_name))
     if isinstance(train, FileStream):
@@ -301,7 +318,15 @@ def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: Dat
         )
     if repeated.any() and args.validation_name:
         logger.warning("%d documents that are also held out are not trained on.", repeated.sum())
-    return train.select(np.flatnonzero(~repeated)) if repeated.any() else train
+    train = train.select(np.flatnonzero(~repeated)) if repeated.any() else train
+    if args.validation_name:
+        batches = train.with_format("arrow").iter(batch_size=1000)
+        num_touched = sum(known.holds_some(text) for batch in batches for text in batch["text"].to_pylist())
+        if num_touched:
+            logger.warning(
+                "%d documents of %s hold held-out paragraphs beside others and are trained on.", num_touched, name
+            )
+    return train
 
 
 def mix(trains: list[Texts], args: DataArguments) -> Texts:

@@ -38,10 +38,11 @@ def extend_run(output_dir: str | Path, settings: dict[str, Any], budget: Budget,
     """
     folder = Path(output_dir)
     report = read_json(folder / rundir.BUDGET)
-    base = find_base(folder)
+    plateau_end = find_plateau_end(settings["lr_shape"], settings["decay_fraction"])
+    base = find_base(folder, plateau_end, report)
     check_extension(settings, budget, report)
     rundir.check_same_run(folder, read_state(base), data, model)
-    is_falling = find_plateau_end(settings["lr_shape"], settings["decay_fraction"]) == 0.0
+    is_falling = plateau_end == 0.0
     state = read_state(base)["clock"]
     if is_falling:
         logger.info(
@@ -96,13 +97,21 @@ def check_extension(settings: dict[str, Any], budget: Budget, report: dict[str, 
             )
 
 
-def find_base(folder: Path) -> Path:
-    """The checkpoint kept for this, the last one.
+def find_base(folder: Path, plateau_end: float, report: dict[str, Any]) -> Path:
+    """The checkpoint kept for this, the last one; of a shape without a flat phase the one of the run's end also does.
+
+    Args:
+        folder: The run directory.
+        plateau_end: Progress at which the learning rate begins to fall.
+        report: budget.json.
 
     Raises:
         SettingError: When there is none, or it is damaged.
     """
     kept = list_kept(folder)
+    if not kept and plateau_end in (0.0, 1.0):
+        clocks = {path: read_state(path).get("clock", {}) for path in list_checkpoints(folder)}
+        kept = [path for path, clock in clocks.items() if clock.get("steps") == report["spent"]["steps"]]
     if not kept:
         raise SettingError(
             f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there."

@@ -33,6 +33,10 @@ class HeldOut:
         """Whether all of a document is held out: as one, or paragraph by paragraph."""
         return self.knows(text) or all(map(self.knows, cut_paragraphs(text)))
 
+    def holds_some(self, text: str) -> bool:
+        """Whether a paragraph of a document is held out."""
+        return any(map(self.knows, cut_paragraphs(text)))
+
     def knows(self, part: str) -> bool:
         """Whether a document or a paragraph is one of these."""
         return read_start(part) in self.starts and hash_words(part) in self.hashes

@@ -30,6 +30,7 @@ from oneday import run_directory as rundir
 from oneday.arguments import SettingError
 from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
 from oneday.durable_files import read_json, read_lines, synchronize_tree, write_json
+from oneday.recipe import read_yaml
 from oneday.saving import COMPANION_FILE
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,15 @@ def stage_checkpoint(checkpoint: Path, folder: Path, name: str) -> None:
         write_json(folder / rundir.BUDGET, report)
 
 
-def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, private: bool | None = None) -> str:
+def send(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    branch: str,
+    message: str,
+    private: bool | None = None,
+    last_step: int | None = None,
+) -> str:
     """One commit with every file of `folder`; returns its address.
 
     Args:
@@ -169,18 +178,34 @@ def send(api: HfApi, repo_id: str, folder: Path, branch: str, message: str, priv
         branch: Where to; made when it is not there.
         message: Of the commit.
         private: Whether a new repository is.
+        last_step: Checkpoints of more steps are removed there: they are of another run, or of an end that an
+            extension threw away.
     """
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if branch != "main":
         api.create_branch(repo_id, branch=branch, exist_ok=True)
+    replaced = {path.name for path in folder.iterdir() if path.is_dir()}
+    if last_step is not None:
+        replaced |= {name for name in list_remote_checkpoints(api, repo_id) if number_checkpoint(name) > last_step}
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         revision=branch,
         commit_message=message,
-        delete_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.is_dir()],
+        delete_patterns=[f"{name}/*" for name in sorted(replaced)],
     )
     return commit.commit_url
+
+
+def list_remote_checkpoints(api: HfApi, repo_id: str) -> set[str]:
+    """Names of the directories `checkpoint-N` on the branch of the checkpoints."""
+    names = {path.split("/")[0] for path in api.list_repo_files(repo_id, revision=CHECKPOINT_BRANCH) if "/" in path}
+    return {name for name in names if re.fullmatch(rf"{PREFIX}\d+", name)}
+
+
+def number_checkpoint(name: str) -> int:
+    """The steps in the name of one."""
+    return int(name.removeprefix(PREFIX))
 
 
 def send_patiently(push: Callable[[], str]) -> str:
@@ -252,9 +277,10 @@ def push_checkpoint(api: HfApi, checkpoint: Path, repo_id: str, strategy: str, p
         if strategy == "every_save":
             stage_saved_model(checkpoint, Path(folder))
             return send(api, repo_id, Path(folder), "main", message, private)
-        name = checkpoint.name if strategy == "all_checkpoints" else LAST_CHECKPOINT
-        stage_checkpoint(checkpoint, Path(folder), name)
-        return send(api, repo_id, Path(folder), CHECKPOINT_BRANCH, message, private)
+        keeps_all = strategy == "all_checkpoints"
+        stage_checkpoint(checkpoint, Path(folder), checkpoint.name if keeps_all else LAST_CHECKPOINT)
+        last_step = number_checkpoint(checkpoint.name) if keeps_all else None
+        return send(api, repo_id, Path(folder), CHECKPOINT_BRANCH, message, private, last_step)
 
 
 class HubPusher:
@@ -360,7 +386,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
     folder = Path(output_dir)
     with tempfile.TemporaryDirectory(prefix="oneday-hub-") as temporary:
         try:
-            snapshot_download(repo_id, revision=CHECKPOINT_BRANCH, local_dir=temporary)
+            newest = sorted(list_remote_checkpoints(HfApi(), repo_id), key=number_checkpoint)[-1:]
+            wanted = [*RESUMED_FILES, *(f"{name}/*" for name in (LAST_CHECKPOINT, *newest))]
+            snapshot_download(repo_id, revision=CHECKPOINT_BRANCH, local_dir=temporary, allow_patterns=wanted)
         except Exception as error:  # noqa: BLE001
             raise SettingError(
                 f"The setting resume_from_hub is {repo_id!r}, whose branch {CHECKPOINT_BRANCH} cannot be had: "
@@ -373,8 +401,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
         fault = find_fault(newest)
         if fault is not None:
             raise SettingError(f"The checkpoint in resume_from_hub {repo_id} is damaged ({fault}); fetch it again.")
-        before = yaml.safe_load((found / rundir.RECIPE).read_text(encoding="utf-8"))
-        differing = rundir.differing_settings(before, hide_paths(settings))
+        # Where text and model lie may be another place; what they hold is compared when the run goes on.
+        before = read_yaml(str(found / rundir.RECIPE)) | {name: settings.get(name) for name in rundir.PLACES}
+        differing = rundir.differing_settings(hide_paths(before), hide_paths(settings))
         if differing:
             raise SettingError(
                 f"The run in resume_from_hub {repo_id} has other settings ({', '.join(differing)}); give the same "

@@ -14,7 +14,8 @@ from oneday.extension import extend_run
 from oneday.hub import fetch_run, fetch_sources
 from oneday.model_card import refresh_card
 from oneday.pretraining import make_pusher
-from oneday.recipe import Settings, is_first_process
+from oneday.program import is_first_process
+from oneday.recipe import Settings
 from oneday.run_directory import RECIPE, SOURCES, create_run, discard_run, inspect_run, lock_run, refresh_recipe
 
 logger = logging.getLogger(__name__)

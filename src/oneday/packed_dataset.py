@@ -260,7 +260,7 @@ def pack_corpus(
             writer.write_shard(pack_documents(tokens, lengths, tokenizer, kind, row_length, strategy))
             writer.index.pack_seconds += time.perf_counter() - started
         if not writer.index.num_tokens:
-            raise SettingError("dataset_name gave no token at all: choose a corpus that has text.")
+            raise SettingError("dataset_name or validation_name gave no token at all: choose text that has words.")
     _report(writer.index, out_dir)
     return PackedDataset(out_dir)
 

@@ -19,7 +19,7 @@ from oneday.durable_files import written_aside
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
-from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
+from oneday.tokenization import hash_tokenizer, load_tokenizer, special_layout, train_tokenizer, unknown_rate
 from oneday.tokenized_parts import TEXTS_AT_ONCE, EncodedBatch, find_parts, read_parts, write_part
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,13 @@ def prepare_data(args: DataArguments, kind: str, seed: int) -> PreparedData:
     else:
         train = prepare_rows(args, corpus.train, f"{corpus.corpus_hash}/train", tokenizer, kind, cache)
     validation = prepare_rows(args, corpus.validation, f"{corpus.corpus_hash}/validation", tokenizer, kind, cache)
-    return PreparedData(corpus, tokenizer, train, validation, time.monotonic() - begun)
+    data = PreparedData(corpus, tokenizer, train, validation, time.monotonic() - begun)
+    if data.unknown_rate == 1.0:
+        raise SettingError(
+            "The held-out text is nothing but unknown tokens: it has other letters than what the tokenizer was "
+            "trained on; set validation_name or tokenizer_name."
+        )
+    return data
 
 
 def tokenize_shard(args: DataArguments, kind: str, part: ShardArguments) -> Path:
@@ -137,7 +143,14 @@ def locate_parts(cache: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> 
 def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Path) -> PreTrainedTokenizerBase:
     """The named tokenizer, or one trained on the corpus (once a corpus and setting)."""
     if args.tokenizer_name is not None:
-        return load_tokenizer(args.tokenizer_name)
+        tokenizer = load_tokenizer(args.tokenizer_name)
+        special_layout(tokenizer, kind)
+        if kind == "encoder" and tokenizer.mask_token_id is None:
+            raise SettingError(
+                f"tokenizer_name {args.tokenizer_name!r} has no mask token, which an encoder's objective needs; take "
+                "another."
+            )
+        return tokenizer
     settings = ("sampled", args.tokenizer_type, args.vocab_size, args.lowercase, args.tokenizer_train_bytes, kind)
     folder = cache / "tokenizers" / digest(corpus.corpus_hash, *settings)
     if not (folder / "tokenizer.json").exists():

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.callbacks import HubCallback, heartbeat, say_ending
+from oneday.beating import heartbeat
+from oneday.callbacks import HubCallback
 from oneday.checkpoints import read_state
 from oneday.durable_files import read_json
 from oneday.hub import HubPusher
@@ -23,7 +24,7 @@ from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
 from oneday.position_init import leave_room
 from oneday.recovery import are_finite
-from oneday.signals import INTERRUPTED, noted_signals
+from oneday.signals import INTERRUPTED, noted_signals, say_ending
 from oneday.text_streams import StreamInterrupted
 from oneday.throughput import process_age_seconds
 from oneday.trackers import close_trackers

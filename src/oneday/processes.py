@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from oneday.arguments import SettingError
-from oneday.recipe import start_logging
+from oneday.program import start_logging
 from oneday.signals import interrupted_by_signals, noted_signals, unheard_by_children
 
 logger = logging.getLogger(__name__)

@@ -10,22 +10,16 @@ import dataclasses
 import difflib
 import itertools
 import keyword
-import logging
-import os
 import shlex
 import sys
 import textwrap
-import time
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import datasets
-import torch
 import yaml
-from transformers.utils import logging as transformers_logging
 
 from oneday.arguments import SettingError
 
@@ -37,9 +31,6 @@ TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 # Of a key on the command line without one: true where that can be.
 NO_VALUE = object()
-
-# So long after process 0 has ended with an error, its launcher has ended the others.
-ALONE_SECONDS = 5.0
 
 Settings = dict[str, Any]
 
@@ -386,43 +377,3 @@ def format_setting(field: dataclasses.Field) -> list[str]:
         f"  --{field.name.rstrip('_')}{shown}",
         *textwrap.wrap(field.metadata.get("help", ""), 73, initial_indent="      ", subsequent_indent="      "),
     ]
-
-
-def is_first_process() -> bool:
-    """Whether this is process 0 of those that `accelerate launch` started, the one that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def start_logging() -> None:
-    """Plain lines on stderr, without the chatter of the libraries."""
-    level = logging.INFO if is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("httpx", "httpx2", "absl", "datasets", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
-def run_program(main: Callable[[], int | None]) -> None:
-    """Run a script's main: a SettingError becomes one sentence on stderr and exit code 1, Ctrl-C one word and 130."""
-    start_logging()
-    try:
-        code = main()
-    except SettingError as error:
-        say_error(str(error))
-    except torch.OutOfMemoryError:
-        say_error("The memory does not hold the model; take a smaller one, a smaller batch or a lower max_seq_length.")
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
-        code = 130
-    raise SystemExit(code or 0)
-
-
-def say_error(sentence: str) -> NoReturn:
-    """One sentence on stderr, and exit code 1; process 0 speaks for all, unless it is another's error alone."""
-    if not is_first_process():
-        time.sleep(ALONE_SECONDS)
-    sys.stderr.write(f"error: {sentence}\n")
-    raise SystemExit(1) from None

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.budget import Budget, BudgetClock, open_meter
 from oneday.loader import StepPlan
+from oneday.recipe import read_yaml
 
 ATTEMPTS = ("step", "skip")
 # Settings that say where text and model lie; what lies there has to be the same.
-PLACES = {"dataset_name", "validation_name", "text_column", "tokenizer_name", "model_config"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def read_script(run_dir: str | Path) -> list[Attempt]:
         SettingError: When the directory holds no finished run, or one of a version that did not write what is needed.
     """
     events = rundir.read_metrics(run_dir, undone_by_rollback=True)
-    if not any(event["event"] == "end" for event in events):
+    if not events or events[-1]["event"] != "end":
         raise SettingError(f"The setting replay is {run_dir}, which holds no finished run; name the directory of one.")
     steps = [event for event in events if event["event"] in ATTEMPTS]
     if [event.get("taken") for event in steps] != list(range(1, len(steps) + 1)):
@@ -78,11 +76,11 @@ def read_replayed_settings(given: dict[str, Any]) -> dict[str, Any]:
     path = Path(given["replay"]) / rundir.RECIPE
     if not path.is_file():
         raise SettingError(f"The setting replay is {given['replay']}, which holds no run; name a run directory.")
-    recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recorded = read_yaml(str(path))
     may_change = rundir.FREE_SETTINGS - {"micro_batch_tokens", "extend"}
-    places = {name: value for name, value in given.items() if name in PLACES}
+    places = {name: value for name, value in given.items() if name in rundir.PLACES}
     for name, value in given.items():
-        if name in may_change | PLACES | {"replay"} or (name in recorded and value == recorded[name]):
+        if name in may_change | rundir.PLACES | {"replay"} or (name in recorded and value == recorded[name]):
             continue
         had = f"has {recorded[name]!r}" if name in recorded else "does not set it"
         raise SettingError(

@@ -5,6 +5,7 @@ Both answer for sample indices: sample s of a run is always the same row, so tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +29,8 @@ class RowSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
 
-    def share_among(self, ranks: Ranks) -> None:
-        """Say what processes there are, all of which take the same samples."""
+    def share_among(self, ranks: Ranks, must_end: Callable[[], bool]) -> None:
+        """Say what processes there are, all of which take the same samples, and what tells when to wait no longer."""
 
     def close(self, is_last: bool = False) -> None:
         """End what goes on in the background; where nothing is taken any more, without waiting for it."""
@@ -70,8 +71,8 @@ class ShuffledRows:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load."""
 
-    def share_among(self, ranks: Ranks) -> None:
-        """Every process maps the same files."""
+    def share_among(self, ranks: Ranks, must_end: Callable[[], bool]) -> None:
+        """Every process maps the same files, and never waits."""
 
     def close(self, is_last: bool = False) -> None:
         """Nothing goes on."""

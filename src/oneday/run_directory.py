@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from oneday.arguments import SettingError
 from oneday.durable_files import append_line, check_folder, read_json, read_lines, synchronize_path, write_whole
+from oneday.recipe import read_yaml
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"
 # What the code on a card calls the model, until a push to the Hub puts the id there.
@@ -40,6 +41,8 @@ FREE_SETTINGS = {
     "num_threads", "log_level", "micro_batch_tokens", "ddp_timeout",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_license", "hub_private_repo", "resume_from_hub",
 }  # fmt: skip
+# Where text, tokenizer and model lie; what they hold is known by fingerprints.
+PLACES = {"dataset_name", "validation_name", "text_column", "tokenizer_name", "model_config"}
 # Those of them that are of one call, by their defaults.
 ONCE = {"resume_from_hub": None, "extend": False, "push_to_hub": False}
 
@@ -84,7 +87,7 @@ def inspect_run(output_dir: str | Path, settings: dict[str, Any]) -> str:
         if folder.exists() and any(path.name not in (LOCK, STAGING) for path in folder.iterdir()):
             raise SettingError(f"The output_dir {output_dir} is not empty and holds no run; name another directory.")
         return "new"
-    before = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    before = read_yaml(str(recipe))
     is_finished = (folder / RESULTS).exists()
     if settings.get("extend") and is_finished:
         budget = {name: settings.get(name) for name in before.keys() | settings.keys() if name.startswith("budget_")}
@@ -123,7 +126,7 @@ def write_recipe(folder: Path, settings: dict[str, Any]) -> None:
 def read_recipe(output_dir: str | Path) -> dict[str, Any]:
     """Every setting of a run; {}: there is no run."""
     path = Path(output_dir) / RECIPE
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    return read_yaml(str(path)) if path.exists() else {}
 
 
 def refresh_recipe(output_dir: str | Path, settings: dict[str, Any]) -> None:

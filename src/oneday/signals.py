@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # The exit code that means "run me again".
 INTERRUPTED = 75
+# Of Linux's prctl(2): which signal the end of the parent is.
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -62,6 +67,34 @@ def noted_signals(tell: Callable[[str], None] = lambda name: None) -> Iterator[l
 
     with handle_signals(STOP_SIGNALS, note):
         yield noted
+
+
+def say_ending(name: str) -> None:
+    """What a run answers to the first signal that means "save and go away"."""
+    logger.info("%s: ending after what is in hand, with a checkpoint; Ctrl-C again ends at once.", name)
+
+
+@contextmanager
+def leave_on_signals(code: int) -> Iterator[None]:
+    """Where nothing is lost, before the first step and after the last, the same signals but Ctrl-C end at once."""
+
+    def leave(number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        logger.info("%s came while nothing was being trained; run the same command again.", name)
+        raise SystemExit(code)
+
+    with handle_signals([number for number in STOP_SIGNALS if number != signal.SIGINT], leave):
+        yield
+
+
+def end_with_launcher() -> None:
+    """Where `accelerate launch` has started this process, its end is a SIGTERM here: it passes no signal on."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:  # no Linux
+        return
+    if b"accelerate" in command:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from oneday.arguments import SettingError
 from oneday.packed_dataset import pack_documents
 from oneday.packing import PackedRows
 from oneday.ranks import Ranks
-from oneday.text_streams import PassKey, TextStream, read_patiently
+from oneday.text_streams import PassKey, StreamInterrupted, TextStream, read_patiently
 from oneday.tokenization import encode_documents
 
 # Documents of a stream that are packed and shuffled together.
@@ -29,6 +30,8 @@ STREAM_BLOCK_DOCUMENTS = 2_000
 BLOCKS_AHEAD = 2
 # The thread looks this often, in documents tokenised, whether it is to end.
 DOCUMENTS_AT_ONCE = 50
+# And the training this often, where it has to wait for the thread.
+LOOK_SECONDS = 0.5
 
 
 @dataclass
@@ -89,20 +92,27 @@ class StreamedRows:
         self.stream, self.tokenizer, self.kind, self.row_length = stream, copy.deepcopy(tokenizer), kind, row_length
         self.strategy, self.seed = strategy, seed
         self.ranks = Ranks()
+        self.must_end: Callable[[], bool] = lambda: False
         self.blocks: deque[Block] = deque()
         self._reader: BlockReader | None = None
         self._next: dict[str, Any] = {"block": 0, "first_sample": 0, "stream": {"pass": 0, "reader": None}}
 
-    def share_among(self, ranks: Ranks) -> None:
-        """Tokenise only this process's share from now on; every process must take the same samples."""
+    def share_among(self, ranks: Ranks, must_end: Callable[[], bool]) -> None:
+        """Tokenise only this process's share from now on; every process must take the same samples.
+
+        Args:
+            ranks: The processes.
+            must_end: Asked while a block is waited for, whether to give it up.
+        """
         self.close()
-        self.ranks = ranks
+        self.ranks, self.must_end = ranks, must_end
 
     def take(self, samples: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """See RowSource.
 
         Raises:
-            SettingError: The stream cannot be read or has no text; on every process, whichever found it.
+            SettingError: The stream cannot be read, has no text, or stands still when the run must end; on every
+                process, whichever found it.
         """
         while self.blocks and self.blocks[0].end <= samples[0]:
             self.blocks.popleft()
@@ -123,9 +133,13 @@ class StreamedRows:
         if self._reader is None:
             self._reader = BlockReader(self, number, self._next["stream"])
         read, error = self._reader.next_block()
-        errors = [other for other in self.ranks.all_gather(error) if other is not None]
+        found = self.ranks.all_gather((error, read and read.after))
+        errors = [other for other, _ in found if other is not None]
+        if not errors and any(after != read.after for _, after in found):
+            errors = [StreamInterrupted("The processes have not read the same text; run the same command again.")]
         if errors:
-            self.close()
+            # A thread that stands still in a read is not waited for.
+            self.close(is_last=isinstance(errors[0], StreamInterrupted))
             raise errors[0]
         rows = self.ranks.broadcast(number % self.ranks.size, read.rows)
         order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(rows.input_ids))
@@ -194,8 +208,12 @@ class BlockReader:
         while len(self.ahead) <= BLOCKS_AHEAD * self.rows.ranks.size:
             self.ahead.append(self.executor.submit(self.read_block, self.number))
             self.number += 1
+        future = self.ahead.popleft()
+        while not wait([future], LOOK_SECONDS).done:
+            if self.rows.must_end():
+                return None, StreamInterrupted("The stream of dataset_name stood still when the run was to end.")
         try:
-            return self.ahead.popleft().result(), None
+            return future.result(), None
         except SettingError as error:
             return None, type(error)(str(error))  # without its causes, which may not travel
 

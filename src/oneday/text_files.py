@@ -132,6 +132,8 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
             raise SettingError(describe_unreadable(file, error)) from error
         if column not in schema.names:
             raise SettingError(describe_missing_column(column, schema.names, file))
+        if schema.names.count(column) > 1:
+            raise SettingError(f"dataset_name has {file!r} with several columns {column!r}: rename all but one.")
         kind = schema.field(column).type
         # A file without a row may not say its type.
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
@@ -251,7 +253,7 @@ def read_jsonl(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingError(f"dataset_name has {file!r}, whose line {number} is not JSON ({error}).") from error
         if not isinstance(row, dict):
             raise SettingError(f"dataset_name has {file!r}, whose line {number} is not a JSON object: one a line.")

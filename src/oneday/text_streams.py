@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Waits, in seconds, before a read that failed is tried again: five minutes together.
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
-# So many of them, where the file seems damaged.
-DAMAGED_RETRIES = 2
+# After so many of them a file is taken to be damaged: 15 seconds together.
+DAMAGED_RETRIES = 4
 # A mixture's choices are drawn this many at a time.
 CHOICES_AT_ONCE = 1024
 END = object()
@@ -64,7 +64,7 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
         is_closed: Once it is set nothing is read or waited for, and there is no text.
 
     Raises:
-        SettingError: The network did not come back, or the file is damaged.
+        SettingError: The network did not come back, or the file is gone.
     """
     is_closed = is_closed or threading.Event()
     for number, seconds in enumerate((*RETRY_SECONDS, None)):
@@ -75,11 +75,10 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
         except SettingError:
             raise
         except Exception as error:  # the libraries raise a dozen kinds here
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            # The first is Arrow's for a damaged file, or for one whose bytes did not all arrive.
-            if isinstance(error, (ValueError, KeyError, FileNotFoundError)) and number >= DAMAGED_RETRIES:
+            reason = describe_read_error(error)
+            if isinstance(error, FileNotFoundError) and number >= DAMAGED_RETRIES:
                 raise SettingError(
-                    f"The stream of dataset_name cannot be read on: a file is damaged, or not what it was ({reason})."
+                    f"The stream of dataset_name cannot be read on: a file is not there any more ({reason})."
                 ) from error
             if seconds is None:
                 raise StreamInterrupted(
@@ -89,6 +88,11 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
             logger.warning("Reading the stream failed and is tried again in %g s (%s).", seconds, reason)
             is_closed.wait(seconds)
     return None
+
+
+def describe_read_error(error: Exception) -> str:
+    """What a read failed with, in brackets in a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class TextStream:
@@ -115,17 +119,31 @@ class OpenFile:
 
     def __init__(self, file: TextFile, number: int, row: int = 0) -> None:
         self.file, self.number, self.row = file, number, row
+        self.failures = 0
         self._rows: Iterator[str | None] | None = None
 
     def read(self) -> Any:
-        """The next row's text or None; END after the last. After an error the file is opened again at that row."""
+        """The next row's text or None; END after the last, and where the rest turns out to be damaged.
+
+        After an error the file is opened again at that row.
+        """
         try:
             if self._rows is None:
                 self._rows = self.file.read(self.row)
             text = next(self._rows, END)
-        except Exception:
+        except Exception as error:
             self._rows = None
-            raise
+            self.failures += 1
+            # Arrow's for a damaged file, or for one whose bytes did not all arrive.
+            is_damaged = isinstance(error, (ValueError, KeyError)) and not isinstance(error, SettingError)
+            if not is_damaged or self.failures <= DAMAGED_RETRIES:
+                raise
+            logger.warning(
+                "File %d of dataset_name is damaged and left out from row %d on (%s).",
+                self.number, self.row, describe_read_error(error),
+            )  # fmt: skip
+            return END
+        self.failures = 0
         self.row += text is not END
         return text
 
@@ -222,9 +240,9 @@ def is_text(text: object) -> bool:
 
 
 class MixedStream(TextStream):
-    """Streams drawn from by chance; a pass ends with the first that is through.
+    """Streams drawn from by chance; a pass ends once each of them has been through.
 
-    In the next pass that part begins its own next one, and the others go on where they stand.
+    One that is through before the others goes on with its own next pass.
 
     Args:
         parts: The streams.
@@ -236,7 +254,8 @@ class MixedStream(TextStream):
 
     def open_pass(self, key: PassKey, state: dict[str, Any] | None = None) -> MixedReader:
         """See TextStream."""
-        return MixedReader(self, key, state or {"drawn": 0, "parts": [{"pass": 0, "reader": None}] * len(self.parts)})
+        start = {"drawn": 0, "parts": [{"pass": 0, "reader": None}] * len(self.parts), "through": []}
+        return MixedReader(self, key, state or start)
 
 
 class MixedReader:
@@ -244,37 +263,53 @@ class MixedReader:
 
     def __init__(self, stream: MixedStream, key: PassKey, state: dict[str, Any]) -> None:
         self.stream, self.key, self.drawn = stream, key, state["drawn"]
+        self.through = set(state.get("through", ()))
         self.passes = [at["pass"] for at in state["parts"]]
         self.readers = [
             part.open_pass(PassKey(key.seed, at["pass"]), at["reader"])
             for part, at in zip(stream.parts, state["parts"])
         ]
+        # Whether a part has given a text since its pass began here; of one that went on it is not known.
+        self._is_empty = [at["reader"] is None for at in state["parts"]]
         self._choices: tuple[int, np.ndarray] | None = None
-        self._through: int | None = None
 
     def read(self) -> str | None:
         """See TextReader."""
+        while len(self.through) < len(self.readers):
+            part = self.choose()
+            text = self.readers[part].read()
+            self.drawn += 1
+            if text is not None:
+                self._is_empty[part] = False
+                return text
+            self.through.add(part)
+            if not self._is_empty[part]:  # else it has nothing, in whatever order
+                self.begin_again(part)
+        return None
+
+    def choose(self) -> int:
+        """The part whose turn it is."""
         number, place = divmod(self.drawn, CHOICES_AT_ONCE)
         if self._choices is None or self._choices[0] != number:
             generator = np.random.default_rng([*self.key, number])
             self._choices = number, generator.choice(len(self.readers), CHOICES_AT_ONCE, p=self.stream.shares)
-        part = int(self._choices[1][place])
-        text = self.readers[part].read()
-        self.drawn += text is not None
-        self._through = part if text is None else None
-        return text
+        return int(self._choices[1][place])
+
+    def begin_again(self, part: int) -> None:
+        """The next pass of a part that is through."""
+        self.passes[part] += 1
+        key, state = PassKey(self.key.seed, self.passes[part]), self.readers[part].next_state()
+        self.readers[part] = self.stream.parts[part].open_pass(key, state)
+        self._is_empty[part] = True
 
     def state_dict(self) -> dict[str, Any]:
         """See TextReader."""
         parts = [{"pass": number, "reader": at.state_dict()} for number, at in zip(self.passes, self.readers)]
-        return {"drawn": self.drawn, "parts": parts}
+        return {"drawn": self.drawn, "parts": parts, "through": sorted(self.through)}
 
     def next_state(self) -> dict[str, Any]:
         """See TextReader."""
-        parts = self.state_dict()["parts"]
-        if self._through is not None:
-            parts[self._through] = {"pass": self.passes[self._through] + 1, "reader": None}
-        return {"drawn": 0, "parts": parts}
+        return {"drawn": 0, "parts": self.state_dict()["parts"], "through": []}
 
 
 class FirstTexts(TextStream):

@@ -117,6 +117,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
     if not tokenizer.is_fast:
         raise SettingError(f"tokenizer_name={name!r} has no fast version: choose one with a tokenizer.json.")
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= len(tokenizer):
+        raise SettingError(
+            f"tokenizer_name={name!r} has {len(tokenizer)} tokens and an id of {largest}: number them without gaps."
+        )
     return tokenizer
 
 

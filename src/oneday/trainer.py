@@ -213,7 +213,7 @@ class BudgetTrainer(RunTrainer):
     def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset | RowSource) -> StepLoader:
         """The loader of this rank."""
         source = ShuffledRows(dataset, args.shuffle_seed) if isinstance(dataset, PackedDataset) else dataset
-        source.share_among(self.ranks)
+        source.share_among(self.ranks, self.must_end)
         check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
         largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
         largest_rows, _ = plan_rows(args, largest, source.row_length)
@@ -368,9 +368,23 @@ class BudgetTrainer(RunTrainer):
         return self.grad_norm
 
     def next_step_fits(self) -> bool:
-        """Whether the coming step ends inside the budget, by this process's clock; process 0's is the one to ask."""
-        tokens, flops, _ = self.count_step(self.loader.peek())
+        """Whether the coming step ends inside the budget, by this process's clock; process 0's is the one to ask.
+
+        Raises:
+            SettingError: Its stream cannot be read on, on every process, and the budget is not used up.
+        """
+        try:
+            step = self.loader.peek()
+        except SettingError:
+            if any(self.ranks.decide(self.clock.fits(0, 0.0))):
+                raise
+            return False
+        tokens, flops, _ = self.count_step(step)
         return self.clock.fits(tokens, flops)
+
+    def must_end(self) -> bool:
+        """Whether a signal came, or the budget is used up by this process's clock: a stream is waited for no more."""
+        return bool(self.signals) or not self.clock.fits(0, 0.0)
 
     def floating_point_ops(self, inputs: list[Batch]) -> float:
         """Executed FLOPs of the step just taken, over all processes, for `total_flos`."""
