@@ -9,7 +9,6 @@ from pathlib import Path
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError, setting
 from oneday.comparison import draw_comparison, format_comparison, name_runs, read_evaluations
-from oneday.durable_files import read_json
 from oneday.program import run_program
 from oneday.recipe import parse_recipe
 
@@ -38,7 +37,7 @@ def main() -> None:
     (args,) = parse_recipe((ComparisonArguments,), description=DESCRIPTION, example=EXAMPLE)
     names = name_runs(args.run_dirs)
     runs = {name: read_evaluations(folder) for name, folder in names.items()}
-    facts = {name: read_json(Path(folder) / rundir.RESULTS) for name, folder in names.items()}
+    facts = {name: rundir.read_results(folder) for name, folder in names.items()}
     draw_comparison(Path(args.picture), runs, facts)
     sys.stdout.write(f"{format_comparison(runs, facts)}\n\npicture: {args.picture}\n")
 

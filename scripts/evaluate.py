@@ -9,7 +9,7 @@ import torch
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.classification import hash_weights
+from oneday.classification import hash_architecture, hash_weights
 from oneday.durable_files import make_folder
 from oneday.model_card import refresh_card
 from oneday.program import run_program
@@ -42,6 +42,7 @@ def main() -> None:
         "model": Path(args.model_name_or_path).name,
         "kind": scorer.kind,
         "weights_hash": hash_weights(scorer.model.state_dict()),
+        "architecture_hash": hash_architecture(scorer.model.config, scorer.tokenizer),
     }
     with resumable():
         results = run_evaluation(scorer, args, facts, describe_environment(device), folder / ZERO_SHOT_RESULTS)

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from oneday.arguments import SettingError
 from oneday.card_results import zero_shot_section
-from oneday.model_card import card_metadata, glue_section, results_table, training_table, usage
+from oneday.model_card import card_metadata, glue_section, refresh_card, results_table, training_table, usage
 from oneday.reporting import format_report
+from oneday.run_directory import read_metrics
 
 RESULTS = {"eval_loss": 4.125, "corpus": "python-docs", "objective": "mlm"}
 GLUE = {
@@ -116,3 +118,13 @@ def test_a_loss_of_several_terms_is_called_a_sum(tmp_path, objective, term, said
     assert f"held-out loss {said[1]}" in format_report(tmp_path)
     spent = "100.0 % of 1,000,000 tokens and 0.25 usd and 1.5 minutes and 2.5e+17 flops"
     assert f"budget used      {spent}\n" in format_report(tmp_path)
+
+
+def test_results_and_metrics_of_another_project_are_none_of_ours(tmp_path):
+    """A checkpoint of the Hub's examples has files of these names."""
+    (tmp_path / "results.json").write_text('{"eval_accuracy": 0.9}')
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0, "step": 5}\n')
+    refresh_card(tmp_path)
+    assert not (tmp_path / "README.md").exists() and read_metrics(tmp_path) == []
+    with pytest.raises(SettingError, match="no finished run"):
+        format_report(tmp_path)

@@ -307,9 +307,26 @@ def test_encoder_pairs_have_types_and_copas_choices_are_told_apart(bert):
 def test_positions_bound_the_length(bert, caplog):
     checkpoint = load_checkpoint(bert)
     with caplog.at_level(logging.INFO):
-        assert limit_length(128, checkpoint) == 32
-    assert "32 positions" in caplog.text and limit_length(16, checkpoint) == 16
-    assert limit_length(128, dataclasses.replace(checkpoint, num_positions=None)) == 128
+        assert limit_length(128, checkpoint, find_task("rte")) == 32
+    assert "32 positions" in caplog.text and limit_length(16, checkpoint, find_task("rte")) == 16
+    assert limit_length(128, dataclasses.replace(checkpoint, num_positions=None), find_task("rte")) == 128
+
+
+def test_a_length_that_holds_no_word_is_refused(bert):
+    """[CLS] and [SEP] beside a text, and another [SEP] beside a pair of them."""
+    checkpoint = load_checkpoint(bert)
+    assert limit_length(3, checkpoint, find_task("sst2")) == 3 and limit_length(5, checkpoint, find_task("rte")) == 5
+    for length, task in ((2, "sst2"), (4, "rte")):
+        with pytest.raises(SettingError, match=f"max_seq_length is {length}, and . special tokens go to every row"):
+            limit_length(length, checkpoint, find_task(task))
+
+
+def test_a_text_that_spells_a_special_token_is_ordinary_text(bert):
+    checkpoint = load_checkpoint(bert)
+    encoded = encode_batch({"sentence": ["good [SEP] film [MASK]"]}, find_task("sst2"), checkpoint, 16)
+    (ids,) = encoded["input_ids"]
+    assert [id in checkpoint.tokenizer.all_special_ids for id in (ids[0], ids[-1])] == [True, True]
+    assert ids.count(checkpoint.tokenizer.sep_token_id) == 1 and checkpoint.tokenizer.mask_token_id not in ids
 
 
 def test_a_padded_batch_stays_within_the_positions(bert):
@@ -583,6 +600,26 @@ def test_a_saved_classifier_reads_pairs_as_it_was_trained(tokenizers, tmp_path, 
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     wanted = model(**{key: torch.tensor(value) for key, value in trained_on.items()}).logits
     torch.testing.assert_close(loaded(**inputs).logits, wanted, atol=1e-6, rtol=0)
+
+
+def test_a_text_config_inside_another_is_read(tokenizers, tmp_path):
+    """Models of text and pictures keep vocabulary, positions and padding in a config of their own."""
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "intermediate_size": 64, "vocab_size": 320, "max_position_embeddings": 48}  # fmt: skip
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+              "image_size": 56, "patch_size": 14}  # fmt: skip
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizers["decoder"].save_pretrained(tmp_path)
+    checkpoint = load_checkpoint(str(tmp_path))
+    assert checkpoint.num_positions == 48
+    model = build_classifier(checkpoint, find_task("sst2"), None, 0, False).eval()
+    pad = checkpoint.tokenizer.pad_token_id
+    alone = model(input_ids=torch.tensor([[9, 8, 7]])).logits
+    padded = model(
+        input_ids=torch.tensor([[9, 8, 7, pad, pad]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
+    ).logits
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
 
 
 def test_new_names_of_classes_are_another_run(bert, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from oneday.arguments import SettingError
@@ -128,3 +130,14 @@ def test_a_validation_label_that_training_never_saw(tmp_path):
     (tmp_path / "v.csv").write_text("text,label\nx,maybe\ny,yes\n")
     with pytest.raises(SettingError, match="'maybe'; it must be one of: no, yes"):
         load(tmp_path, "text,label\nx,yes\ny,no\n", validation_file=str(tmp_path / "v.csv"))
+
+
+def test_texts_that_look_like_dates_stay_texts_and_bytes_are_refused(tmp_path):
+    lines = "".join(f'{{"text": "2024-01-{day:02}", "label": "a"}}\n{{"text": "2024-02-{day:02}", "label": "b"}}\n'
+                    for day in range(1, 11))  # fmt: skip
+    _, data = load(tmp_path, lines, file="dates.jsonl")
+    assert {*data["train"]["text1"], *data["validation"]["text1"]} >= {"2024-01-01", "2024-02-10"}
+    path = tmp_path / "bytes.parquet"
+    pq.write_table(pa.table({"text": [b"a", b"b"], "label": [0, 1]}), path)
+    with pytest.raises(SettingError, match="holds bytes in the column 'text'"):
+        load_own_task(FinetuneArguments(task_file=str(path)))

@@ -13,7 +13,14 @@ from datasets import Dataset
 from oneday.classification import PreparedTask
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
-from oneday.predictions import are_answered, read_test_splits, spell_answer, write_predictions, write_submission
+from oneday.predictions import (
+    are_answered,
+    read_test_splits,
+    remove_submission,
+    spell_answer,
+    write_predictions,
+    write_submission,
+)
 
 PAIRS = [{"premise": "a", "hypothesis": str(number), "label": -1, "idx": number} for number in range(3)]
 
@@ -71,6 +78,10 @@ def test_submission_is_the_median_runs_in_the_servers_words(tmp_path):
     assert sorted(path.name for path in (tmp_path / "submission").iterdir()) == ["AX.tsv", "MNLI-m.tsv"]
     expected = "index\tprediction\n0\tentailment\n1\tneutral\n2\tcontradiction\n"
     assert (tmp_path / "submission" / "MNLI-m.tsv").read_text() == expected
+    remove_submission(tmp_path, ["rte"])
+    assert len(list((tmp_path / "submission").iterdir())) == 2
+    remove_submission(tmp_path, ["rte", "mnli"])
+    assert not list((tmp_path / "submission").iterdir())
 
 
 @pytest.mark.parametrize(

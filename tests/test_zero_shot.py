@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -9,7 +10,6 @@ import lzma
 import math
 from pathlib import Path
 from statistics import stdev
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -223,6 +223,10 @@ BAD = [
     ("mine", '{"text": "I loved this film", "label": 1}\n', "has the columns label, text, which are no layout"),
     ("mine", '{"query": "Q", "choices": ["x"], "gold": 3}\n', "has the answer 3 of 1 choices"),
     ("mine", '{"query": "Q", "choices": ["x"], "gold": "A"}\n', "Row 1 of task mine cannot be read"),
+    ("mine", '{"query": "Q", "choices": ["x", null], "gold": 0}\n', "None is no text"),
+    ("mine", '{"query": "Q", "choices": "abc", "gold": 0}\n', "its choices are one text"),
+    ("mine", '{"query": "Q", "choices": ["x", "y"], "gold": 0.9}\n', "0.9 is no whole number"),
+    ("mine", '{"sentence_good": "a", "sentence_bad": null}\n', "None is no text"),
 ]
 
 
@@ -425,8 +429,7 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
     for task in ("first", "second"):
         (tmp_path / f"{task}.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
     args = EvaluateArguments(task_names=["first", "second"], task_data_dir=str(tmp_path))
-    path, facts = tmp_path / "out.json", {"weights_hash": "w"}
-    monkeypatch.setattr("oneday.zero_shot_results.hash_architecture", lambda config, tokenizer: tokenizer)
+    path, facts = tmp_path / "out.json", {"weights_hash": "w", "architecture_hash": "a"}
     scorer = Fixed([Score(1.0, 1, False), Score(2.0, 1, False)])
     once, calls = scorer.score, []
 
@@ -436,7 +439,7 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
             raise KeyboardInterrupt
         return once(pairs)
 
-    scorer.score, scorer.model, scorer.tokenizer = stop_at_the_second, SimpleNamespace(config=None), "words"
+    scorer.score = stop_at_the_second
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(scorer, args, facts, {"commit": "old"}, path)
     assert list(json.loads(path.read_text())["tasks"]) == ["first"]
@@ -449,11 +452,11 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
     (tmp_path / "first.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "c"}\n')
     run_evaluation(scorer, args, facts, {}, path)
     assert len(calls) == 4
-    run_evaluation(scorer, args, {"weights_hash": "other"}, {}, path)
+    run_evaluation(scorer, args, facts | {"weights_hash": "other"}, {}, path)
     assert len(calls) == 6
-    scorer.tokenizer = "other words"
-    run_evaluation(scorer, args, {"weights_hash": "other"}, {}, path)
-    assert len(calls) == 8
+    args = dataclasses.replace(args, task_names=["second"])
+    results = run_evaluation(scorer, args, facts | {"architecture_hash": "of another tokenizer"}, {}, path)
+    assert len(calls) == 7 and list(results["tasks"]) == ["second"], "what another tokenizer made does not stay beside"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -503,6 +506,21 @@ def test_a_model_without_a_word_head_is_refused(run_script, make_model, tokenize
     assert code == 1 and f"model_name_or_path {folder} has no trained word head" in stderr
     code, _, stderr = run_script("try_model", folder, "--text", "ka [MASK]")
     assert code == 1 and f"error: run_dir {folder} has no trained word head" in stderr, "by its own setting"
+
+
+def test_a_model_without_its_own_tokenizer_is_refused(run_script, make_model, tokenizers, tmp_path):
+    """transformers makes one of special tokens alone, to which every text is unknown."""
+    folder = tmp_path / "model"
+    make_model("bert").save_pretrained(folder)
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "ka lo"}) + "\n")
+    argv = ["--model_name_or_path", folder, "--task_data_dir", tmp_path, "--task_names", "words"]
+    code, _, stderr = run_script("evaluate", *argv)
+    assert code == 1 and "has no tokenizer" in stderr
+    tokenizer = copy.deepcopy(tokenizers["encoder"])
+    tokenizer.add_tokens([f"new{number}" for number in range(200)])
+    tokenizer.save_pretrained(folder)
+    code, _, stderr = run_script("evaluate", *argv)
+    assert code == 1 and "ids and the model" in stderr
 
 
 def test_models_that_read_in_no_order_and_broken_ones_are_refused(run_script, make_model, tokenizers, tmp_path):

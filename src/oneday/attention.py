@@ -300,7 +300,8 @@ def position_offset(model: nn.Module) -> int:
 
 def count_positions(model: PreTrainedModel) -> int | None:
     """The most tokens of a text that a model has positions for; None: any number (XLNet says -1)."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 0  # MPT's
     return limit - position_offset(model) if limit > 0 else None
 
 

@@ -33,7 +33,7 @@ from oneday.arguments import SettingError, describe_error
 from oneday.attention import count_positions
 from oneday.glue import Task, name_labels
 from oneday.modeling import freeze_sinusoids
-from oneday.tokenization import hash_tokenizer
+from oneday.tokenization import check_fit, hash_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def load_checkpoint(name: str) -> Checkpoint:
             f"model_name_or_path {name} is a {config.model_type} model, which has no sequence classification head in "
             "transformers; fine-tune another architecture."
         )
+    check_fit(tokenizer, config)
     adapt_tokenizer(tokenizer, config)
     try:
         with silence_libraries():
@@ -169,9 +170,11 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     The padding token of a decoder without one is its end token: stock heads read the last token that is not padding,
     and a causal model never looks at what follows it.
     """
-    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
-        # Without its files transformers makes one that knows its special tokens only.
-        raise SettingError("model_name_or_path has no tokenizer; put the one there that the model was trained with.")
+    if tokenizer.pad_token is None:
+        # Where the model has one, its positions are counted from it.
+        pad_id = config.get_text_config().pad_token_id
+        if pad_id is not None and 0 <= pad_id < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     # What is saved beside a classifier makes the inputs that it was trained on. GPT-2 would add the embeddings of the
@@ -180,17 +183,21 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
     # XLNet alone reads its summary from the last position.
     tokenizer.padding_side = "left" if config.model_type == "xlnet" else "right"
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > config.vocab_size:
+
+
+def limit_length(max_seq_length: int, checkpoint: Checkpoint, task: Task) -> int:
+    """`max_seq_length`, or less where the model has fewer positions.
+
+    Raises:
+        SettingError: It holds no word of the task's texts.
+    """
+    is_pair = len(task.columns) > task.num_first_columns
+    num_special, limit = checkpoint.tokenizer.num_special_tokens_to_add(pair=is_pair), checkpoint.num_positions
+    if min(max_seq_length, limit or max_seq_length) <= num_special + is_pair:
         raise SettingError(
-            f"The tokenizer of model_name_or_path has {num_ids} ids and the model {config.vocab_size}; "
-            "put the tokenizer there that the model was trained with."
+            f"max_seq_length is {max_seq_length}, and {num_special} special tokens go to every row of {task.name}; "
+            "raise it."
         )
-
-
-def limit_length(max_seq_length: int, checkpoint: Checkpoint) -> int:
-    """`max_seq_length`, or less where the model has fewer positions."""
-    limit = checkpoint.num_positions
     if limit is None or limit >= max_seq_length:
         return max_seq_length
     logger.info(
@@ -218,7 +225,10 @@ def tokenize_split(rows: Dataset, encode: Callable[[dict[str, list]], dict[str, 
 
 
 def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max_length: int) -> dict[str, list]:
-    """Token ids of a batch of rows, one text or a pair each, truncated and not padded."""
+    """Token ids of a batch of rows, one text or a pair each, truncated and not padded.
+
+    Where the tokenizer has a mark between texts, a text that spells a special token is ordinary text.
+    """
     tokenizer, columns = checkpoint.tokenizer, [batch[name] for name in task.columns]
     split = task.num_first_columns
     # A decoder's tokenizer may set no mark between texts.
@@ -227,10 +237,12 @@ def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max
     groups = [(columns[:split], joints[0]), (columns[split:], joints[1])]
     texts = [[joint.join(parts) for parts in zip(*group)] for group, joint in groups if group]
     num_added = tokenizer.num_special_tokens_to_add(pair=False)
-    if len(texts) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= num_added:
+    has_own_mark = len(texts) == 2 and tokenizer.num_special_tokens_to_add(pair=True) <= num_added
+    if has_own_mark:
         # At the start of the second no truncation takes it.
         texts[1] = [mark + text for text in texts[1]]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    has_own_mark |= len(columns) - split > 1
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=not has_own_mark)
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     for row, ids in enumerate(inputs["input_ids"]):
         if not ids:
@@ -262,7 +274,7 @@ def build_classifier(
     config.id2label = dict(enumerate(name_labels(task)))
     config.label2id = {name: label for label, name in config.id2label.items()}
     config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
-    config.pad_token_id = checkpoint.tokenizer.pad_token_id
+    config.pad_token_id = config.get_text_config().pad_token_id = checkpoint.tokenizer.pad_token_id
     config.use_cache = False
     set_dropout(config, dropout)
     set_seed(seed)

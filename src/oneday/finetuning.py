@@ -99,9 +99,13 @@ def score_tasks(
     ]
     lines = obtain_runs(checkpoint, args, runs, may_start_processes)
     table = describe_table(args, checkpoint)
-    kept = keep_earlier(table, read_json(output_dir / GLUE_RESULTS))
+    earlier = read_json(output_dir / GLUE_RESULTS)
+    kept = keep_earlier(table, earlier)
     if not kept:
         remove_submission(output_dir)
+    else:
+        rows = {entry["data_hash"] for entry in kept.values()}
+        remove_submission(output_dir, [task.task.name for task in prepared if task.data_hash not in rows])
     submissions = write_submissions(args, prepared, runs, lines)
     results = summarize_runs(args, table, prepared, lines, kept, choices, submissions)
     write_json(output_dir / GLUE_RESULTS, results)
@@ -192,7 +196,7 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
         num_rows = {split: len(rows) for split, rows in data.items()}
         data = {split: take_examples(rows, limits[split]) for split, rows in data.items()}
         data_hash = hash_rows(data)
-        max_length = limit_length(args.max_seq_length, checkpoint)
+        max_length = limit_length(args.max_seq_length, checkpoint, task)
         encode = functools.partial(encode_batch, task=task, checkpoint=checkpoint, max_length=max_length)
         splits = {split: tokenize_split(rows, encode) for split, rows in data.items()}
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}

@@ -297,7 +297,14 @@ def read_file(path: Path, text_columns: Iterable[str]) -> pa.Table:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
         if path.suffix == ".jsonl":
-            return pyarrow.json.read_json(path, read_options=pyarrow.json.ReadOptions(block_size=1 << 24))
+            options = pyarrow.json.ReadOptions(block_size=1 << 24)
+            table = pyarrow.json.read_json(path, read_options=options)
+            # Texts that all look like dates have been read as such.
+            dates = [field.with_type(pa.string()) for field in table.schema if pa.types.is_timestamp(field.type)]
+            if not dates:
+                return table
+            parse = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
+            return pyarrow.json.read_json(path, read_options=options, parse_options=parse)
         # GLUE's own .tsv files hold unbalanced quotes, and sentences that read "null" or "NA".
         parse = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
         convert = pyarrow.csv.ConvertOptions(

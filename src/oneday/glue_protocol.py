@@ -76,7 +76,9 @@ class FinetuneArguments:
     random_baseline: bool = setting(False, "Also run the same architecture from random weights, with the same seeds.")
     num_train_epochs: float = setting(5.0, "Passes over the training split.")
     per_device_train_batch_size: int = setting(16, "Examples a step.")
-    per_device_eval_batch_size: int = setting(64, "Examples a batch while scoring; does not change the scores.")
+    per_device_eval_batch_size: int = setting(
+        64, "Examples a batch while scoring; changes no scores but of models that read padding (FNet)."
+    )
     learning_rate: float | None = setting(
         None, "Peak learning rate of AdamW; empty: 4e-5, with peft 4e-4, probe 1e-3."
     )

@@ -55,7 +55,7 @@ def write_reports(
 def refresh_card(output_dir: str | Path) -> None:
     """Write the card of a finished run again, with what has been added to its directory since (scores, say)."""
     folder = Path(output_dir)
-    results = read_json(folder / rundir.RESULTS)
+    results = rundir.read_results(folder)
     if results:
         write_whole(folder / rundir.CARD, format_card(folder, results))
 

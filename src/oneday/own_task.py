@@ -81,6 +81,8 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
         if table.column_names.count(name) != 1:
             has = "two columns" if name in table.column_names else "no column"
             raise SettingError(f"{path} has {has} {name!r}; it has {', '.join(table.column_names)}.")
+        if table.schema.field(name).type in (pa.binary(), pa.large_binary()):
+            raise SettingError(f"{path} holds bytes in the column {name!r}, not text; write it again as strings.")
     labels = [spell_label(label) for label in table[args.label_column].to_pylist()]
     if None in labels:
         number = labels.index(None) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +123,12 @@ def write_submission(output_dir: Path, prepared: PreparedTask, runs: list[tuple[
     return {"seed": run["seed"], "files": [f"{file}.tsv" for file in prepared.test_splits]}
 
 
-def remove_submission(output_dir: Path) -> None:
-    """Take away the server's files, which are of other weights or settings than those that come now."""
-    for name in (*(name for files in SUBMISSION_FILES.values() for name in files.values()), "AX"):
-        (output_dir / SUBMISSION_DIR / f"{name}.tsv").unlink(missing_ok=True)
+def remove_submission(output_dir: Path, tasks: Iterable[str] = tuple(SUBMISSION_FILES)) -> None:
+    """Take away the server's files of some tasks, which are of other weights, settings or rows than come now."""
+    for task in tasks:
+        names = [*SUBMISSION_FILES.get(task, {}).values(), *(["AX"] if task == "mnli" else [])]
+        for name in names:
+            (output_dir / SUBMISSION_DIR / f"{name}.tsv").unlink(missing_ok=True)
 
 
 def spell_answer(task: Task, answer: float | int) -> str:

@@ -58,7 +58,7 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         SettingError: When the run is not there or not finished.
     """
-    results = read_json(Path(run_dir) / rundir.RESULTS)
+    results = rundir.read_results(run_dir)
     if not results:
         raise SettingError(f"There is no finished run in {run_dir}; train one with scripts/pretrain.py.")
     return results

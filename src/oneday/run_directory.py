@@ -236,6 +236,12 @@ def refuse_full_disk(output_dir: str | Path) -> Iterator[None]:
         raise
 
 
+def read_results(run_dir: str | Path) -> dict[str, Any]:
+    """results.json of a run; {} when it is not there, or another project's."""
+    results = read_json(Path(run_dir) / RESULTS)
+    return results if isinstance(results, dict) and "objective" in results else {}
+
+
 def append_metrics(output_dir: str | Path, event: dict[str, Any]) -> None:
     """Add one line to metrics.jsonl; where that fails the line is lost, the training is not."""
     try:
@@ -254,6 +260,8 @@ def read_metrics(output_dir: str | Path, undone_by_rollback: bool = False) -> li
     """
     events: list[dict[str, Any]] = []
     for event in read_lines(Path(output_dir) / METRICS):
+        if "event" not in event:  # another project's
+            continue
         if event["event"] == "resume":
             last = event.get("from_taken", event["from_step"])
             events = [old for old in events if old.get("taken", old["step"]) <= last]

@@ -37,7 +37,7 @@ from oneday.hub import fetch_results
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
 from oneday.recipe import read_yaml
-from oneday.tokenization import keeps_text, special_layout
+from oneday.tokenization import check_fit, keeps_text, special_layout
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,7 @@ def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # configs and tokenizers refuse in many ways
         raise SettingError(describe_load_error(name, error)) from None
+    check_fit(tokenizer, config)
     if config.model_type in OWN_ATTENTION:
         raise SettingError(f"model_name_or_path {name} is a {config.model_type} model, which reads in no fixed order.")
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

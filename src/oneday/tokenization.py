@@ -26,7 +26,7 @@ from typing import Literal
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from oneday.arguments import SettingError
 
@@ -123,6 +123,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer_name={name!r} has {len(tokenizer)} tokens and an id of {largest}: number them without gaps."
         )
     return tokenizer
+
+
+def check_fit(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Look whether a checkpoint's tokenizer is its own.
+
+    Raises:
+        SettingError: There is none, or it has more ids than the model has embeddings.
+    """
+    if len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_ids)):
+        # Without its files transformers makes one that knows its special tokens only.
+        raise SettingError("model_name_or_path has no tokenizer; put the one there that the model was trained with.")
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if vocab_size is not None and num_ids > vocab_size:
+        raise SettingError(
+            f"The tokenizer of model_name_or_path has {num_ids} ids and the model {vocab_size}; "
+            "put the tokenizer there that the model was trained with."
+        )
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -74,9 +74,31 @@ class Question:
         return [max(1, len(continuation.removeprefix(" "))) for _, continuation in self.pairs]
 
 
+def spell(value: Any) -> str:
+    """A text or a number as text.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{value!r} is no text")
+    return str(value)
+
+
+def read_index(value: Any) -> int:
+    """A whole number, also spelled or as 1.0.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{value} is no whole number")
+    return int(value)
+
+
 def read_minimal_pair(row: Row) -> Question:
     """The whole sentence is scored; the good one should be more probable."""
-    pairs = tuple(("", f" {row[name]}") for name in ("sentence_good", "sentence_bad"))
+    pairs = tuple(("", f" {spell(row[name])}") for name in ("sentence_good", "sentence_bad"))
     return Question(pairs, 0, str(row.get("UID", "")))
 
 
@@ -85,7 +107,7 @@ def read_choices(row: Row) -> Question:
     query = row["query"].rstrip()
     asks = any(line.startswith("Question:") for line in (query, query.rpartition("\n")[2]))
     prompt = f"{query}\nAnswer:" if asks and not query.endswith("Answer:") else query
-    return build_choices(prompt, row["choices"], int(row["gold"]))
+    return build_choices(prompt, row["choices"], read_index(row["gold"]))
 
 
 def read_exam(row: Row) -> Question:
@@ -97,7 +119,7 @@ def read_exam(row: Row) -> Question:
 
 def read_piqa(row: Row) -> Question:
     """PIQA as on the Hub."""
-    return build_choices(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return build_choices(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], read_index(row["label"]))
 
 
 def read_endings(row: Row) -> Question:
@@ -105,7 +127,8 @@ def read_endings(row: Row) -> Question:
     context = row["ctx"]
     if "activity_label" in row:
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return build_choices(clean_wikihow(context), [clean_wikihow(end) for end in row["endings"]], int(row["label"]))
+    endings = [clean_wikihow(end) for end in row["endings"]]
+    return build_choices(clean_wikihow(context), endings, read_index(row["label"]))
 
 
 def clean_wikihow(text: str) -> str:
@@ -116,21 +139,20 @@ def clean_wikihow(text: str) -> str:
 def read_social(row: Row) -> Question:
     """Social IQa; its labels count from 1."""
     answers = [row["answerA"], row["answerB"], row["answerC"]]
-    return build_choices(f"Q: {row['context']} {row['question']}\nA:", answers, int(row["label"]) - 1)
+    return build_choices(f"Q: {row['context']} {row['question']}\nA:", answers, read_index(row["label"]) - 1)
 
 
 def read_context_options(row: Row) -> Question:
     """The same continuation after several contexts."""
-    return Question(
-        tuple((context, f" {row['continuation']}") for context in row["context_options"]), int(row["gold"])
-    )
+    end = f" {spell(row['continuation'])}"
+    return Question(tuple((context, end) for context in row["context_options"]), read_index(row["gold"]))
 
 
 def read_blank(row: Row) -> Question:
     """WinoGrande as on the Hub: what follows the blank is scored after each of the two words in it."""
     before, after = row["sentence"].split("_", 1)
     contexts = [before + row[name] for name in ("option1", "option2")]
-    return Question(tuple((context, f" {after.strip()}") for context in contexts), int(row["answer"]) - 1)
+    return Question(tuple((context, f" {after.strip()}") for context in contexts), read_index(row["answer"]) - 1)
 
 
 def read_last_word(row: Row) -> Question:
@@ -141,7 +163,9 @@ def read_last_word(row: Row) -> Question:
 
 def build_choices(prompt: str, choices: list[str], gold: int) -> Question:
     """The same context before every choice."""
-    return Question(tuple((prompt, f" {choice}") for choice in choices), gold)
+    if isinstance(choices, str):
+        raise TypeError("its choices are one text")
+    return Question(tuple((prompt, f" {spell(choice)}") for choice in choices), gold)
 
 
 # Columns beside which a text is to be judged, not continued.

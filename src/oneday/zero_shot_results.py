@@ -13,7 +13,7 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from oneday.arguments import DataArguments, SettingError, setting
-from oneday.classification import hash_architecture, hash_text
+from oneday.classification import hash_text
 from oneday.corpus import load_part, name_corpus, split_names
 from oneday.durable_files import read_json, write_json
 from oneday.scoring import Score, Scorer
@@ -128,7 +128,7 @@ def run_evaluation(
     Args:
         scorer: Of the checkpoint.
         args: The settings.
-        facts: What the file says beside the scores; `weights_hash` tells whose they are.
+        facts: What the file says beside the scores; `weights_hash` and `architecture_hash` tell whose they are.
         environment: Hardware, versions and commit, which each score gets.
         path: The file.
 
@@ -144,7 +144,7 @@ def run_evaluation(
     source = "hub" if args.task_data_dir is None else "files"
     for name, questions in tasks.items():
         asked = [(question.pairs, question.gold, question.group) for question in questions]
-        key = hash_text(repr(asked) + hash_architecture(scorer.model.config, scorer.tokenizer))
+        key = hash_text(repr(asked) + facts["architecture_hash"])
         entry = results["tasks"].get(name, {})
         if entry.get("questions_hash") == key:
             logger.info("%s: these questions have been scored; without %s they are scored anew", name, path)
@@ -185,11 +185,12 @@ def read_texts(args: EvaluateArguments) -> tuple[str, list[str]]:
 
 
 def keep_earlier(results: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """The results with those of other tasks that the file held before, if these are of the same weights."""
-    if earlier.get("weights_hash") != results["weights_hash"]:
+    """The results with those of other tasks that the file held before, if of the same model and tokenizer."""
+    if any(earlier.get(name) != results[name] for name in ("weights_hash", "architecture_hash")):
         if earlier:
             logger.info(
-                "The file held scores of other weights, %s: replaced.", ", ".join(earlier["tasks"]) or "a text"
+                "The file held scores of another model or tokenizer, %s: replaced.",
+                ", ".join(earlier["tasks"]) or "a text",
             )
         return results
     text = {"text": earlier["text"]} if "text" in earlier else {}

@@ -36,7 +36,7 @@ class SelectedPositions:
         self.others: torch.Tensor | None = None
         self.other_states: torch.Tensor | None = None
         self.projection = find_fusable_projection(model)
-        self.num_words = model.config.vocab_size
+        self.num_words = model.config.get_text_config().vocab_size
         self.differentiate = differentiate
         find_body(model).register_forward_hook(self.select)
 
