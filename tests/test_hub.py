@@ -262,11 +262,11 @@ def test_a_run_that_did_not_fit_on_the_disk_is_fetched_again(tmp_path, monkeypat
         if file == "recipe.yaml":
             patch.setattr(run_directory, "write_recipe", fill_disk)
         with pytest.raises(SettingError, match="is full"):
-            fetch_run("ann/tiny", folder, {})
+            fetch_run("ann/tiny", folder, {}, "text", "model")
     assert not folder.exists() or not [path for path in folder.rglob("*") if path.is_file()]
     assert write is run_directory.write_recipe and inspect_run(folder, {}) == "new"
     folder.mkdir(exist_ok=True)
-    fetch_run("ann/tiny", folder, {})
+    fetch_run("ann/tiny", folder, {}, "text", "model")
     assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "recipe.yaml", "budget.json", "metrics.jsonl"}
     assert find_fault(folder / "checkpoint-4") is None
 
@@ -355,6 +355,28 @@ def test_of_two_kinds_of_checkpoints_the_one_of_most_steps_comes_back(tmp_path):
     (tmp_path / "none").mkdir()
     assert find_newest(tmp_path / "none") is None
     assert "--run_dir '/a b/run'" in describe_command("/a b/run", "ann/tiny")
+
+
+def test_a_run_of_another_text_is_not_fetched(tmp_path, monkeypatch):
+    """Nothing of it is left, so that the command with the right text starts in an empty directory."""
+    run, folder = tmp_path / "pushed", tmp_path / "here"
+    (run / "last-checkpoint").mkdir(parents=True)
+    (run / "last-checkpoint" / "oneday_state.json").write_text('{"data": "text", "model": "config"}')
+    (run / "last-checkpoint" / "trainer_state.json").write_text('{"global_step": 4}')
+    seal_checkpoint(run / "last-checkpoint")
+    (run / "recipe.yaml").write_text("dataset_name: /there/a.parquet\n")
+    monkeypatch.setattr("oneday.hub.list_remote_checkpoints", lambda api, repo: set())
+    monkeypatch.setattr(
+        "oneday.hub.snapshot_download",
+        lambda repo, revision, local_dir, allow_patterns: shutil.copytree(run, local_dir, dirs_exist_ok=True),
+    )
+    settings = {"dataset_name": "here/b.parquet"}
+    for data, model, words in (("other", "config", "text or tokenizer"), ("text", "other", "file of model_config")):
+        with pytest.raises(SettingError, match=f"The {words} .* the run in ann/tiny .* leave resume_from_hub out"):
+            fetch_run("ann/tiny", folder, settings, data, model)
+        assert not folder.exists()
+    fetch_run("ann/tiny", folder, settings, "text", "config")
+    assert (folder / "checkpoint-4").is_dir()
 
 
 def test_checkpoints_that_an_extension_threw_away_are_removed_from_the_hub(hub, monkeypatch, tmp_path):

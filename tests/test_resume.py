@@ -556,6 +556,26 @@ def test_a_stream_that_breaks_off_when_the_budget_is_used_up_ends_the_run(make_t
     assert trainer.clock.steps == 3 and trainer.status == "finished"
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_signal_while_the_first_block_is_waited_for_means_run_me_again(make_trainer, monkeypatch, compiles):
+    """Also where the compiler asks for it; the directory of a run without a step is left empty."""
+    trainer = make_trainer("bert", "waiting", budget_steps=3)
+    trainer.args.use_compile = compiles
+
+    def peek(progress=None):
+        trainer.signals.append(signal.SIGTERM)
+        raise StreamInterrupted("stood still")
+
+    monkeypatch.setattr(trainer.loader, "peek", peek)
+    with pytest.raises(SystemExit) as stop:
+        perform_run(trainer, "new", lambda metrics: None)
+    assert stop.value.code == 75 and not Path(trainer.args.output_dir).exists()
+    Path(trainer.args.output_dir).mkdir()
+    monkeypatch.setattr(trainer.loader, "peek", lambda progress=None: (_ for _ in ()).throw(StreamInterrupted("away")))
+    with pytest.raises(StreamInterrupted, match="away"):
+        perform_run(trainer, "new", lambda metrics: None)
+
+
 def test_a_small_micro_batch_stays_only_where_memory_was_small(make_trainer, monkeypatch):
     first = make_trainer("bert", budget_steps=4, save_steps=2)
     first.micro_batch_limit = 2 * ROW_LENGTH

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tracemalloc
+import zlib
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from oneday import text_streams
 from oneday.arguments import SettingError
 from oneday.held_out import HeldOut
 from oneday.stream_files import ParquetPart, StreamShard, TablePart
@@ -199,6 +202,27 @@ def test_a_part_of_a_mixture_without_text_is_left_out(stream):
     mixed = MixedStream([stream, make_small([" ", None])], [0.5, 0.5])
     assert sorted(read_pass(mixed)) == sorted(ALL_TEXTS)
     assert read_pass(MixedStream([make_small([" "]), make_small([None])], [0.5, 0.5])) == []
+
+
+@pytest.mark.parametrize("error", [OSError("Corrupt snappy compressed data."), EOFError("ended"), zlib.error("bad")])
+def test_whatever_a_damaged_file_raises_it_is_left_out(monkeypatch, error, caplog):
+    """Also where several follow each other; an error of the system or the network is none of a file."""
+    monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.0,) * 6)
+
+    class Damaged:
+        def read(self, first):
+            yield from ["begun"][first:]
+            raise error
+
+    whole = make_small(["a", "b"]).files[0]
+    stream = FileStream([Damaged(), Damaged(), Damaged(), whole], 1)
+    reader, read = stream.open_pass(PassKey(0, 0)), []
+    while (text := text_streams.read_patiently(reader)) is not None:
+        read.append(text)
+    assert sorted(read) == ["a", "b", "begun", "begun", "begun"]
+    assert caplog.text.count("is damaged and left out from row 1 on") == 3
+    for other in (OSError(errno.EIO, "Input/output error"), ConnectionError("reset"), TimeoutError("slow")):
+        assert not text_streams.is_damage(other)
 
 
 def test_first_documents_are_the_same_in_every_pass(stream):

@@ -16,6 +16,7 @@ from oneday.preparation import PreparedData, prepare_data
 from oneday.run_directory import BUDGET, check_same_run
 from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
+from oneday.tokenization import check_mask, load_tokenizer
 from oneday.trackers import check_trackers
 from oneday.trainer import BudgetTrainer
 
@@ -57,6 +58,8 @@ def prepare_objective(data_args: DataArguments, args: BudgetTrainingArguments) -
     objective_class.check_rows(
         args, min(args.max_seq_length_start or data_args.max_seq_length, data_args.max_seq_length)
     )
+    if data_args.tokenizer_name is not None and objective_class.needs_mask:
+        check_mask(load_tokenizer(data_args.tokenizer_name), data_args.tokenizer_name)
     with make_ranks(args).first_alone():
         data = prepare_data(data_args, objective_class.kind, args.shuffle_seed)
     return objective_class(data.tokenizer, args), data

@@ -51,6 +51,8 @@ class Checkpoint:
 
     Attributes:
         name: Directory or Hub id.
+        config: As it was saved.
+        tokenizer: With what `adapt_tokenizer` gives it.
         weights: Every pretrained tensor that the classification model has a place for, in float32.
         weights_hash: Of those tensors.
         architecture_hash: Of the configuration and the tokenizer.
@@ -227,7 +229,7 @@ def tokenize_split(rows: Dataset, encode: Callable[[dict[str, list]], dict[str, 
 def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max_length: int) -> dict[str, list]:
     """Token ids of a batch of rows, one text or a pair each, truncated and not padded.
 
-    Where the tokenizer has a mark between texts, a text that spells a special token is ordinary text.
+    Where a fast tokenizer has a mark between texts, a text that spells a special token is ordinary text.
     """
     tokenizer, columns = checkpoint.tokenizer, [batch[name] for name in task.columns]
     split = task.num_first_columns
@@ -242,7 +244,9 @@ def encode_batch(batch: dict[str, list], task: Task, checkpoint: Checkpoint, max
         # At the start of the second no truncation takes it.
         texts[1] = [mark + text for text in texts[1]]
     has_own_mark |= len(columns) - split > 1
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=not has_own_mark)
+    # Tokenizers in Python find their words, too, by what this would switch off.
+    splits = tokenizer.is_fast and not has_own_mark
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, split_special_tokens=splits)
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
     for row, ids in enumerate(inputs["input_ids"]):
         if not ids:

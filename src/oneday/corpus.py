@@ -301,7 +301,7 @@ def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: Dat
     """Leaves out of the part `name` the documents that are also held out, word for word.
 
     With `validation_name` also by paragraphs: one side may be whole files and the other cut at blank lines. Documents
-    that hold held-out paragraphs beside others stay, and are counted in a warning.
+    that hold held-out paragraphs beside others stay, and are counted in a warning (not those of a stream).
     """
     known = HeldOut(held_out["text"], by_paragraph=bool(args.validation_name))
     if isinstance(train, FileStream):

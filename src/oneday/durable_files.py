@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ def written_aside(path: Path, is_durable: bool = True) -> Iterator[Path]:
             synchronize_tree(aside)
         try:
             os.replace(aside, path)
-        except OSError:
-            if not (aside.is_dir() and path.is_dir()):
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
         if aside.is_dir():

@@ -86,16 +86,16 @@ def summarize_runs(
     again = {task.task.name for task in prepared}
     tasks = {number: entry for number, entry in kept.items() if entry["task"] not in again}
     for task in prepared:
-        mine = [run for run in runs if run["task"] == task.task.name]
+        name = task.task.name
+        mine = [run for run in runs if run["task"] == name]
+        shared = {
+            "tuning": {kind: choice for (of, kind), choice in choices.items() if of == name},
+            "own_task": {setting: getattr(args, setting) for setting in OWN_TASK_SETTINGS} if args.task_file else {},
+            "submission": submissions.get(name, {}),
+        }
+        shared = {key: value for key, value in shared.items() if value}
         for split in task.scored_splits:
-            tasks[task.task.name_number(split)] = summarize_number(task, split, mine)
-            tuning = {kind: choice for (name, kind), choice in choices.items() if name == task.task.name}
-            tasks[task.task.name_number(split)] |= {"tuning": tuning} if tuning else {}
-            if args.task_file:
-                own = {name: getattr(args, name) for name in OWN_TASK_SETTINGS}
-                tasks[task.task.name_number(split)]["own_task"] = own
-            if task.task.name in submissions:
-                tasks[task.task.name_number(split)]["submission"] = submissions[task.task.name]
+            tasks[task.task.name_number(split)] = summarize_number(task, split, mine) | shared
     return table | summarize_machines(tasks) | {"tasks": tasks} | summarize_average(tasks)
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from oneday import run_directory as rundir
 from oneday.arguments import SettingError
-from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, seal_checkpoint
+from oneday.checkpoints import PREFIX, SEAL, find_fault, list_checkpoints, read_state, seal_checkpoint
 from oneday.durable_files import read_json, read_lines, synchronize_tree, write_json
 from oneday.recipe import read_yaml
 from oneday.saving import COMPANION_FILE
@@ -169,7 +169,7 @@ def send(
     private: bool | None = None,
     last_step: int | None = None,
 ) -> str:
-    """One commit with every file of `folder`; returns its address.
+    """A commit with every file of `folder` (of more than huggingface_hub sends at once, several); returns its address.
 
     Args:
         api: Client with the user's token.
@@ -209,7 +209,7 @@ def number_checkpoint(name: str) -> int:
 
 
 def send_patiently(push: Callable[[], str]) -> str:
-    """`push()`, tried again while waiting may help; huggingface_hub itself does not repeat a commit."""
+    """`push()`, tried again while waiting may help, and for longer than huggingface_hub does by itself."""
     for seconds in WAITS_SECONDS:
         try:
             return push()
@@ -372,16 +372,19 @@ class HubPusher:
         )  # fmt: skip
 
 
-def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) -> None:
+def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any], data: str, model: str) -> None:
     """Bring the last pushed checkpoint of a run, with its budget and metrics, into an empty output_dir.
 
     Args:
         repo_id: `user/name`.
         output_dir: Where the run goes on.
         settings: Of the run now; paths may be others than they were.
+        data: Fingerprint of the text and tokenizer at hand.
+        model: That of the model config.
 
     Raises:
-        SettingError: When there is no such checkpoint, it cannot be had, or it is of a run with other settings.
+        SettingError: When there is no such checkpoint, it cannot be had, or it is of a run with other settings, text
+            or model.
     """
     folder = Path(output_dir)
     with tempfile.TemporaryDirectory(prefix="oneday-hub-") as temporary:
@@ -401,7 +404,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
         fault = find_fault(newest)
         if fault is not None:
             raise SettingError(f"The checkpoint in resume_from_hub {repo_id} is damaged ({fault}); fetch it again.")
-        # Where text and model lie may be another place; what they hold is compared when the run goes on.
+        # Where text and model lie may be another place; what they hold is compared below.
         before = read_yaml(str(found / rundir.RECIPE)) | {name: settings.get(name) for name in rundir.PLACES}
         differing = rundir.differing_settings(hide_paths(before), hide_paths(settings))
         if differing:
@@ -409,6 +412,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any]) ->
                 f"The run in resume_from_hub {repo_id} has other settings ({', '.join(differing)}); give the same "
                 "settings to go on with it."
             )
+        rundir.check_same_run(repo_id, read_state(newest), data, model, "leave resume_from_hub out")
         # Killed while it copies, it leaves only what is staged, and the same command brings everything again.
         with rundir.refuse_full_disk(folder), rundir.staging(folder, newest.name) as staged:
             shutil.copytree(newest, staged / f"{PREFIX}{read_step(newest)}")

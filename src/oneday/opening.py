@@ -54,7 +54,7 @@ def open_run(
     state = inspect_run(folder, settings)  # another process may have ended it meanwhile
     if state == "new" and settings["resume_from_hub"]:
         try:
-            fetch_run(settings["resume_from_hub"], folder, settings)
+            fetch_run(settings["resume_from_hub"], folder, settings, data_fingerprint, model_fingerprint)
         except SettingError:
             discard_run(folder)
             raise

@@ -19,7 +19,7 @@ from oneday.durable_files import written_aside
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
-from oneday.tokenization import hash_tokenizer, load_tokenizer, special_layout, train_tokenizer, unknown_rate
+from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
 from oneday.tokenized_parts import TEXTS_AT_ONCE, EncodedBatch, find_parts, read_parts, write_part
 
 logger = logging.getLogger(__name__)
@@ -143,14 +143,7 @@ def locate_parts(cache: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> 
 def prepare_tokenizer(args: DataArguments, corpus: Corpus, kind: str, cache: Path) -> PreTrainedTokenizerBase:
     """The named tokenizer, or one trained on the corpus (once a corpus and setting)."""
     if args.tokenizer_name is not None:
-        tokenizer = load_tokenizer(args.tokenizer_name)
-        special_layout(tokenizer, kind)
-        if kind == "encoder" and tokenizer.mask_token_id is None:
-            raise SettingError(
-                f"tokenizer_name {args.tokenizer_name!r} has no mask token, which an encoder's objective needs; take "
-                "another."
-            )
-        return tokenizer
+        return load_tokenizer(args.tokenizer_name)
     settings = ("sampled", args.tokenizer_type, args.vocab_size, args.lowercase, args.tokenizer_train_bytes, kind)
     folder = cache / "tokenizers" / digest(corpus.corpus_hash, *settings)
     if not (folder / "tokenizer.json").exists():
@@ -170,6 +163,8 @@ def keep_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         with written_aside(folder) as aside:
             tokenizer.save_pretrained(aside)
+        if not (folder / "tokenizer.json").exists():
+            raise OSError("something else is there")
     except Exception as error:  # tokenizers raises a plain one
         raise SettingError(
             f"{folder} could not be written ({error}): free some space or set cache_dir elsewhere."

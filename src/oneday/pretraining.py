@@ -45,6 +45,7 @@ def run_pretraining(trainer: BudgetTrainer, resume: bool = False) -> dict[str, f
     """Train until the budget is used up, save, evaluate; returns the final held-out metrics.
 
     Args:
+        trainer: Assembled, with random weights.
         resume: Go on from where the run directory stands.
 
     Raises:
@@ -109,8 +110,15 @@ def train_within_budget(trainer: BudgetTrainer, checkpoint: Path | None) -> None
         with trainer.clock.paused():  # it runs, where a run without a checkpoint is begun again
             trainer.evaluate()
     trainer.args.eval_on_start = False
-    prepare_first_step(trainer, is_new=checkpoint is None)
-    if any(trainer.ranks.decide(trainer.next_step_fits())):
+    try:
+        prepare_first_step(trainer, is_new=checkpoint is None)
+        fits = any(trainer.ranks.decide(trainer.next_step_fits()))
+    except StreamInterrupted:
+        if not any(trainer.ranks.all_reduce(len(trainer.signals))):
+            raise
+        logger.info("Nothing has been trained since the last checkpoint; run the same command again.")
+        raise SystemExit(INTERRUPTED if trainer.ranks.is_first else 0) from None
+    if fits:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     elif checkpoint is None and trainer.clock.carried_seconds:
         raise SettingError(
@@ -146,7 +154,7 @@ def prepare_first_step(trainer: BudgetTrainer, is_new: bool) -> None:
                 count_vectors, table.shape, table.device, trainer.train_dataset, special_ids, args.seed
             )
             take = executor.submit(count).result if table.device.type == "cpu" else count
-        if args.use_compile:
+        if args.use_compile and any(ranks.decide(clock.fits(0, 0.0))):  # else there is no step to compile for
             with clock.account("compilation"):
                 args.use_compile = trainer.rehearse_step()
         if is_counted:

@@ -18,7 +18,6 @@ from oneday.loader import StepPlan
 from oneday.recipe import read_yaml
 
 ATTEMPTS = ("step", "skip")
-# Settings that say where text and model lie; what lies there has to be the same.
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def end_with_launcher() -> None:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:  # no Linux
         return
-    if b"accelerate" in command:
+    words = [Path(word).name for word in command.decode(errors="replace").split("\0")]
+    if {"accelerate", "accelerate-launch", "accelerate.commands.launch"} & set(words[:3]):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -10,8 +10,11 @@ format is read up to it.
 
 from __future__ import annotations
 
+import gzip
 import logging
+import lzma
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -67,27 +70,38 @@ def read_patiently(reader: TextReader, is_closed: threading.Event | None = None)
         SettingError: The network did not come back, or the file is gone.
     """
     is_closed = is_closed or threading.Event()
-    for number, seconds in enumerate((*RETRY_SECONDS, None)):
-        if is_closed.is_set():
-            return None
+    failures, place = 0, None
+    while not is_closed.is_set():
         try:
             return reader.read()
         except SettingError:
             raise
         except Exception as error:  # the libraries raise a dozen kinds here
-            reason = describe_read_error(error)
-            if isinstance(error, FileNotFoundError) and number >= DAMAGED_RETRIES:
+            failed_at, reason = reader.state_dict(), describe_read_error(error)
+            failures, place = (failures if failed_at == place else 0), failed_at  # a damaged file may follow another
+            if isinstance(error, FileNotFoundError) and failures >= DAMAGED_RETRIES:
                 raise SettingError(
                     f"The stream of dataset_name cannot be read on: a file is not there any more ({reason})."
                 ) from error
-            if seconds is None:
+            if failures >= len(RETRY_SECONDS):
                 raise StreamInterrupted(
                     f"The stream of dataset_name cannot be read on ({reason}); check the network, and run the same "
                     "command again."
                 ) from error
+            seconds = RETRY_SECONDS[failures]
+            failures += 1
             logger.warning("Reading the stream failed and is tried again in %g s (%s).", seconds, reason)
             is_closed.wait(seconds)
     return None
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether a read failed as of a damaged file, or of one whose bytes did not all arrive."""
+    if isinstance(error, SettingError):
+        return False
+    damages = (ValueError, KeyError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+    # Arrow's of a compressed page is a plain OSError without a number.
+    return isinstance(error, damages) or (type(error) is OSError and error.errno is None)
 
 
 def describe_read_error(error: Exception) -> str:
@@ -134,14 +148,12 @@ class OpenFile:
         except Exception as error:
             self._rows = None
             self.failures += 1
-            # Arrow's for a damaged file, or for one whose bytes did not all arrive.
-            is_damaged = isinstance(error, (ValueError, KeyError)) and not isinstance(error, SettingError)
-            if not is_damaged or self.failures <= DAMAGED_RETRIES:
+            if not is_damage(error) or self.failures <= DAMAGED_RETRIES:
                 raise
+            name = getattr(self.file, "url", f"File {self.number} of a data set")
             logger.warning(
-                "File %d of dataset_name is damaged and left out from row %d on (%s).",
-                self.number, self.row, describe_read_error(error),
-            )  # fmt: skip
+                "%s is damaged and left out from row %d on (%s).", name, self.row, describe_read_error(error)
+            )
             return END
         self.failures = 0
         self.row += text is not END

@@ -125,6 +125,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_mask(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise SettingError where the tokenizer that `tokenizer_name` names has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise SettingError(
+            f"tokenizer_name {name!r} has no mask token, behind which the objective hides words; take another."
+        )
+
+
 def check_fit(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Look whether a checkpoint's tokenizer is its own.
 

@@ -186,7 +186,9 @@ def read_texts(args: EvaluateArguments) -> tuple[str, list[str]]:
 
 def keep_earlier(results: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """The results with those of other tasks that the file held before, if of the same model and tokenizer."""
-    if any(earlier.get(name) != results[name] for name in ("weights_hash", "architecture_hash")):
+    # Of an older version it says nothing of config and tokenizer.
+    is_same_model = earlier.get("architecture_hash", results["architecture_hash"]) == results["architecture_hash"]
+    if earlier.get("weights_hash") != results["weights_hash"] or not is_same_model:
         if earlier:
             logger.info(
                 "The file held scores of another model or tokenizer, %s: replaced.",

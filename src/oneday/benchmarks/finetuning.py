@@ -173,6 +173,7 @@ def run_finetuning(plan: FinetuningPlan) -> str:
     ]
     found = plan.store.obtain([job for ours, stock in turns for job in (ours, *stock)])
     records = [(found[ours.name], [found[job.name] for job in stock]) for ours, stock in turns]
+    # Every turn of ours has all seeds, whose scores are the same each time.
     sides = {"ours": [ours for ours, _ in records[:1]], "stock": [record for _, stock in records for record in stock]}
     rows = [describe_number(number, sides) for number in records[0][0]["scores"]]
     seconds, ratios = compare_seconds(records)

@@ -43,6 +43,7 @@ class Objective:
         kind: `encoder` or `decoder`; decides the special tokens around each document.
         auto_class: The class of the model that is trained and saved.
         is_packed: Whether it takes packed rows; otherwise one document a row, under the stock attention.
+        needs_mask: Whether it hides tokens behind the tokenizer's mask token.
         pipeline: transformers' pipeline that its checkpoint serves; without a head for words it gives features.
         loss_unit: What its loss is in.
         has_stock_loss: Whether a stock model trained by its own class has the same held-out loss.
@@ -53,6 +54,7 @@ class Objective:
     kind: ClassVar[str]
     auto_class: ClassVar[type]
     is_packed: ClassVar[bool] = True
+    needs_mask: ClassVar[bool] = False
     pipeline: ClassVar[str] = "feature-extraction"
     loss_unit: ClassVar[str] = "nats a predicted token"
     has_stock_loss: ClassVar[bool] = False

@@ -16,7 +16,7 @@ NEVER_SHUFFLED = 3
 class MaskedLanguageModeling(Objective):
     """`mlm`: tokens are hidden and predicted from both sides (Devlin et al. 2019, arXiv 1810.04805)."""
 
-    name, kind, auto_class = "mlm", "encoder", AutoModelForMaskedLM
+    name, kind, auto_class, needs_mask = "mlm", "encoder", AutoModelForMaskedLM, True
     pipeline, has_stock_loss = "fill-mask", True
     collator_class = MaskedCollator
 
