@@ -14,7 +14,6 @@ from oneday.durable_files import make_folder
 from oneday.model_card import refresh_card
 from oneday.program import run_program
 from oneday.recipe import parse_recipe
-from oneday.run_directory import ZERO_SHOT_RESULTS
 from oneday.scoring import load_scorer
 from oneday.signals import resumable
 from oneday.throughput import describe_environment, keep_freed_memory, set_threads
@@ -45,10 +44,10 @@ def main() -> None:
         "architecture_hash": hash_architecture(scorer.model.config, scorer.tokenizer),
     }
     with resumable():
-        results = run_evaluation(scorer, args, facts, describe_environment(device), folder / ZERO_SHOT_RESULTS)
+        results = run_evaluation(scorer, args, facts, describe_environment(device), folder / rundir.ZERO_SHOT_RESULTS)
     sys.stdout.write(f"\n{format_zero_shot(results)}\n")
     refresh_card(folder)
-    sys.stdout.write(f"\nwritten to {folder / ZERO_SHOT_RESULTS}\n")
+    sys.stdout.write(f"\nwritten to {folder / rundir.ZERO_SHOT_RESULTS}\n")
 
 
 def find_output_dir(args: EvaluateArguments) -> Path:

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from oneday.arguments import SettingError
 from oneday.compilation import compile_layers, decide_compiling, find_layers
 from oneday.cross_entropy import differentiate, differentiate_at_once
+from oneday.pretraining import prepare_first_step
 from oneday.sharding import ShardedRanks
 
 
@@ -89,6 +90,17 @@ def test_where_compiling_fails_on_another_process_this_one_runs_uncompiled_too(m
     ]  # the other one's failure
     assert not trainer.rehearse_step()
     assert not any(layer._compiled_call_impl for layer in find_layers(trainer.model))
+
+
+def test_nothing_is_compiled_where_no_step_is_left(make_trainer, monkeypatch):
+    """The last checkpoint of a run becomes its model then, whatever its stream gives."""
+    trainer, rehearsed = make_trainer("bert", budget_steps=1, torch_compile=True), []
+    monkeypatch.setattr(trainer, "rehearse_step", lambda: rehearsed.append(1) or True)
+    prepare_first_step(trainer, is_new=False)
+    assert len(rehearsed) == 1
+    trainer.clock.steps = 1
+    prepare_first_step(trainer, is_new=False)
+    assert len(rehearsed) == 1 and trainer.must_end()
 
 
 def test_a_model_without_repeated_layers_says_so(caplog):

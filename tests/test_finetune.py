@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     BertForSequenceClassification,
+    EsmTokenizer,
     NanoChatConfig,
     NanoChatForCausalLM,
     PreTrainedTokenizerFast,
@@ -620,6 +621,20 @@ def test_a_text_config_inside_another_is_read(tokenizers, tmp_path):
         input_ids=torch.tensor([[9, 8, 7, pad, pad]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])
     ).logits
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+
+
+def test_a_tokenizer_in_python_keeps_its_words(tmp_path):
+    """ESM's finds them as added tokens, which are not to be split with the special ones."""
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", "L", "A", "G", "V", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    EsmTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = AutoConfig.for_model(
+        "esm", vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=34, pad_token_id=1, mask_token_id=8,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    encoded = encode_batch({"sentence": ["LAGV"]}, find_task("sst2"), load_checkpoint(str(tmp_path)), 16)
+    assert encoded["input_ids"] == [[0, 4, 5, 6, 7, 2]]
 
 
 def test_new_names_of_classes_are_another_run(bert, tmp_path):

@@ -23,7 +23,7 @@ from transformers import (
 
 from oneday.arguments import SettingError
 from oneday.collators import hash_uniform
-from oneday.objectives import COMPANION, find_objective
+from oneday.objectives import COMPANION, OBJECTIVES, find_objective
 from oneday.objectives.replaced_tokens import draw_tokens
 from oneday.packed_dataset import pack_corpus
 from oneday.tokenization import train_tokenizer
@@ -448,6 +448,10 @@ REFUSED = [
 def test_what_cannot_work_is_refused(make, objective, name, settings, words):
     with pytest.raises(SettingError, match=words):
         make(objective, name, budget_steps=1, **settings)
+
+
+def test_objectives_that_hide_words_need_a_mask_token():
+    assert {name for name, kind in OBJECTIVES.items() if kind.needs_mask} == {"mlm", "mlm_nsp", "word_order", "rtd"}
 
 
 def test_steps_tell_their_counts(make, tmp_path):

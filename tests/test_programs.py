@@ -303,19 +303,32 @@ BAD = [
     ({"output_dir": "FILE"}, "is a file"),
     ({"output_dir": "BELOW"}, "output_dir is .* cannot be written .file is a file."),
     ({"log_level": "WARN"}, "log_level is 'WARN'; it must be one of .*warning"),
+    ({"tokenizer_name": "MASKLESS"}, "has no mask token, behind which the objective hides words"),
+    ({"tokenizer_name": "GAPPED"}, "tokens and an id of 900: number them without gaps"),
+    ({"validation_name": "CHINESE"}, "The held-out text is nothing but unknown tokens"),
 ]
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in wrong.items()) for wrong, _ in BAD]
 )
-def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, tmp_path, wrong, words):
+def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, tokenizers, tmp_path, wrong, words):
     (tmp_path / "empty.txt").write_text(" \n\n ")
     (tmp_path / "latin.txt").write_bytes("naïve café".encode("latin-1"))
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "thesis.tex").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "chinese.txt").write_text("的一是不了在人有我他这\n")
+    for name in ("maskless", "gapped"):
+        tokenizers["encoder"].save_pretrained(tmp_path / name)
+    config = tmp_path / "maskless" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "mask_token": None}))
+    words_file = tmp_path / "gapped" / "tokenizer.json"
+    content = json.loads(words_file.read_text())
+    content["model"]["vocab"]["word"] = 900
+    words_file.write_text(json.dumps(content))
     places = {
+        "MASKLESS": tmp_path / "maskless", "GAPPED": tmp_path / "gapped", "CHINESE": tmp_path / "chinese.txt",
         "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt",
         "OCCUPIED": tmp_path / "occupied", "FILE": tmp_path / "file", "BELOW": tmp_path / "file" / "run",
     }  # fmt: skip
@@ -332,6 +345,14 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, t
     assert not out.exists()
     assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "words"), [("[", "cannot be read as YAML"), ("[1]", "holds a list")])
+def test_a_recipe_of_a_run_that_is_none_is_named(run_script, text_file, tmp_path, content, words):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(content)
+    code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
+    assert code == 1 and words in stderr and "Traceback" not in stderr
 
 
 def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_those_of_now(run_script, tmp_path):

@@ -32,8 +32,8 @@ class RowSource(Protocol):
     def share_among(self, ranks: Ranks, must_end: Callable[[], bool]) -> None:
         """Say what processes there are, all of which take the same samples, and what tells when to wait no longer."""
 
-    def close(self, is_last: bool = False) -> None:
-        """End what goes on in the background; where nothing is taken any more, without waiting for it."""
+    def close(self, waits: bool = True) -> None:
+        """End what goes on in the background, and wait until it has ended or not."""
 
 
 class ShuffledRows:
@@ -74,5 +74,5 @@ class ShuffledRows:
     def share_among(self, ranks: Ranks, must_end: Callable[[], bool]) -> None:
         """Every process maps the same files, and never waits."""
 
-    def close(self, is_last: bool = False) -> None:
+    def close(self, waits: bool = True) -> None:
         """Nothing goes on."""

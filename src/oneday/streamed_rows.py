@@ -138,8 +138,7 @@ class StreamedRows:
         if not errors and any(after != read.after for _, after in found):
             errors = [StreamInterrupted("The processes have not read the same text; run the same command again.")]
         if errors:
-            # A thread that stands still in a read is not waited for.
-            self.close(is_last=isinstance(errors[0], StreamInterrupted))
+            self.close(waits=not isinstance(errors[0], StreamInterrupted))
             raise errors[0]
         rows = self.ranks.broadcast(number % self.ranks.size, read.rows)
         order = np.random.Generator(np.random.Philox(key=[self.seed, number])).permutation(len(rows.input_ids))
@@ -178,11 +177,14 @@ class StreamedRows:
         self.blocks.clear()
         self._next = dict(state)
 
-    def close(self, is_last: bool = False) -> None:
-        """End the thread; `take` starts another where the last block ended. The last one is waited for only when the
-        process ends: a read that stands still holds it for its time-out."""
+    def close(self, waits: bool = True) -> None:
+        """End the thread; `take` starts another where the last block ended.
+
+        Args:
+            waits: Until it has ended, which a read that stands still delays by its time-out.
+        """
         if self._reader is not None:
-            self._reader.close(waits=not is_last)
+            self._reader.close(waits)
             self._reader = None
 
 

@@ -476,7 +476,7 @@ class BudgetTrainer(RunTrainer):
         try:
             return run_pretraining(self, resume)
         finally:
-            self.loader.source.close(is_last=True)
+            self.loader.source.close(waits=False)
 
     @property
     def train_seconds(self) -> float:
