@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES
 from oneday.benchmarks.ablation import run_ablation
 from oneday.benchmarks.arguments import (
@@ -19,6 +18,7 @@ from oneday.benchmarks.finetuning import make_finetuning_plan, run_finetuning
 from oneday.benchmarks.planning import make_plan
 from oneday.benchmarks.throughput import run_throughput
 from oneday.benchmarks.versus_stock import run_versus_stock
+from oneday.errors import SettingError
 from oneday.glue_protocol import FinetuneArguments
 from oneday.program import run_program
 from oneday.recipe import build_arguments, fields_of, format_help, resolve_settings, split_command_line, split_mode

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError, setting
+from oneday.arguments import setting
 from oneday.comparison import draw_comparison, format_comparison, name_runs, read_evaluations
+from oneday.errors import SettingError
 from oneday.program import run_program
 from oneday.recipe import parse_recipe
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
 from oneday.classification import hash_architecture, hash_weights
 from oneday.durable_files import make_folder
+from oneday.errors import SettingError
 from oneday.model_card import refresh_card
 from oneday.program import run_program
 from oneday.recipe import parse_recipe

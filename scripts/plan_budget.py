@@ -5,17 +5,9 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES
-from oneday.ladder import (
-    RECORD_DIRS,
-    LadderArguments,
-    family_of,
-    fit_family,
-    format_law,
-    read_records,
-    run_ladder,
-)
+from oneday.errors import SettingError
+from oneday.ladder import RECORD_DIRS, LadderArguments, family_of, fit_family, format_law, read_records, run_ladder
 from oneday.plan_table import format_plan
 from oneday.planning import PlanArguments, plan_budget
 from oneday.program import run_program

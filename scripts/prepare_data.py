@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from oneday.arguments import (
-    BudgetTrainingArguments,
-    DataArguments,
-    ExecutorArguments,
-    ModelArguments,
-    SettingError,
-    ShardArguments,
-)
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ExecutorArguments, ModelArguments, ShardArguments
+from oneday.errors import SettingError
 from oneday.objectives import find_objective
 from oneday.packed_dataset import PackedDataset
 from oneday.preparation import prepare_data, tokenize_shard

@@ -10,8 +10,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError, setting
+from oneday.arguments import setting
 from oneday.checkpoints import find_good_checkpoint
+from oneday.errors import SettingError
 from oneday.hub import describe_failure, push_checkpoint, push_model, send_patiently
 from oneday.model_card import refresh_card
 from oneday.program import run_program

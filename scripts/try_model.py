@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import TextStreamer, pipeline
 
-from oneday.arguments import SettingError, setting
+from oneday.arguments import setting
 from oneday.attention import count_positions
+from oneday.errors import SettingError
 from oneday.program import run_program
 from oneday.recipe import parse_recipe
 from oneday.reporting import format_filled

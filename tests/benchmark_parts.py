@@ -1,4 +1,4 @@
-"""What tests of the benchmarks share: the recipe of a tiny model, a machine in words, runs without processes."""
+"""What tests of the benchmarks share: a tiny recipe, a machine in words, jobs and records, runs without processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import pytest
 import yaml
 
+from oneday.benchmarks.ours import run_ours
+from oneday.benchmarks.records import Job, hash_source
 from oneday.processes import RunError, attempt
 
 TINY_BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2,
@@ -39,7 +41,7 @@ def recipe(texts, tmp_path):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs of a benchmark without a process for each, which takes ten seconds to start; the test above has them."""
+    """Runs of a benchmark without a process for each, which takes ten seconds to start."""
 
     def run(function, job, name):
         outcome = attempt(function, job)
@@ -48,3 +50,13 @@ def in_this_process(monkeypatch):
         return outcome["result"]
 
     monkeypatch.setattr("oneday.benchmarks.records.run_in_fresh_process", run)
+
+
+def make_job(kind="ours", **settings):
+    return Job(kind, "a-record", run_ours, {}, {}, {"budget_seconds": 60.0, "seed": 1, "rates": (1, 2)} | settings)
+
+
+def write_record(folder, job, environment=ENVIRONMENT, source_hash=None, **facts):
+    record = {"name": job.name, "settings": job.settings, "environment": environment, **facts}
+    record["source_hash"] = source_hash or hash_source()
+    (folder / f"{job.name}.json").write_text(json.dumps(record))

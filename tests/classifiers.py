@@ -35,7 +35,7 @@ def make_mrpc(num_rows):
     return [{"sentence1": row["sentence"], "sentence2": "good", "label": row["label"]} for row in make_texts(num_rows)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     write_task(folder, "sst2", make_texts(160), make_texts(60))
@@ -48,7 +48,7 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """A masked-LM checkpoint, 2 layers of width 32, with its tokenizer."""
     folder = tmp_path_factory.mktemp("bert")
@@ -87,7 +87,7 @@ def save_decoder(folder, model):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gpt(tmp_path_factory):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=270, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=0, bos_token_id=0)

@@ -22,8 +22,6 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 import numpy as np
 import pytest
 import torch
-from benchmark_parts import in_this_process, recipe  # noqa: F401  # fixtures
-from classifiers import bert, data_dir, gpt  # noqa: F401  # fixtures
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, TrainerCallback
 
 from oneday.arguments import BudgetTrainingArguments
@@ -32,8 +30,14 @@ from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus
 from oneday.program import run_program
 from oneday.run_directory import read_metrics
-from oneday.tokenization import train_tokenizer
+from oneday.tokenizer_training import train_tokenizer
 from oneday.trainer import BudgetTrainer
+
+# Where fixtures are that several files share, but not all of them.
+pytest_plugins = (
+    "benchmark_parts", "classifiers", "corpus_parts", "objective_parts", "planning_parts", "program_parts",
+    "scoring_parts",
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 ROW_LENGTH = 32
@@ -204,3 +208,18 @@ def run_script(monkeypatch, tmp_path, capsys):
 def run_benchmark(run_script):
     """Runs scripts/benchmark.py as `run_script` does."""
     return functools.partial(run_script, "benchmark")
+
+
+def run_killed(make, step, **settings):
+    """A run that dies before a step (a process that is killed leaves the same on the disk)."""
+    killed = make(**settings)
+    killed.add_callback(StopAt(step))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    return Path(killed.args.output_dir)
+
+
+def assert_same_weights(one, other):
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)

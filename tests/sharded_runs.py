@@ -15,7 +15,7 @@ from typing import Any
 from conftest import DECODERS, StopAt, build_trainer
 
 from oneday import muon
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.optimizers import count_state_bytes
 from oneday.packed_dataset import PackedDataset
 from oneday.ranks import read_own

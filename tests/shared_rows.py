@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from oneday import streamed_rows
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.ranks import Ranks
 from oneday.stream_files import ParquetPart
 from oneday.streamed_rows import StreamedRows

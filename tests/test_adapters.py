@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from classifiers import make_args
 from conftest import TINY
 from peft import AutoPeftModelForSequenceClassification
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
 from transformers.pytorch_utils import Conv1D
 
 from oneday.adapters import add_adapters, count_trained, find_head, find_linear_layers, restrict_training
 from oneday.adapters import save_classifier as save
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
+from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments
 
 SMALL = {**TINY, "vocab_size": 64, "num_labels": 3, "pad_token_id": 0, "initializer_range": 0.2}
@@ -145,3 +155,44 @@ def test_layers_without_a_four_bit_form_are_refused():
         add_adapters(make_classifier("llama"), FinetuneArguments(peft="qlora", use_cpu=True))
     with pytest.raises(SettingError, match="no 4-bit form of the layers of a gpt2 model; take lora"):
         add_adapters(make_classifier("gpt2"), FinetuneArguments(peft="qlora", use_cpu=True))
+
+
+def test_probe_leaves_the_encoder_as_it_was(bert, data_dir, tmp_path):
+    args = make_args(bert, data_dir, tmp_path, protocol="probe", num_train_epochs=1, save_models=True)
+    results = run_protocol(args)
+    assert results["protocol"] == "custom probe" and results["settings"]["dropout"] == 0.0
+    assert results["tasks"]["sst2"]["trainable_parameters"] == 32 * 32 + 32 + 2 * 32 + 2
+    (folder,) = (tmp_path / "out" / "runs").glob("*/model")
+    before, after = (BertForSequenceClassification.from_pretrained(path).state_dict() for path in (bert, folder))
+    same = {name for name in after if torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in same} == {"embeddings", "encoder"}
+    assert not same & {"classifier.weight", "bert.pooler.dense.weight"}
+
+
+def test_adapters_are_scored_saved_and_shown_beside_all_weights(bert, data_dir, tmp_path, run_script):
+    """`--peft lora` through the program, after the same task with all weights; the same command runs nothing again."""
+    model = tmp_path / "model"
+    shutil.copytree(bert, model)
+    argv = ["--model_name_or_path", model, "--task_names", "sst2", "--task_data_dir", data_dir, "--use_cpu", "true"]
+    argv += ["--num_seeds", "1", "--dropout", "0", "--num_train_epochs", "6", "--protocol", "mine"]
+    code, _, stderr = run_script("finetune", *argv, "--learning_rate", "3e-3")
+    assert code == 0, stderr
+    argv += ["--peft", "lora", "--save_models", "true", "--learning_rate", "1e-2"]
+    code, shown, stderr = run_script("finetune", *argv)
+    assert code == 0, stderr
+    results, full = (json.loads((model / f"{name}/glue_results.json").read_text()) for name in ("glue-lora", "glue"))
+    scores = [100 * side["tasks"]["sst2"]["median"] for side in (results, full)]
+    assert min(scores) > 90 and f"  {'sst2':15}{scores[0]:6.1f} /{scores[1]:6.1f}" in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    sizes = [side["tasks"]["sst2"]["trainable_parameters"] for side in (results, full)]
+    assert sizes[0] < sizes[1] and "lora: 0.0" in shown and "trained: 0.0" in shown
+    (adapter,) = model.glob("glue-lora/runs/*/model")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(adapter, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    rows = [json.loads(line) for line in (data_dir / "sst2" / "validation.jsonl").read_text().splitlines()]
+    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    answers = loaded.eval()(**batch).logits.argmax(-1).tolist()
+    assert 100 * np.mean([a == row["label"] for a, row in zip(answers, rows)]) == pytest.approx(scores[0])
+    lines = (model / "glue-lora" / "glue_runs.jsonl").read_text()
+    assert run_script("finetune", *argv)[0] == 0
+    assert (model / "glue-lora" / "glue_runs.jsonl").read_text() == lines

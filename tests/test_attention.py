@@ -7,14 +7,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-)
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from oneday.arguments import SettingError
 from oneday.attention import (
     PACKED,
     attend_by_matmul,
@@ -28,6 +22,7 @@ from oneday.attention import (
     probe_packing,
     record_attention_calls,
 )
+from oneday.errors import SettingError
 
 DOCUMENTS, ROW_LENGTH = [[5, 7], [9], [1, 2, 11]], 14
 

@@ -9,7 +9,7 @@ import pytest
 from benchmark_parts import ENVIRONMENT
 from conftest import ROOT
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.assembly import CLASSES, check_settings
 from oneday.benchmarks.ablation import check_change, name_obstacle
 from oneday.benchmarks.arguments import VersusStockArguments
@@ -26,6 +26,7 @@ from oneday.benchmarks.versus_stock import (
     describe_side,
     find_baselines,
 )
+from oneday.errors import SettingError
 from oneday.evaluation import hash_evaluation
 from oneday.objectives import find_objective
 from oneday.packed_dataset import pack_corpus

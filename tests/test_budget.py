@@ -8,9 +8,11 @@ import time
 
 import pytest
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.budget import Budget, BudgetClock
+from oneday.arguments import BudgetTrainingArguments
+from oneday.budget import Budget
+from oneday.budget_clock import BudgetClock
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.throughput import process_age_seconds
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from oneday.arguments import SettingError
 from oneday.card_results import zero_shot_section
+from oneday.errors import SettingError
 from oneday.model_card import card_metadata, glue_section, refresh_card, results_table, training_table, usage
 from oneday.reporting import format_report
 from oneday.run_directory import read_metrics

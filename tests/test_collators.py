@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oneday.collators import CausalCollator, MaskedCollator, choose_lowest, hash_uniform, mark_documents
-from oneday.tokenization import train_tokenizer
+from oneday.tokenizer_training import train_tokenizer
 
 WORDS = [f"word{number}" for number in range(200)]
 TEXTS = [" ".join(np.random.default_rng(seed).choice(WORDS, 30)) for seed in range(200)]

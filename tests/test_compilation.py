@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 
-from oneday.arguments import SettingError
 from oneday.compilation import compile_layers, decide_compiling, find_layers
 from oneday.cross_entropy import differentiate, differentiate_at_once
+from oneday.errors import SettingError
 from oneday.pretraining import prepare_first_step
 from oneday.sharding import ShardedRanks
+from oneday.steps import plan_step
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "qwen3"])
@@ -117,7 +118,7 @@ def test_micro_batches_have_one_size_while_the_batch_grows(make_trainer):
         plans = []
         for progress in (0.0, 0.2, 0.4, 0.6, 1.0):
             trainer.clock._progress = progress
-            plans.append(trainer.plan_step(trainer.args, ROW_LENGTH))
+            plans.append(plan_step(trainer, trainer.args, ROW_LENGTH))
         sizes[compiled] = [plan.micro_rows for plan in plans]
         assert plans[0].num_rows == 4 and plans[-1].num_rows >= 8
     assert len(set(sizes[False])) > 1 and set(sizes[True]) == {4}

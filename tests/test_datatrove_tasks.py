@@ -19,9 +19,10 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
 
 from oneday import packed_dataset, tokenized_parts
-from oneday.arguments import DataArguments, ExecutorArguments, SettingError
+from oneday.arguments import DataArguments, ExecutorArguments
 from oneday.corpus import load_corpus
 from oneday.datatrove_tasks import PackRows, run_tasks
+from oneday.errors import SettingError
 from oneday.preparation import load_split, prepare_data
 
 SMALL = {"vocab_size": 150, "max_seq_length": 32, "validation_fraction": 0.1}
@@ -146,7 +147,7 @@ def test_a_task_that_is_ended_leaves_nothing_half_written(data_args, tmp_path, m
         ({"executor": "slrum"}, "executor is 'slrum'; it must be one of local, slurm, ray"),
         ({"tasks": 0}, "tasks is 0; it must be at least 1"),
         ({"workers": 0}, "workers is 0; it must be at least 1, or -1"),
-        ({"cpus_per_task": 0}, "cpus_per_task is 0; it must be above 0"),
+        ({"cpus_per_task": 0}, "cpus_per_task is 0; it must be above zero"),
         ({"sbatch_args": "--qos=high"}, "sbatch_args is '--qos=high'; it must be names with values"),
         ({"executor": "slurm"}, "partition is empty"),
     ],

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from oneday import budget as budget_module
-from oneday.arguments import SettingError
-from oneday.budget import Budget, BudgetClock, open_meter
+from oneday.budget import Budget
+from oneday.budget_clock import BudgetClock, open_meter
 from oneday.durable_files import read_json
 from oneday.energy import EnergyMeter, open_cpu_counters
+from oneday.errors import SettingError
 from oneday.evaluation import sum_part
 
 
@@ -42,7 +42,7 @@ def test_packages_are_added_up_and_wrap_around(tmp_path):
 
 def test_no_counters_no_meter(tmp_path, monkeypatch):
     assert open_cpu_counters(tmp_path) == []
-    monkeypatch.setattr(budget_module, "open_energy_meter", lambda device: None)
+    monkeypatch.setattr("oneday.budget_clock.open_energy_meter", lambda device: None)
     with pytest.raises(SettingError, match="budget_kwh is 0.5, but no energy counter can be read here; set stated_w"):
         open_meter(Budget(kwh=0.5), torch.device("cpu"))
     assert open_meter(Budget(kwh=0.5, stated_watts=100), torch.device("cpu")) is None
@@ -85,7 +85,7 @@ def test_metered_energy_keeps_a_reserve_for_the_end_and_can_be_replayed(make_tra
     """The reserve stands before the first step; where a run is done again nothing is metered."""
     begun, delay = time.monotonic(), 0.02
     counter = SimpleNamespace(joules=lambda: 1000 * (time.monotonic() - begun))
-    monkeypatch.setattr(budget_module, "open_energy_meter", lambda device: EnergyMeter("test counter", [counter]))
+    monkeypatch.setattr("oneday.budget_clock.open_energy_meter", lambda device: EnergyMeter("test counter", [counter]))
 
     def score_slowly(*args):
         time.sleep(delay)
@@ -110,7 +110,11 @@ def test_energy_is_not_charged_while_the_clock_is_paused():
     machine.run(2.0, 100)
     with clock.paused():
         machine.run(50.0, 300)
+        assert clock.metered_kwh * 3.6e6 == pytest.approx(200.0), "what a heartbeat writes meanwhile"
     machine.run(1.0, 100)
+    assert (clock.elapsed_seconds, clock.metered_kwh * 3.6e6) == (pytest.approx(3.0), pytest.approx(300.0))
+    clock.stop()
+    machine.run(50.0, 300)  # the reports
     assert (clock.elapsed_seconds, clock.metered_kwh * 3.6e6) == (pytest.approx(3.0), pytest.approx(300.0))
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import steps_of
+from transformers import TrainerCallback
 
 from oneday import extension
-from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import list_checkpoints, list_kept, read_state, seal_checkpoint
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
 from oneday.extension import extend_run
 from oneday.run_directory import inspect_run, read_metrics
 
@@ -54,7 +56,7 @@ def test_it_goes_on_from_before_the_cool_down_as_if_planned_that_long(make_train
     assert rates[0][12:] == pytest.approx(rates[1][12:])
     plans = [[step["plan_progress"] for step in steps_of(trainer)] for trainer in (extended, planned)]
     assert plans[0][13:] == pytest.approx(plans[1][13:]), "batch, rows and masks follow it as if planned that long"
-    losses = [trainer.measure_held_out()["eval_loss"] for trainer in (extended, planned)]
+    losses = [measure_held_out(trainer)["eval_loss"] for trainer in (extended, planned)]
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
@@ -209,3 +211,22 @@ def test_what_cannot_be_extended_is_refused(make_trainer, tmp_path):
     with pytest.raises(SettingError, match="is damaged"):
         extend_run(folder, settings | {"budget_steps": 20}, Budget(steps=20), "", "one")
     assert (folder / "results.json").exists(), "nothing was touched"
+
+
+class SlowDisk(TrainerCallback):
+    """A checkpoint before the sixth step would take longer than there is time."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        trainer.clock.fits_seconds = lambda seconds: seconds < 1000
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.checkpoint_seconds = 1e6 if state.global_step < 5 else 0.0
+
+
+def test_a_checkpoint_that_did_not_fit_at_the_plateaus_end_is_not_made_later(make_trainer):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 7}
+    trainer = make_trainer("bert", budget_steps=8, **settings)
+    trainer.add_callback(SlowDisk(trainer))
+    folder = finish(trainer, settings | {"budget_steps": 8})
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-7"] and not list_kept(folder)

@@ -20,8 +20,8 @@ from classifiers import make_args
 from conftest import ROOT
 
 from oneday import finetuning_processes, processes
-from oneday.arguments import SettingError
 from oneday.classification import load_checkpoint
+from oneday.errors import SettingError
 from oneday.finetuning import prepare_task, run_protocol
 from oneday.finetuning_processes import choose_num_processes
 from oneday.finetuning_run import plan_run
@@ -158,3 +158,28 @@ def test_threads_of_a_run_do_not_depend_on_what_is_finished_or_on_memory(bert, d
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert run_protocol(args, may_start_processes=True)["threads"] == [1]
     assert [line["threads"] for line in read_lines(Path(args.output_dir))] == [1, 1, 1]
+
+
+def test_an_answer_counts_though_its_process_dies_after_it(monkeypatch):
+    """And the run that it was to take next is the one that is named."""
+    taken = []
+
+    def take_run(*args):
+        run = processes_take_run(*args)
+        if taken:
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        taken.append(run)
+        return run
+
+    processes_take_run = processes.take_run
+    monkeypatch.setattr(processes, "take_run", take_run)
+    results = processes.map_in_processes(square, 3, ["first", "second"], [1.0, 1.0], 1)
+    assert next(results) == {"value": 0}
+    with pytest.raises(processes.RunError, match="The run second failed: its process was killed"):
+        next(results)
+
+
+def square(shared, index):
+    return {"value": shared * index**2}

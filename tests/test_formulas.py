@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from oneday.attention import PACKED, attend_packed, build_layout
 from oneday.classification import build_classifier, load_checkpoint
+from oneday.evaluation import measure_held_out
 from oneday.glue import TASKS
 from oneday.modeling import build_model, find_position_table, load_config, make_sinusoids
 from oneday.trainer import BudgetTrainer
@@ -136,7 +137,7 @@ def test_the_encoder_of_2017_block_by_block(transformer, tokenizers, packed, tmp
     objective = find_objective("mlm")(tokenizers["encoder"], args)
     table = find_position_table(transformer).weight.detach().clone()
     trainer = BudgetTrainer(transformer, args, objective, *packed["encoder"], tokenizers["encoder"])
-    before = trainer.measure_held_out()["eval_loss"]
+    before = measure_held_out(trainer)["eval_loss"]
     assert trainer.run()["eval_loss"] < before - 0.5
     assert torch.equal(find_position_table(transformer).weight, table)
     ids = torch.randint(5, 100, (20,), generator=torch.Generator().manual_seed(1))

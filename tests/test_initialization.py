@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from oneday import initialization
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.initialization import (
     EMBEDDING_STD,
     check_embedding_init,

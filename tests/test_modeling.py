@@ -21,17 +21,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import PACKED, build_layout, position_offset, probe_packing
+from oneday.config_table import TABLE_MARKS, format_config_table
+from oneday.errors import SettingError
+from oneday.flops import FlopCounter
 from oneday.modeling import (
     OWN_ATTENTION,
-    TABLE_MARKS,
-    FlopCounter,
     build_model,
     check_config_file,
     count_parameters,
     find_position_table,
-    format_config_table,
     load_config,
     model_kind,
 )

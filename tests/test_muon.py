@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 from torch.utils.flop_counter import FlopCounterMode
 
 import oneday.muon
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.muon import (
     QUINTICS,
     Muon,

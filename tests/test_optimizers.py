@@ -17,7 +17,8 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
+from oneday.errors import SettingError
 from oneday.optimizers import HIDDEN_OPTIMIZERS, build_optimizer, count_state_bytes, split_parameters
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from classifiers import make_args, make_texts
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
+from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments
 from oneday.own_task import load_own_task
 
@@ -141,3 +146,38 @@ def test_texts_that_look_like_dates_stay_texts_and_bytes_are_refused(tmp_path):
     pq.write_table(pa.table({"text": [b"a", b"b"], "label": [0, 1]}), path)
     with pytest.raises(SettingError, match="holds bytes in the column 'text'"):
         load_own_task(FinetuneArguments(task_file=str(path)))
+
+
+def test_a_task_of_ones_own_is_run_by_one_command_and_under_another_metric(bert, tmp_path):
+    """Named as a task of GLUE, it is not taken for it; its rows are known by their place in the file."""
+    rows = make_texts(200)
+    (tmp_path / "rte.csv").write_text("text,label\n" + "".join(f"{r['sentence']},{r['label']}\n" for r in rows))
+    settings = {"task_file": str(tmp_path / "rte.csv"), "max_train_examples": 150}
+    args = make_args(bert, tmp_path, tmp_path, **settings)
+    entry = run_protocol(args)["tasks"]["rte (own)"]
+    assert entry["median"] > 0.9 and entry["subset"] and entry["official_num_train"] == 180
+    (path,) = (tmp_path / "out" / "runs").glob("*/validation.parquet")
+    kept = pq.read_table(path).to_pydict()
+    assert [rows[row]["label"] for row in kept["row"]] == kept["label"] and len(set(kept["row"])) == 20
+    results = run_protocol(dataclasses.replace(args, metric="f1"))
+    assert results["tasks"]["rte (own)"]["metric"] == "f1" == results["tasks"]["rte (own)"]["own_task"]["metric"]
+    (made,) = results["tasks"]["rte (own)"]["environments"]
+    assert made["packages"]["torch"] == torch.__version__ and results["device"] == "cpu" == made["device_type"]
+
+
+def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp_path):
+    shared = {"num_train_epochs": 1, "max_train_examples": 16}
+    run_protocol(make_args(bert, data_dir, tmp_path, **shared))
+    (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    own = run_protocol(make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), **shared))
+    assert list(own["tasks"]) == ["sst2", "mine"]
+    (tmp_path / "mine.csv").write_text("text,mood,label\n" + "good,up,1\nbad,up,0\ngood,down,1\nbad,down,0\n" * 10)
+    again = make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "mine.csv"), label_column="mood", **shared)
+    with pytest.raises(SettingError, match="with label_column label are kept as mine, as those with mood would be"):
+        run_protocol(again)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.csv").write_text("text,label\n" + "nice,1\nawful,0\n" * 20)
+    other = make_args(bert, data_dir, tmp_path, task_file=str(tmp_path / "other" / "mine.csv"), **shared)
+    with pytest.raises(SettingError, match="The scores of .*mine.csv are kept as mine.*set task_name"):
+        run_protocol(other)
+    assert list(run_protocol(dataclasses.replace(other, task_name="more"))["tasks"]) == ["sst2", "mine", "more"]

@@ -18,10 +18,11 @@ import pytest
 from test_tokenization import CHINESE, TEXTS
 
 import oneday.packed_dataset
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.packed_dataset import PackedDataset, PackedWriter, pack_corpus, packing_key
 from oneday.packing import PackedRows
-from oneday.tokenization import encode_documents, train_tokenizer
+from oneday.tokenization import encode_documents
+from oneday.tokenizer_training import train_tokenizer
 
 
 @functools.cache

@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oneday.packing
-from oneday.packing import (
-    GATHER_CHUNK_TOKENS,
-    build_rows,
-    cut_rows,
-    pack_best_fit,
-    pack_padded,
-    split_long,
-)
+from oneday.packing import GATHER_CHUNK_TOKENS, build_rows, cut_rows, pack_best_fit, pack_padded, split_long
 
 PAD = 0
 

@@ -1,164 +1,24 @@
-"""A plan of a budget: sizes against real ones, arithmetic by hand, the choice, and the recipe it writes."""
+"""A plan of a budget: which models are in it, its notes, what is refused, and the recipe it writes."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import ROW_LENGTH
-from torch import nn
+from planning_parts import PROBE, plan
 
-from oneday import throughput
-from oneday.arguments import BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES
-from oneday.budget import Budget
+from oneday.errors import SettingError
 from oneday.ladder import FamilyLaw
-from oneday.machines import CARDS, Machine, find_card
-from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
-from oneday.packed_dataset import pack_corpus
-from oneday.plan_rows import (
-    choose_row,
-    count_tokens,
-    largest_micro_batch,
-    make_row,
-    mean_batch_tokens,
-    memory_bytes,
-)
 from oneday.plan_table import format_plan, make_notes
-from oneday.planning import PlanArguments, find_material, list_models, plan_budget
-from oneday.probing import (
-    COUNTED_ROWS,
-    Pace,
-    Probe,
-    count_saved_bytes,
-    measure_model,
-    measure_pace,
-    state_bytes_per_element,
-    take_batch,
-)
+from oneday.planning import find_material, list_models
+from oneday.probing import COUNTED_ROWS, Pace, measure_model
 from oneday.recipe import complete_settings, parse_recipe, resolve_settings, split_command_line
 from oneday.scaling_law import Prediction
-from oneday.schedules import interpolate
-
-PROBE = Probe(4_000_000, 2_000_000, 1e7, 50_000_000, 10_000.0, {"muon": 30_000_000, "muon_8bit": 20_000_000})
-MACHINE = Machine("machine", 100e6, 1e12, 200.0, None)
-SETTINGS = {
-    "batch_size_tokens": 4096, "batch_size_tokens_start": None, "batch_ramp_fraction": 0.6, "micro_batch_tokens": 4096,
-    "max_seq_length": 128, "optim": "muon",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon", "muon_8bit", "lion_8bit", "ademamix_8bit"])
-def test_state_bytes_are_those_of_a_real_optimizer(make_model, tmp_path, optim):
-    """What a plan reckons for a model is what its optimizer holds after a step."""
-    args = BudgetTrainingArguments(output_dir=str(tmp_path), optim=optim, budget_steps=1, use_cpu=True)
-    layers = [nn.Embedding(300, 256), *(nn.Linear(256, 512, bias=False) for _ in range(8)), nn.LayerNorm(512)]
-    model = nn.ModuleList(layers)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer = build_optimizer(model, args)
-    optimizer.step()
-    real = count_state_bytes(optimizer.optimizers)
-    hidden, tables, vectors = (sum(p.numel() for p in group) for group in split_parameters(model))
-    reckoned = hidden * state_bytes_per_element(optim, args) + 8 * (tables + vectors)
-    assert reckoned == pytest.approx(real, rel=0.02)
-
-
-def test_what_the_forward_pass_keeps_is_counted():
-    """Linear -> GELU -> Linear on 10 x 8 float32: both inputs of the products, and GELU's own."""
-    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-    inputs = torch.randn(10, 8)
-    with count_saved_bytes({p.untyped_storage().data_ptr() for p in model.parameters()}) as saved:
-        model(inputs).sum().backward()
-    assert sum(saved.values()) == 4 * (10 * 8 + 10 * 16 + 10 * 16)
-
-
-def test_tokens_of_a_budget_by_hand():
-    """4,096 tokens take 4,096 x 1e-4 + 0.1 s; of 60 s ten go to compiling."""
-    pace = Pace(1e-4, 0.1, fixed_seconds=10.0)
-    per_second = 4096 / (0.4096 + 0.1)
-    assert count_tokens(PROBE, pace, Budget(seconds=60.0), None, 4096, 3000) == pytest.approx(50 * per_second)
-    assert count_tokens(PROBE, pace, Budget(seconds=60.0, tokens=1000.0), None, 4096, 3000) == 1000
-    assert count_tokens(PROBE, pace, Budget(flops=1e12), None, 4096, 3000) == pytest.approx(1e5)
-    assert count_tokens(PROBE, pace, Budget(steps=3), None, 4096, 3000) == 3 * 3000
-    usd = Budget(usd=1.0, usd_per_hour=60.0)
-    assert count_tokens(PROBE, pace, usd, None, 4096, 3000) == pytest.approx(50 * per_second)
-    assert count_tokens(PROBE, pace, Budget(kwh=0.01), 600.0, 4096, 3000) == pytest.approx(50 * per_second)
-    with pytest.raises(SettingError, match="stated_watts"):
-        count_tokens(PROBE, pace, Budget(kwh=0.01), None, 4096, 3000)
-    with pytest.raises(SettingError, match="stated_watts"):
-        count_tokens(PROBE, pace, Budget(kwh=0.01, seconds=60.0), None, 4096, 3000)
-
-
-@pytest.mark.parametrize("start", [None, 1024])
-def test_tokens_of_a_step_on_average_are_those_of_the_run(start):
-    settings = {"batch_size_tokens_start": start, "batch_size_tokens": 4096, "batch_ramp_fraction": 0.6}
-    run = [interpolate(start, 4096, step / 10_000, 0.6) for step in range(10_000)]
-    assert mean_batch_tokens(settings) == pytest.approx(np.mean(run), rel=1e-3)
-
-
-def test_a_single_held_out_row_is_enough_to_measure(make_trainer, tokenizers, tmp_path):
-    trainer, texts = make_trainer("bert", budget_steps=1), [["one short text"]]
-    rows = pack_corpus(texts, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", tmp_path / "one")
-    trainer.eval_dataset = rows
-    assert len(rows) == 1 and take_batch(trainer, 2).inputs["input_ids"].numel() == 2 * ROW_LENGTH
-
-
-def test_memory_of_a_container_is_what_it_may_take(monkeypatch):
-    """Of 400 MB in use, 300 are pages of files that the kernel takes back; 50 more of files are in use."""
-    stat = f"anon {5 * 10**7}\nactive_file {5 * 10**7}\ninactive_file {3 * 10**8}\n"
-    files = {"memory.max": "max\n", "memory.current": f"{4 * 10**8}\n", "memory.stat": stat}
-    monkeypatch.setattr(throughput.Path, "read_text", lambda path: files[path.name])
-    whole = throughput.total_memory_bytes()
-    files["memory.max"] = f"{10**9}\n"
-    assert (whole > 10**9, throughput.total_memory_bytes()) == (True, 10**9)
-    assert throughput.available_memory_bytes() == 9 * 10**8
-
-
-def test_the_largest_micro_batch_that_fits():
-    """80 MB of 100 may be used: 50 of the model, 20 of the state in 8 bit, so 10 MB at 10 kB per token: 1,000."""
-    assert largest_micro_batch(PROBE, "muon_8bit", MACHINE, SETTINGS) == 512, "divides the batch"
-    assert largest_micro_batch(PROBE, "muon", MACHINE, SETTINGS) == 0
-    assert memory_bytes(PROBE, "muon", 512) == 50e6 + 30e6 + 5.12e6
-    roomy = dataclasses.replace(MACHINE, memory_bytes=1e9)
-    assert largest_micro_batch(PROBE, "muon", roomy, {**SETTINGS, "batch_size_tokens": 8192}) == 4096
-    card = dataclasses.replace(roomy, card=CARDS[0])
-    assert largest_micro_batch(PROBE, "muon", card, {**SETTINGS, "batch_size_tokens": 8192}) == 8192
-
-
-def test_what_a_row_says_by_hand():
-    budget = Budget(seconds=3600.0, usd_per_hour=0.5)
-    row = make_row("m.json", PROBE, Pace(1e-4, 0.0), budget, MACHINE, SETTINGS, 9_000_000, None)
-    assert (row.tokens, row.epochs, row.hours, row.usd, row.kwh) == pytest.approx((3.6e7, 4.0, 1.0, 0.5, 0.2))
-    assert (row.optim, row.micro_batch_tokens, row.prediction) == ("muon_8bit", 512, None), "only 8 bit fits"
-
-
-def test_the_choice():
-    def row(size, tokens, loss=None, micro=128, low=None, name="m.json"):
-        said = None if loss is None else Prediction(loss, low or loss, loss)
-        probe = dataclasses.replace(PROBE, num_parameters=size, flops_per_token=6.0 * size)
-        facts = {"probe": probe, "tokens": tokens, "prediction": said, "micro_batch_tokens": micro}
-        return dataclasses.replace(base, **facts, model_config=name)
-
-    def choose(*rows):
-        return choose_row(rows, "own.json")
-
-    base = make_row("m.json", PROBE, Pace(1e-4, 0.0), Budget(seconds=1.0), MACHINE, SETTINGS, None, None)
-    assert choose(row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5), row(4e6, 1e7, 3.8)) == 1
-    assert choose(row(1e6, 3e7, 4.0), row(2e6, 2e7, 3.5, micro=0), row(4e6, 1e7, 3.8)) == 2
-    assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.4, name="own.json")) == 1, "not told apart"
-    assert choose(row(1e6, 3e7, 3.5), row(2e6, 2e7, 3.6, low=3.55, name="own.json")) == 0
-    assert choose(row(1e6, 9e7), row(2e6, 4e7), row(4e6, 1e7)) == 1, "the largest with 20 tokens per parameter"
-    assert choose(row(1e6, 1e7), row(2e6, 1e7)) == 0
-    assert choose(row(1e6, 1e7), row(2e6, 1e7, name="own.json")) == 1, "none sees its share"
-    with pytest.raises(SettingError, match="No model fits"):
-        choose(row(1e6, 1e7, micro=0))
 
 
 def test_the_note_names_the_rule_by_which_was_chosen():
@@ -171,43 +31,6 @@ def test_the_note_names_the_rule_by_which_was_chosen():
     ):
         plan = SimpleNamespace(rows=[fits, other], best=0, fitted=None, family="f", mfu=None, left_out=[], unfit=[])
         assert any(note.startswith(words) for note in make_notes(plan))
-
-
-def test_cards_are_found_by_words():
-    assert find_card("rtx4090").name == "RTX 4090"
-    assert find_card("2080").peak_flops == pytest.approx(13.4e12, rel=0.01), "it has no bfloat16: float32"
-    assert find_card("h100").name == "H100"
-    assert find_card("3090").peak_flops == pytest.approx(71e12, rel=0.01)
-    assert find_card("a100-80gb").memory_gb == 80
-    with pytest.raises(SettingError, match="RTX 5000.*RTX 2080 Ti"):
-        find_card("RTX 5000")
-
-
-@pytest.fixture
-def small_recipe(texts, tmp_path, monkeypatch):
-    """Two tiny models of one architecture and a recipe that extends another."""
-    monkeypatch.setenv("ONEDAY_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    shape = {"model_type": "bert", "num_attention_heads": 2, "vocab_size": 192, "max_position_embeddings": 64}
-    for name, width, layers in (("small", 16, 1), ("wide", 96, 6)):
-        config = {**shape, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    base = {
-        "model_config": str(tmp_path / "small.json"), "dataset_name": str(tmp_path / "texts.jsonl"),
-        "validation_fraction": 0.1, "vocab_size": 150, "max_seq_length": ROW_LENGTH, "batch_size_tokens": 256,
-        "micro_batch_tokens": 256, "budget_minutes": 5, "bf16": False, "optim": "muon",
-    }  # fmt: skip
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"extends": "base.yaml", "learning_rate": 2e-3}))
-    return tmp_path / "recipe.yaml"
-
-
-def plan(recipe, target, **settings):
-    argv = [str(recipe), *[word for key, value in settings.items() for word in (f"--{key}", str(value))]]
-    given = resolve_settings((PlanArguments, *CLASSES), argv)
-    own = {field.name for field in dataclasses.fields(PlanArguments)}
-    plan_args = PlanArguments(**{key: value for key, value in given.items() if key in own}, plan_recipe=str(target))
-    return plan_budget(str(recipe), {key: value for key, value in given.items() if key not in own}, plan_args)
 
 
 def test_a_plan_of_this_machine(small_recipe, tmp_path):
@@ -248,11 +71,11 @@ def test_what_the_own_model_gains_and_waits_for_stands_for_all(
 
     def measure(material, settings, seconds):
         name = Path(settings["model_config"]).stem
-        is_whole = settings["torch_compile"] or settings["embedding_init"] != "random"
-        asked.append((name, is_whole, seconds))
-        return Pace(1e-4 if settings["torch_compile"] else 4e-4, 0.3, 30.0) if is_whole else plain[name]
+        asked.append((name, settings["torch_compile"], seconds))
+        return Pace(1e-4, 0.3, 30.0) if settings["torch_compile"] else plain[name]
 
     monkeypatch.setattr("oneday.planning.measure_pace", measure)
+    monkeypatch.setattr("oneday.planning.measure_fixed_seconds", lambda material, settings: 30.0)
     monkeypatch.setattr("oneday.planning.measure_model", lambda material, settings: PROBE)
     torch_compile = compiles if is_set else "null"
     given = {"torch_compile": torch_compile, "embedding_init": embedding_init, "batch_size_tokens_start": "null"}
@@ -263,7 +86,7 @@ def test_what_the_own_model_gains_and_waits_for_stands_for_all(
         assert row.tokens == pytest.approx((120 - fixed_seconds) * rate)
         assert row.hours == pytest.approx(120 / 3600)
     seconds = 6 / (2 + compiles)
-    whole = [("small", True, seconds)] if fixed_seconds else []
+    whole = [("small", True, seconds)] if compiles else []
     assert asked == [("small", False, seconds), ("wide", False, seconds), *whole]
 
 
@@ -284,18 +107,6 @@ def test_a_law_says_nothing_of_another_architecture_nor_a_budget_without_a_step(
     with pytest.raises(SettingError, match="ends before the first step: .* take 30 s"):
         plan(small_recipe, tmp_path / "short.yaml", budget_minutes=0.4, **given)
     assert not (tmp_path / "short.yaml").exists()
-
-
-def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_path, monkeypatch):
-    def prepare(trainer, is_new):
-        trainer.clock.ledger["initialization"] += 5.0
-        trainer.clock.ledger["compilation"] += 20.0
-
-    monkeypatch.setattr("oneday.probing.prepare_first_step", prepare)
-    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]))
-    pace = measure_pace(find_material(settings, tmp_path), settings, 0.05)
-    assert pace.fixed_seconds == 25.0
-    assert 0 < pace.seconds_per_token < 1 and 0 < pace.seconds_per_step < 20
 
 
 def test_a_config_beside_the_recipes_that_cannot_take_it_is_left_out(small_recipe, tmp_path, monkeypatch):
@@ -353,18 +164,6 @@ def test_a_text_of_few_rows_can_be_planned(small_recipe, texts, tmp_path):
     padded = settings | {"packing_strategy": "padded"}
     material = find_material(padded, tmp_path / "padded")
     assert measure_model(material, padded).token_share == material.train.packing_efficiency < probe.token_share
-
-
-def test_padding_is_no_token_of_a_plan():
-    """Of rows that are a quarter full, a step of 4,096 places shows 1,024 tokens."""
-    pace, budget = Pace(1e-4, 0.1), Budget(steps=10)
-    roomy = dataclasses.replace(MACHINE, memory_bytes=1e9)
-    full = make_row("a.json", PROBE, pace, budget, roomy, SETTINGS, 10_000, None)
-    quarter = make_row(
-        "a.json", dataclasses.replace(PROBE, token_share=0.25), pace, budget, roomy, SETTINGS, 10_000, None
-    )
-    assert (full.tokens, full.epochs, quarter.tokens, quarter.epochs) == (40_960, 4.096, 10_240, 1.024)
-    assert quarter.hours == pytest.approx(10 * (1024e-4 + 0.1) / 3600)
 
 
 def test_a_plan_for_a_card_that_is_not_here(small_recipe, tmp_path):

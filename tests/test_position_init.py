@@ -6,16 +6,9 @@ import math
 
 import pytest
 import torch
-from transformers import (
-    AlbertConfig,
-    AutoModelForMaskedLM,
-    BertConfig,
-    BertLMHeadModel,
-    LayoutLMConfig,
-    RobertaConfig,
-)
+from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertLMHeadModel, LayoutLMConfig, RobertaConfig
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.initialization import EMBEDDING_STD
 from oneday.modeling import find_position_table, make_sinusoids
 from oneday.objectives import COMPANION

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from classifiers import make_args, make_texts
 from datasets import Dataset
 
 from oneday.classification import PreparedTask
+from oneday.errors import SettingError
+from oneday.finetuning import run_protocol
 from oneday.glue import find_task
 from oneday.glue_picture import count_confusions
 from oneday.predictions import (
@@ -114,3 +118,71 @@ def test_what_has_no_test_rows_is_said_and_left_out(tmp_path, caplog):
     assert len(said) == 3
     assert "mnli has no split test_mismatched in" in said[0] and "rte has no split test in" in said[1]
     assert "takes no file for boolq" in said[2]
+
+
+def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir, tmp_path):
+    folder = tmp_path / "tasks" / "sst2"
+    shutil.copytree(data_dir / "sst2", folder)
+    texts = [row["sentence"] + " town" * (index % 9) for index, row in enumerate(make_texts(60))]  # of many lengths
+    truth = [index % 2 for index in range(60)]
+    for split, labels in (("validation", truth), ("test", [-1] * 60)):
+        rows = [{"sentence": text, "label": label} for text, label in zip(texts, labels)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = make_args(bert, tmp_path / "tasks", tmp_path, max_eval_examples=50)
+    median = run_protocol(dataclasses.replace(args, save_models=True))["tasks"]["sst2"]["median"]
+    (path,) = (tmp_path / "out" / "runs").glob("*/validation.parquet")
+    kept = pq.read_table(path).to_pydict()
+    assert len(set(kept["row"])) == 50 and [truth[row] for row in kept["row"]] == kept["label"]
+    right = [label == answer for label, answer in zip(kept["label"], kept["prediction"])]
+    assert sum(right) / 50 == pytest.approx(median) and median > 0.9
+    counts = count_confusions([path], 2)
+    assert counts.sum() == 50 and np.trace(counts) == sum(right)
+    assert (tmp_path / "out" / "glue_results.png").stat().st_size > 10_000
+    # The finished run has no answers to the test split yet: asked for these, it is run again.
+    asked = dataclasses.replace(args, write_submission=True, random_baseline=True)
+    entry = run_protocol(asked)["tasks"]["sst2"]
+    assert entry["submission"] == {"seed": 0, "files": ["SST-2.tsv"]}
+    assert (path.parent / "model" / "config.json").exists(), "the model kept before"
+    (random,) = (tmp_path / "out" / "runs").glob("sst2-random-*")
+    assert [file.name for file in random.iterdir()] == ["validation.parquet"]
+    lines = (tmp_path / "out" / "submission" / "SST-2.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [*map(str, range(60))]
+    answers = [int(line.split("\t")[1]) for line in lines[1:]]
+    assert sum(answer == label for answer, label in zip(answers, truth)) / 60 > 0.9
+    # Other test rows under the same name are answered anew.
+    (folder / "test.jsonl").write_text(json.dumps({"sentence": texts[0], "label": -1}) + "\n")
+    run_protocol(asked)
+    assert (tmp_path / "out" / "submission" / "SST-2.tsv").read_text() == "\n".join(lines[:2]) + "\n"
+    # All files of a submission are of one table of scores; what is not of it is not taken away.
+    for name in ("RTE.tsv", "notes.txt"):
+        (tmp_path / "out" / "submission" / name).write_text("mine")
+    run_protocol(asked)
+    assert (tmp_path / "out" / "submission" / "RTE.tsv").exists()
+    other = dataclasses.replace(asked, learning_rate=1e-3, num_train_epochs=1)
+    run_protocol(dataclasses.replace(other, write_submission=False))
+    run_protocol(other)
+    assert {path.name for path in (tmp_path / "out" / "submission").iterdir()} == {"SST-2.tsv", "notes.txt"}
+    # A merged model too is kept where the same run is asked for its answers alone.
+    lora = dataclasses.replace(args, peft="lora", output_dir=str(tmp_path / "lora"))
+    run_protocol(dataclasses.replace(lora, save_models=True, merge_adapters=True))
+    run_protocol(dataclasses.replace(lora, write_submission=True))
+    assert (tmp_path / "lora" / "submission" / "SST-2.tsv").is_file()
+    assert len(list((tmp_path / "lora" / "runs").glob("*/model/config.json"))) == 1
+
+
+def test_a_task_without_test_rows_is_left_out_of_the_submission(bert, data_dir, tmp_path, caplog):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(data_dir, tasks)
+    shutil.copy(tasks / "sst2" / "validation.jsonl", tasks / "sst2" / "test.jsonl")
+    shared = {"num_train_epochs": 1, "max_train_examples": 16, "write_submission": True, "num_seeds": 2, "seed": 3}
+    results = run_protocol(make_args(bert, tasks, tmp_path, task_names=["stsb", "sst2"], **shared))
+    assert caplog.text.count("write_submission: stsb has no split test") == 1
+    assert [path.name for path in (tmp_path / "out" / "submission").iterdir()] == ["SST-2.tsv"]
+    assert "submission" not in results["tasks"]["stsb"]
+    entry = results["tasks"]["sst2"]
+    lower = entry["seeds"][entry["scores"].index(min(entry["scores"]))]
+    assert entry["submission"] == {"seed": lower, "files": ["SST-2.tsv"]}
+    args = make_args(bert, tasks, tmp_path, task_names=["stsb"], output_dir=str(tmp_path / "none"), **shared)
+    with pytest.raises(SettingError, match="no task of task_names has a test split"):
+        run_protocol(args)
+    assert not (tmp_path / "none").exists()

@@ -1,9 +1,7 @@
-"""The programs as a user starts them: whole runs on small text, and one sentence for each thing that is wrong."""
+"""The programs as a user starts them: whole runs on small text."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import json
 import os
 import re
@@ -15,44 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
+from program_parts import SMALL, flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
-from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, SettingError
 from oneday.assembly import CLASSES, assemble_trainer
-from oneday.checkpoints import find_fault, list_checkpoints
+from oneday.checkpoints import list_checkpoints
 from oneday.durable_files import read_json
 from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings
-from oneday.run_directory import create_run, refresh_recipe
-
-SMALL = {
-    "model_config": str(ROOT / "model_configs/bert-mini.json"),
-    "vocab_size": 150,
-    "max_seq_length": 32,
-    "batch_size_tokens_start": "null",
-    "batch_size_tokens": 256,
-    "micro_batch_tokens": 256,
-    "validation_fraction": 0.1,
-    "budget_steps": 3,
-    "num_evaluations": 1,
-    "eval_on_start": "true",
-    "budget_minutes": "null",
-}
-
-
-@pytest.fixture
-def text_file(texts, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def flags(**settings):
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
 def test_the_trainer_knows_how_long_the_text_took(text_file, tmp_path):
@@ -72,6 +43,44 @@ def test_the_better_of_two_measured_peaks_counts(run_script, text_file, tmp_path
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["peak_flops_measured"] == max(at_start, 5e9)
     assert results["mfu"] == pytest.approx(results["flops"] / results["train_seconds"] / max(at_start, 5e9))
+
+
+def assert_tensorboard_has_it(out, results):
+    """Losses at their steps, and what goes with them."""
+    scalars = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in scalars.Scalars("train/loss")] == [1, 2, 3]
+    assert scalars.Scalars("train/loss")[-1].value == pytest.approx(rundir.read_metrics(out)[5]["loss"], abs=1e-3)
+    held_out = scalars.Scalars("eval/loss")
+    assert [event.step for event in held_out] == [0, 3], "before the first step, and the final model"
+    assert held_out[-1].value == pytest.approx(results["eval_loss"], rel=1e-5)
+    names = ("learning_rate", "grad_norm", "tokens", "progress", "tokens_per_second", "mfu")
+    assert {f"train/{name}" for name in names} <= set(scalars.Tags()["scalars"])
+
+
+def assert_replay_is_refused(run_script, out, text_file, folder):
+    """Under other settings, text or model, and in the directory itself."""
+    refused = {"optim": "adamw", "dataset_name": folder / "other.txt", "model_config": folder / "other.json"}
+    refused["dataset_name"].write_text(text_file.read_text() + "\n\nOne more document.\n")
+    config = json.loads(Path(SMALL["model_config"]).read_text())
+    refused["model_config"].write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for (name, value), words in zip(refused.items(), ("leave optim out", "is not what", "is not what")):
+        again = flags(replay=out, output_dir=folder / "again", **{name: value})
+        code, _, stderr = run_script("pretrain", *again)
+        assert code == 1 and name in stderr and words in stderr, stderr
+        assert not (folder / "again").exists()
+    code, _, stderr = run_script("pretrain", "--replay", out)
+    assert code == 1 and "in a directory of its own; set output_dir" in stderr
+
+
+def assert_scores_reach_the_card(run_script, out, folder):
+    """Those of the run's own directory, and no others."""
+    card = (out / "README.md").read_text()
+    (folder / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    tune = ["--model_name_or_path", out, "--task_file", folder / "mine.csv", "--num_seeds", 1, "--use_cpu", "true"]
+    assert run_script("finetune", *tune, "--output_dir", folder / "elsewhere")[0] == 0
+    assert (out / "README.md").read_text() == card, "scores that are not the directory's are not on its card"
+    assert run_script("finetune", *tune)[0] == 0
+    assert "| mine | accuracy |" in (out / "README.md").read_text()
 
 
 def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, monkeypatch):
@@ -95,37 +104,15 @@ def test_pretrain_leaves_a_whole_run_directory(run_script, text_file, tmp_path, 
     assert (out / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     events = [event["event"] for event in rundir.read_metrics(out)]
     assert events == ["eval", "start", "step", "step", "checkpoint", "step", "eval", "end"]
-    scalars = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert [event.step for event in scalars.Scalars("train/loss")] == [1, 2, 3]
-    assert scalars.Scalars("train/loss")[-1].value == pytest.approx(rundir.read_metrics(out)[5]["loss"], abs=1e-3)
-    held_out = scalars.Scalars("eval/loss")
-    assert [event.step for event in held_out] == [0, 3], "before the first step, and the final model"
-    assert held_out[-1].value == pytest.approx(results["eval_loss"], rel=1e-5)
-    names = ("learning_rate", "grad_norm", "tokens", "progress", "tokens_per_second", "mfu")
-    assert {f"train/{name}" for name in names} <= set(scalars.Tags()["scalars"])
+    assert_tensorboard_has_it(out, results)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert str(tmp_path) not in card
     model = AutoModelForMaskedLM.from_pretrained(out)
     assert model.config.vocab_size % 64 == 0
     assert len(AutoTokenizer.from_pretrained(out)) == 150
-    refused = {"optim": "adamw", "dataset_name": tmp_path / "other.txt", "model_config": tmp_path / "other.json"}
-    refused["dataset_name"].write_text(text_file.read_text() + "\n\nOne more document.\n")
-    config = json.loads(Path(SMALL["model_config"]).read_text())
-    refused["model_config"].write_text(json.dumps({**config, "num_hidden_layers": 1}))
-    for (name, value), words in zip(refused.items(), ("leave optim out", "is not what", "is not what")):
-        again = flags(replay=out, output_dir=tmp_path / "again", **{name: value})
-        code, _, stderr = run_script("pretrain", *again)
-        assert code == 1 and name in stderr and words in stderr, stderr
-        assert not (tmp_path / "again").exists()
-    code, _, stderr = run_script("pretrain", "--replay", out)
-    assert code == 1 and "in a directory of its own; set output_dir" in stderr
-    (tmp_path / "mine.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
-    tune = ["--model_name_or_path", out, "--task_file", tmp_path / "mine.csv", "--num_seeds", 1, "--use_cpu", "true"]
-    assert run_script("finetune", *tune, "--output_dir", tmp_path / "elsewhere")[0] == 0
-    assert (out / "README.md").read_text() == card, "scores that are not the directory's are not on its card"
-    assert run_script("finetune", *tune)[0] == 0
-    assert "| mine | accuracy |" in (out / "README.md").read_text()
+    assert_replay_is_refused(run_script, out, text_file, tmp_path)
+    assert_scores_reach_the_card(run_script, out, tmp_path)
     files = [path for path in out.rglob("*") if path.is_file()]
     assert any(path.parent.name.startswith("checkpoint-") for path in files)
     assert not [path for path in files if path.suffix in (".bin", ".py", ".pkl")], "weights are safetensors"
@@ -164,21 +151,6 @@ def test_two_trackers_get_the_run_offline(text_file, tmp_path, monkeypatch):
     results = json.loads((out / "results.json").read_text())
     assert logged[-1]["eval/loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
     assert "train/loss" in EventAccumulator(str(out / "tensorboard")).Reload().Tags()["scalars"]
-
-
-def test_an_unknown_tracker_is_refused_before_anything_is_read(run_script, text_file, tmp_path):
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run", report_to="tensorboard,wnadb")
-    code, _, stderr = run_script("pretrain", *argv)
-    assert code == 1 and "report_to names wnadb, which is not installed or not known; here are " in stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_model_that_cannot_start_so_is_refused_before_anything_is_read(run_script, tmp_path):
-    settings = {"model_config": ROOT / "model_configs/gpt2-mini.json", "dataset_name": tmp_path / "missing.txt"}
-    argv = (ROOT / "recipes/quickstart/gpt.yaml", *flags(**settings, output_dir=tmp_path / "run"))
-    code, _, stderr = run_script("pretrain", *argv)
-    assert code == 1 and "for this gpt2 set attention_init to null" in stderr.splitlines()[-1]
-    assert not (tmp_path / "run").exists()
 
 
 def test_gpt_and_report(run_script, text_file, tmp_path, monkeypatch):
@@ -269,166 +241,6 @@ def test_a_signal_before_the_first_step_says_run_me_again(texts, tmp_path):
     assert "SIGUSR1 came while nothing was being trained; run the same command again." in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not out.exists()
-
-
-BAD = [
-    ({"budget_stepz": 3}, "unknown setting 'budget_stepz'; the nearest is 'budget_steps'"),
-    ({"dataset_name": "nowhere/*.txt"}, "nowhere"),
-    ({"dataset_name": "EMPTY"}, "holds no text|no text"),
-    ({"dataset_name": "LATIN"}, "UTF-8"),
-    ({"text_column": "body"}, "'body'.*text"),
-    ({"batch_size_tokens": 10**6}, "fewer than the .* of one step"),
-    ({"batch_size_tokens_start": 256, "batch_size_tokens": 10**6}, "fewer than the .* of one step"),
-    ({"vocab_size": 90_000}, "vocab_size.*larger than the text supports"),
-    ({"max_seq_length": 1024}, "max_seq_length"),
-    ({"budget_steps": 0}, "budget_steps is 0"),
-    ({"budget_minutes": 1, "budget_hours": 1}, "both budget_hours and budget_minutes"),
-    ({"budget_steps": "null"}, "No budget is set"),
-    ({"optim": "adamw_9bit"}, "optim is 'adamw_9bit'"),
-    ({"objective": "nsp"}, "objective is 'nsp'"),
-    ({"lr_shape": "zigzag"}, "lr_shape is 'zigzag'"),
-    ({"mlm_probability": 1.5}, "mlm_probability is 1.5"),
-    ({"model_config": "model_configs/bert-mimi.json"}, "bert-mini"),
-    ({"objective": "clm", "model_config": "model_configs/modernbert-mini.json"}, "modernbert|Masked|CausalLM"),
-    ({"objective": "clm", "model_config": "model_configs/bert-mini.json"}, "bert is an encoder, whose tokens see"),
-    ({"objective": "word_order", "word_order_span": 30}, "word_order_span is 30, and the shortest rows of 32"),
-    (
-        {"objective": "word_order", "word_order_span": 14, "max_seq_length_start": 16, "dataset_name": "nowhere"},
-        "the shortest rows of 16 tokens have 13",
-    ),
-    ({"tokenizer_name": "nowhere"}, "nowhere"),
-    ({"tokenizer_type": "morse"}, "morse"),
-    ({"packing_strategy": "loose"}, "packing_strategy"),
-    ({"output_dir": "OCCUPIED"}, "not empty"),
-    ({"output_dir": "FILE"}, "is a file"),
-    ({"output_dir": "BELOW"}, "output_dir is .* cannot be written .file is a file."),
-    ({"log_level": "WARN"}, "log_level is 'WARN'; it must be one of .*warning"),
-    ({"tokenizer_name": "MASKLESS"}, "has no mask token, behind which the objective hides words"),
-    ({"tokenizer_name": "GAPPED"}, "tokens and an id of 900: number them without gaps"),
-    ({"validation_name": "CHINESE"}, "The held-out text is nothing but unknown tokens"),
-]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"), BAD, ids=[" ".join(f"{k}={v}" for k, v in wrong.items()) for wrong, _ in BAD]
-)
-def test_bad_input_gets_one_sentence_and_leaves_nothing(run_script, text_file, tokenizers, tmp_path, wrong, words):
-    (tmp_path / "empty.txt").write_text(" \n\n ")
-    (tmp_path / "latin.txt").write_bytes("naïve café".encode("latin-1"))
-    (tmp_path / "occupied").mkdir()
-    (tmp_path / "occupied" / "thesis.tex").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "chinese.txt").write_text("的一是不了在人有我他这\n")
-    for name in ("maskless", "gapped"):
-        tokenizers["encoder"].save_pretrained(tmp_path / name)
-    config = tmp_path / "maskless" / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "mask_token": None}))
-    words_file = tmp_path / "gapped" / "tokenizer.json"
-    content = json.loads(words_file.read_text())
-    content["model"]["vocab"]["word"] = 900
-    words_file.write_text(json.dumps(content))
-    places = {
-        "MASKLESS": tmp_path / "maskless", "GAPPED": tmp_path / "gapped", "CHINESE": tmp_path / "chinese.txt",
-        "EMPTY": tmp_path / "empty.txt", "LATIN": tmp_path / "latin.txt",
-        "OCCUPIED": tmp_path / "occupied", "FILE": tmp_path / "file", "BELOW": tmp_path / "file" / "run",
-    }  # fmt: skip
-    out = tmp_path / "run"
-    settings = {**SMALL, "dataset_name": text_file, "output_dir": out, **wrong}
-    code, _, stderr = run_script(
-        "pretrain", *flags(**{key: places.get(value, value) for key, value in settings.items()})
-    )
-    assert code == 1
-    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, stderr
-    assert re.search(words, errors[0]), errors[0]
-    assert "Traceback" not in stderr
-    assert not out.exists()
-    assert (tmp_path / "occupied" / "thesis.tex").read_text() == "mine"
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize(("content", "words"), [("[", "cannot be read as YAML"), ("[1]", "holds a list")])
-def test_a_recipe_of_a_run_that_is_none_is_named(run_script, text_file, tmp_path, content, words):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text(content)
-    code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run"))
-    assert code == 1 and words in stderr and "Traceback" not in stderr
-
-
-def test_what_was_asked_for_once_is_not_in_the_recipe_and_free_settings_are_those_of_now(run_script, tmp_path):
-    run = tmp_path / "run"
-    create_run(
-        run, {"seed": 1, "resume_from_hub": "ann/tiny", "extend": True, "push_to_hub": True, "save_minutes": 20}
-    )
-    assert yaml.safe_load((run / "recipe.yaml").read_text()) == {
-        "seed": 1, "resume_from_hub": None, "extend": False, "push_to_hub": False, "save_minutes": 20,
-    }  # fmt: skip
-    refresh_recipe(run, {"seed": 2, "hub_license": "cc-by-sa-3.0", "push_to_hub": True})
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    assert (recipe["seed"], recipe["hub_license"], recipe["push_to_hub"]) == (1, "cc-by-sa-3.0", False)
-    assert recipe["save_minutes"] == 20
-
-
-def test_how_a_run_logs_saves_and_pushes_may_change_when_it_goes_on(tmp_path):
-    names = {field.name for field in dataclasses.fields(BudgetTrainingArguments)} - REFUSED_SETTINGS.keys()
-    about = {name for name in names if re.match("log|save|hub|push|report|run_name|project|trackio|ddp_timeout", name)}
-    assert {"logging_first_step", "log_level_replica", "trackio_space_id"} < about
-    create_run(tmp_path, {"seed": 1})
-    assert rundir.inspect_run(tmp_path, {"seed": 1, **dict.fromkeys(about, "another")}) == "resumed"
-    with pytest.raises(SettingError, match="adam_beta1: None, now 0.5"):
-        rundir.inspect_run(tmp_path, {"seed": 1, "adam_beta1": 0.5})
-
-
-def test_what_a_killed_fetch_left_is_no_run(tmp_path):
-    (tmp_path / ".staging" / "checkpoint-4").mkdir(parents=True)
-    assert rundir.inspect_run(tmp_path, {}) == "new"
-    (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(SettingError, match="is not empty and holds no run"):
-        rundir.inspect_run(tmp_path, {})
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_any_error_before_the_first_step_leaves_nothing(run_script, text_file, tmp_path, monkeypatch, error):
-    def fail(trainer, *args, **kwargs):
-        (Path(trainer.args.output_dir) / "tensorboard").mkdir()
-        trainer.write_environment()
-        raise error("within a library")
-
-    monkeypatch.setattr("oneday.trainer.BudgetTrainer.run", fail)
-    argv = flags(**SMALL, dataset_name=text_file, output_dir=tmp_path / "run")
-    if error is KeyboardInterrupt:
-        assert run_script("pretrain", *argv)[0] == 130
-    else:
-        with pytest.raises(error):
-            run_script("pretrain", *argv)
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_run_in_the_directory_is_refused(run_script, text_file, tmp_path):
-    out = tmp_path / "run"
-    assert run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))[0] == 0
-    before = (out / "model.safetensors").read_bytes()
-    other = SMALL | {"budget_steps": 5}
-    code, _, stderr = run_script("pretrain", *flags(**other, dataset_name=text_file, output_dir=out))
-    assert code == 1
-    assert "other settings (budget_steps: 3, now 5)" in stderr
-    assert (out / "model.safetensors").read_bytes() == before
-    code, *_ = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out, save_minutes=1))
-    assert code == 0, "how often it saves does not touch the training"
-
-
-def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeypatch):
-    def fail(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(rundir, "publish_files", fail)
-    out = tmp_path / "run"
-    code, _, stderr = run_script("pretrain", *flags(**SMALL, dataset_name=text_file, output_dir=out))
-    assert code == 1
-    assert "is full" in stderr
-    weights = list(out.rglob("*.safetensors"))
-    assert {path.parent.name for path in weights} == {"checkpoint-2"}, "only that of before the cool-down"
-    assert find_fault(out / "checkpoint-2") is None
 
 
 def test_the_program_evaluate_does_not_hide_the_library():

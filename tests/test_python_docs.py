@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from oneday import python_docs
-from oneday.arguments import DataArguments, SettingError
+from oneday.arguments import DataArguments
 from oneday.corpus import load_corpus
 from oneday.docs_tasks import DOCS_TASKS, build_docs_task, find_code_words, hide_names, split_modules, swap_words
+from oneday.errors import SettingError
 from oneday.prose import clean_docstring, is_prose, split_sentences
 from oneday.python_docs import TOPIC_PACKAGES, build_python_docs, corpus_hash, find_docstrings, fold_paragraph
 

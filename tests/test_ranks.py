@@ -22,9 +22,9 @@ from hub_server import HubServer
 from safetensors.numpy import load_file
 from shared_rows import BLOCK
 
-from oneday.arguments import SettingError
 from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.ranks import check_strategy
 from oneday.run_directory import read_metrics
 

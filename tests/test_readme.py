@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.recipe import fields_of, resolve_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,6 +123,16 @@ def test_the_library_names_every_module():
     rooms = [f"{path.name}/" for path in library.iterdir() if path.is_dir() and path.name != "__pycache__"]
     named = re.findall(r"^\| `(\w+(?:\.py|/))` \|", (library / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(named) == sorted(modules + rooms)
+
+
+@pytest.mark.parametrize("folder", ["src", "scripts", "tests"])
+def test_files_and_functions_stay_short(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
 
 
 def test_the_tree_names_every_script():

@@ -11,14 +11,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from oneday.arguments import (
-    REFUSED_SETTINGS,
-    BudgetTrainingArguments,
-    DataArguments,
-    ModelArguments,
-    SettingError,
-    setting,
-)
+from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, DataArguments, ModelArguments, setting
+from oneday.errors import SettingError
 from oneday.recipe import (
     build_arguments,
     complete_settings,

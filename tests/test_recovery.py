@@ -11,7 +11,8 @@ import torch
 from conftest import ROW_LENGTH, steps_of, weights
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
 from oneday.recovery import SPIKE_LEAST_STEPS, StepGuard
 from oneday.run_directory import read_metrics
 
@@ -268,9 +269,9 @@ def test_dropout_is_drawn_again_after_running_out_of_memory(make_trainer):
 
 def test_an_evaluation_that_does_not_fit_takes_smaller_batches(make_trainer):
     trainer = make_trainer("bert", budget_steps=2, micro_batch_tokens=8 * ROW_LENGTH)
-    expected = trainer.measure_held_out()
+    expected = measure_held_out(trainer)
     memory = SmallMemory(trainer, 3)
-    assert trainer.measure_held_out() == pytest.approx(expected)
+    assert measure_held_out(trainer) == pytest.approx(expected)
     assert memory.failures == 2 and trainer.args.micro_batch_tokens == 8 * ROW_LENGTH
 
 

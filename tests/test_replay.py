@@ -11,9 +11,9 @@ from conftest import ROW_LENGTH, steps_of, weights
 from test_recovery import Poison, SmallMemory
 from transformers import TrainerCallback
 
-from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import list_checkpoints, read_state
+from oneday.errors import SettingError
 from oneday.replay import ReplayClock, read_replayed_settings, read_script
 from oneday.run_directory import append_metrics
 

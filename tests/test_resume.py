@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from conftest import ROW_LENGTH, StopAt, steps_of, weights
+from conftest import ROW_LENGTH, StopAt, assert_same_weights, run_killed, steps_of, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from oneday import saving, streamed_rows, text_streams
-from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.beating import heartbeat
+from oneday.arguments import BudgetTrainingArguments
 from oneday.checkpoints import find_fault, list_checkpoints, read_state
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
 from oneday.modeling import build_model
 from oneday.objectives import find_objective
-from oneday.pretraining import load_state, perform_run, prepare_first_step
-from oneday.run_directory import append_metrics, is_disk_full, lock_run, read_metrics
-from oneday.stream_files import StreamShard, TablePart
-from oneday.streamed_rows import StreamedRows
-from oneday.text_streams import FileStream, StreamInterrupted
+from oneday.pretraining import load_state, prepare_first_step
+from oneday.run_directory import lock_run, read_metrics
 from oneday.trainer import BudgetTrainer
-
-
-def run_killed(make, step, **settings):
-    """A run that dies before a step (a process that is killed leaves the same on the disk)."""
-    killed = make(**settings)
-    killed.add_callback(StopAt(step))
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
-    return Path(killed.args.output_dir)
-
-
-def assert_same_weights(one, other):
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
-
 
 RESUMED = {
     "adamw": {},
@@ -172,7 +149,7 @@ def test_a_resumed_run_logs_as_often_as_is_asked_for_now(make_trainer):
 
 
 def make_scored(trainer):
-    return trainer.measure_held_out()["eval_loss"]
+    return measure_held_out(trainer)["eval_loss"]
 
 
 @pytest.mark.parametrize(
@@ -264,68 +241,6 @@ def test_every_schedule_goes_on_where_it_stood(make_trainer):
     assert_same_weights(whole, resumed)
 
 
-def test_a_streamed_corpus_goes_on_where_it_stood(make_trainer, texts, tokenizers, packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(streamed_rows, "STREAM_BLOCK_DOCUMENTS", 40)
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-    def make(output, **settings):
-        shards = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
-        stream = FileStream([StreamShard(shards, "text", 0)], 8)
-        rows = StreamedRows(stream, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", 0)
-        base = make_trainer("bert", output, **settings)
-        model, args, objective = base.model, base.args, base.objective
-        return BudgetTrainer(model, args, objective, rows, packed["encoder"][1], tokenizers["encoder"])
-
-    settings = {"budget_steps": 30, "save_steps": 7}
-    whole = make("whole", **settings)
-    whole.run()
-    run_killed(lambda **given: make("killed", **given), 18, **settings)
-    resumed = make("killed", **settings)
-    resumed.run(resume=True)
-    assert_same_weights(whole, resumed)
-
-
-class Ending(FileStream):
-    """A stream whose network goes away for good after so many texts."""
-
-    def open_pass(self, key, state=None):
-        reader, read = super().open_pass(key, state), []
-        ordinary = reader.read
-
-        def read_or_fail():
-            if len(read) == 130:
-                raise ConnectionError("reset by peer")
-            read.append(ordinary())
-            return read[-1]
-
-        reader.read = read_or_fail
-        return reader
-
-
-def test_a_network_that_goes_away_costs_no_step(make_trainer, texts, tokenizers, packed, monkeypatch, caplog):
-    """The run ends as after a signal, with a checkpoint of its last step, and goes on to the same weights."""
-    monkeypatch.setattr(streamed_rows, "STREAM_BLOCK_DOCUMENTS", 40)
-    monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.01,))
-
-    def make(output, kind=FileStream):
-        stream = kind([TablePart(datasets.Dataset.from_dict({"text": texts}), 0, 1)], 1)
-        rows = StreamedRows(stream, tokenizers["encoder"], "encoder", ROW_LENGTH, "best_fit", 0)
-        base = make_trainer("bert", output, budget_steps=30, save_steps=1000)
-        return BudgetTrainer(base.model, base.args, base.objective, rows, packed["encoder"][1], tokenizers["encoder"])
-
-    whole = make("whole")
-    whole.run()
-    cut = make("cut", Ending)
-    assert cut.run() == {}
-    assert cut.status == "interrupted" and 0 < cut.clock.steps < 30
-    assert "cannot be read on (ConnectionError: reset by peer); check the network" in caplog.text
-    assert list_checkpoints(cut.args.output_dir)[-1].name == f"checkpoint-{cut.clock.steps}"
-    resumed = make("cut")
-    resumed.run(resume=True)
-    assert_same_weights(whole, resumed)
-
-
 def test_resuming_reads_nothing_of_what_was_seen(make_trainer, monkeypatch):
     settings = {"budget_steps": 12, "save_steps": 8}
     run_killed(lambda **given: make_trainer("bert", **given), 9, **settings)
@@ -394,188 +309,6 @@ def test_where_no_checkpoint_is_whole_or_one_cannot_be_read_nothing_is_begun_aga
     assert again.clock.steps == 10
 
 
-def test_a_full_disk_at_the_reports_is_one_sentence(make_trainer):
-    """The model is there, and the same command makes them."""
-
-    def fill_disk(metrics):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    trainer = make_trainer("bert", budget_steps=2)
-    with pytest.raises(SettingError, match="The disk of output_dir .* is full"):
-        perform_run(trainer, "new", fill_disk)
-    assert (Path(trainer.args.output_dir) / "model.safetensors").exists()
-
-
-def test_a_disk_that_has_gone_does_not_say_how_full_it_is(tmp_path):
-    stale = OSError(errno.ESTALE, "Stale file handle")
-    assert not is_disk_full(stale, tmp_path / "gone") and is_disk_full(OSError(errno.ENOSPC, ""), tmp_path / "gone")
-
-
-def test_a_line_of_the_metrics_that_a_disk_refuses_does_not_end_the_training(make_trainer, monkeypatch, caplog):
-    trainer = make_trainer("bert", "stumbling", budget_steps=4)
-    dump = json.dumps
-
-    def stumble(event, **given):
-        if isinstance(event, dict) and event.get("event") == "step" and event["step"] == 2:
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return dump(event, **given)
-
-    monkeypatch.setattr("oneday.durable_files.json.dumps", stumble)
-    trainer.run()
-    assert "It was not written (Stale file handle): step of step 2 is not in metrics.jsonl" in caplog.text
-    monkeypatch.undo()
-    steps = [event["step"] for event in read_metrics(trainer.args.output_dir) if event["event"] == "step"]
-    assert steps == [1, 3, 4]
-
-
-def test_a_full_disk_at_a_checkpoint_does_not_end_the_training(make_trainer, monkeypatch, caplog):
-    publish = saving.publish_checkpoint
-    calls = []
-
-    def fail_once(source, target):
-        calls.append(target.name)
-        if target.name == "checkpoint-4":
-            (source / "model.safetensors").write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        publish(source, target)
-
-    monkeypatch.setattr(saving, "publish_checkpoint", fail_once)
-    trainer = make_trainer("bert", budget_steps=7, save_steps=2)
-    trainer.run()
-    folder = Path(trainer.args.output_dir)
-    assert calls == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    assert "The checkpoint of step 4 was not written: the disk is full" in caplog.text
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
-    assert not list(folder.glob(".staging*")) and trainer.clock.steps == 7
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_really_full(make_trainer, tmp_path, caplog):
-    """Something else fills it after six steps: the training goes to its end, and only the final model is refused."""
-    disk = tmp_path / "run"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-
-    class Filler(StopAt):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == self.step:
-                with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as handle:
-                    while True:
-                        handle.write(bytes(4096))
-
-    try:
-        trainer = make_trainer("bert", budget_steps=12, save_steps=4, save_total_limit=5)
-        trainer.add_callback(Filler(6))
-        with pytest.raises(SettingError, match="is full"):
-            trainer.run()
-        assert trainer.clock.steps == 12
-        assert "The checkpoint of step 8 was not written: the disk is full" in caplog.text
-        checkpoints = list_checkpoints(disk)
-        assert [path.name for path in checkpoints] == ["checkpoint-4", "checkpoint-6"]
-        assert not any(find_fault(checkpoint) for checkpoint in checkpoints)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_long_step_is_on_the_heartbeat(make_trainer, monkeypatch):
-    """The process may be killed within a step of minutes: what it has spent is on the disk all the same."""
-    trainer = make_trainer("bert", budget_minutes=1, budget_steps=2)
-    path = Path(trainer.args.output_dir) / "budget.json"
-    seen = []
-
-    class Slow(StopAt):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                time.sleep(4.5)
-                seen.append(json.loads(path.read_text())["spent"]["seconds"])
-
-    trainer.add_callback(Slow(0))
-    trainer.run()
-    assert seen[0] > 1.5
-
-
-def test_a_stumble_of_the_disk_at_the_last_beat_ends_no_run(caplog):
-    def stumble():
-        raise OSError(errno.EIO, "Input/output error")
-
-    with heartbeat(stumble):
-        pass
-    assert "budget.json was not written" in caplog.text
-    with pytest.raises(KeyboardInterrupt), heartbeat(stumble):
-        raise KeyboardInterrupt
-
-
-def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, caplog):
-    def refuse(handle, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    first = lock_run(tmp_path)
-    with pytest.raises(SettingError, match="Another process is training"):
-        lock_run(tmp_path)
-    first.close()
-    monkeypatch.setattr("oneday.run_directory.fcntl.flock", refuse)
-    lock_run(tmp_path).close()
-    assert "cannot be locked (No locks available)" in caplog.text
-
-
-def test_a_stream_that_breaks_off_leaves_a_checkpoint(make_trainer, monkeypatch, tmp_path):
-    """A damaged file ends the run with its sentence, after a checkpoint; the network's end may be waited for."""
-    for number, (error, ends) in enumerate(((SettingError("damaged"), "raises"), (StreamInterrupted("away"), 75))):
-        trainer = make_trainer("bert", f"run{number}", budget_steps=6)
-        whole, count = trainer.next_step_fits, []
-
-        def next_step_fits(whole=whole, count=count, error=error):
-            count.append(1)
-            if len(count) == 4:
-                raise error
-            return whole()
-
-        monkeypatch.setattr(trainer, "next_step_fits", next_step_fits)
-        if ends == "raises":
-            with pytest.raises(SettingError, match="damaged"):
-                perform_run(trainer, "new", lambda metrics: None)
-        else:
-            assert perform_run(trainer, "new", lambda metrics: None) == ends
-        (checkpoint,) = list_checkpoints(trainer.args.output_dir)
-        assert checkpoint.name == "checkpoint-3" and find_fault(checkpoint) is None
-
-
-def test_a_stream_that_breaks_off_when_the_budget_is_used_up_ends_the_run(make_trainer, monkeypatch):
-    """The step that would come after the last one is not needed, nor when what is finished is only to be scored."""
-    trainer = make_trainer("bert", budget_steps=3, save_steps=3)
-    whole = trainer.loader.peek
-
-    def peek(progress=None):
-        if trainer.clock.steps == 3:
-            raise SettingError("damaged")
-        return whole(progress)
-
-    monkeypatch.setattr(trainer.loader, "peek", peek)
-    assert perform_run(trainer, "new", lambda metrics: None) == 0
-    assert trainer.clock.steps == 3 and trainer.status == "finished"
-
-
-@pytest.mark.parametrize("compiles", [False, True])
-def test_a_signal_while_the_first_block_is_waited_for_means_run_me_again(make_trainer, monkeypatch, compiles):
-    """Also where the compiler asks for it; the directory of a run without a step is left empty."""
-    trainer = make_trainer("bert", "waiting", budget_steps=3)
-    trainer.args.use_compile = compiles
-
-    def peek(progress=None):
-        trainer.signals.append(signal.SIGTERM)
-        raise StreamInterrupted("stood still")
-
-    monkeypatch.setattr(trainer.loader, "peek", peek)
-    with pytest.raises(SystemExit) as stop:
-        perform_run(trainer, "new", lambda metrics: None)
-    assert stop.value.code == 75 and not Path(trainer.args.output_dir).exists()
-    Path(trainer.args.output_dir).mkdir()
-    monkeypatch.setattr(trainer.loader, "peek", lambda progress=None: (_ for _ in ()).throw(StreamInterrupted("away")))
-    with pytest.raises(StreamInterrupted, match="away"):
-        perform_run(trainer, "new", lambda metrics: None)
-
-
 def test_a_small_micro_batch_stays_only_where_memory_was_small(make_trainer, monkeypatch):
     first = make_trainer("bert", budget_steps=4, save_steps=2)
     first.micro_batch_limit = 2 * ROW_LENGTH
@@ -605,14 +338,6 @@ def test_a_finished_run_whose_reports_are_missing_is_only_scored_again(make_trai
     assert again.clock.steps == 9 and again.loader.epoch == first.loader.epoch
     events = [event["event"] for event in read_metrics(first.args.output_dir)]
     assert "resume" not in events and events.count("step") == 9, "nothing was trained again"
-
-
-def test_a_torn_line_swallows_no_other(tmp_path):
-    for number in range(3):
-        append_metrics(tmp_path, {"event": "step", "step": number, "taken": number})
-        with open(tmp_path / "metrics.jsonl", "a") as handle:
-            handle.write('{"event": "st')
-    assert [event["step"] for event in read_metrics(tmp_path)] == [0, 1, 2]
 
 
 def test_strange_directories_and_states_are_no_checkpoints(make_trainer):

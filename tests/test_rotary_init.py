@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.position_init import NEIGHBOURS, PEAK_LOGIT, attend_to_neighbours, check_attention_init, leave_room
 from oneday.pretraining import prepare_first_step
 from oneday.rotary_init import (

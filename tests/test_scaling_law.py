@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.ladder import Family, family_of, fit_family, format_law, read_records, to_point
 from oneday.scaling_law import EXPONENTS, Point, fit_law, log_losses, objective_and_slope
 

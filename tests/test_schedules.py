@@ -6,14 +6,8 @@ import math
 
 import pytest
 
-from oneday.arguments import SettingError
-from oneday.schedules import (
-    LR_SHAPES,
-    choose_row_length,
-    find_plateau_end,
-    interpolate,
-    learning_rate_multiplier,
-)
+from oneday.errors import SettingError
+from oneday.schedules import LR_SHAPES, choose_row_length, find_plateau_end, interpolate, learning_rate_multiplier
 
 
 @pytest.mark.parametrize("name", LR_SHAPES)

@@ -21,7 +21,7 @@ from oneday.segments import (
     order_halves,
     shuffle_runs,
 )
-from oneday.tokenization import train_tokenizer
+from oneday.tokenizer_training import train_tokenizer
 
 CLS, SEP, DOT = 1, 2, 3
 TEXTS = ["The cat sat. The dog ran away! Was it so? Yes, it was.", "cats and dogs. dogs and cats."] * 20

@@ -23,7 +23,8 @@ from oneday.optimizers import ELEMENTWISE, HIDDEN_OPTIMIZERS, count_state_bytes
 from oneday.packed_dataset import pack_corpus
 from oneday.run_directory import read_metrics
 from oneday.sharded_optimizers import count_rows, cut_rows_of
-from oneday.tokenization import load_tokenizer, train_tokenizer
+from oneday.tokenization import load_tokenizer
+from oneday.tokenizer_training import train_tokenizer
 
 STEPS = 4
 # Of all runs of one start; what waits for a process that is gone is not waited for.

@@ -15,7 +15,7 @@ import pytest
 from test_row_sources import take
 
 from oneday import streamed_rows, text_streams
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.packed_dataset import pack_documents
 from oneday.ranks import Ranks
 from oneday.stream_files import ParquetPart, TablePart

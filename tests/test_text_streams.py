@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oneday import text_streams
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.held_out import HeldOut
 from oneday.stream_files import ParquetPart, StreamShard, TablePart
 from oneday.text_streams import FileStream, FirstTexts, MixedStream, PassKey

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoTokenizer
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.preparation import keep_tokenizer
 from oneday.tokenization import (
     encode_documents,
@@ -27,9 +27,9 @@ from oneday.tokenization import (
     keeps_text,
     load_tokenizer,
     special_layout,
-    train_tokenizer,
     unknown_rate,
 )
+from oneday.tokenizer_training import train_tokenizer
 
 # Every Python has this prose and code.
 TEXTS = [

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from oneday import packed_dataset, tokenized_parts
-from oneday.arguments import DataArguments, SettingError, ShardArguments
+from oneday.arguments import DataArguments, ShardArguments
+from oneday.errors import SettingError
 from oneday.packed_dataset import INDEX_FILE, pack_corpus
 from oneday.preparation import prepare_data, tokenize_shard
 from oneday.tokenized_parts import find_parts, read_parts, write_part

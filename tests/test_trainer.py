@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import DECODERS, ENCODERS, ROW_LENGTH, steps_of, weights
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Trainer, TrainerCallback
 
-from oneday.arguments import SettingError
-from oneday.budget import Budget, BudgetClock
+from oneday.budget import Budget
+from oneday.budget_clock import BudgetClock
 from oneday.callbacks import BudgetProgressCallback
 from oneday.checkpoints import list_checkpoints
 from oneday.compilation import find_layers
-from oneday.loader import plan_rows
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
+from oneday.loader import StepPlan, limit_micro_rows, plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
+from oneday.saving import RunTrainer
+from oneday.trainer import BudgetTrainer
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
@@ -63,13 +68,13 @@ def test_wall_clock_budget_is_used_and_kept(make_trainer):
 )
 def test_slow_evaluations_leave_the_clock_to_the_steps(make_trainer, monkeypatch, budget, expected):
     trainer = make_trainer(num_evaluations=4, **budget)
-    measure = trainer.measure_held_out
 
-    def measure_slowly(max_parts=None, **settings):
-        time.sleep(0.2 if max_parts is None else 0.0)  # not where the time of an evaluation is estimated
-        return measure(max_parts=max_parts, **settings)
+    def measure_slowly(*args, **settings):
+        time.sleep(0.2)
+        return measure_held_out(*args, **settings)
 
-    monkeypatch.setattr(trainer, "measure_held_out", measure_slowly)
+    # Only of evaluations: `pretraining` estimates beforehand how long one takes, and has the name to itself.
+    monkeypatch.setattr("oneday.trainer.measure_held_out", measure_slowly)
     trainer.run()
     events = [event["event"] for event in read_metrics(trainer.args.output_dir)]
     before_the_end = events[: len(events) - events[::-1].index("step")]
@@ -280,6 +285,18 @@ def test_a_batch_is_the_one_asked_for_whatever_the_micro_batch(batch, micro, pro
     assert plan_rows(args, batch, row_length=128)[0] % min(micro // 128, rows[0]) == 0, "one that grows has multiples"
 
 
+@pytest.mark.parametrize(("processes", "micro_rows"), [(1, 128), (2, 64), (3, 16), (8, 16)])
+def test_compiled_passes_are_of_one_size_while_the_batch_grows(processes, micro_rows):
+    """The batch of bert-datacentre's 24 hours, which is the same for any number of processes."""
+    args = SimpleNamespace(
+        micro_batch_tokens=65_536, world_size=processes, batch_size_tokens_start=131_072, use_compile=True
+    )
+    plans = [plan_rows(args, tokens, row_length=512) for tokens in range(131_072, 1_048_577, 65_536)]
+    assert [rows for rows, _ in plans] == list(range(256, 2049, 128))
+    limited = {limit_micro_rows(StepPlan(*plan, 0.0), micro_rows, processes).micro_rows for plan in plans}
+    assert {rows for _, rows in plans} == {micro_rows} == limited
+
+
 def test_the_time_left_leaves_out_what_prepared_the_first_step():
     """A minute of compiling in a budget of three, then a tenth of what is left."""
     seconds = [0.0]
@@ -288,7 +305,9 @@ def test_the_time_left_leaves_out_what_prepared_the_first_step():
     seconds[0] = 60.0
     clock.start_progress()
     seconds[0] = 72.0
-    callback = BudgetProgressCallback(SimpleNamespace(clock=clock, last_eval={}, step_loss=4.0))
+    callback = BudgetProgressCallback(
+        SimpleNamespace(clock=clock, last_eval={}, step_record=SimpleNamespace(loss=4.0))
+    )
     callback.recent.append((1000, 1.0))
     assert callback.describe() == "loss 4.000, 1.00k tok/s, 01:12 spent, 01:48 left"
 
@@ -309,3 +328,10 @@ def test_an_accelerate_config_does_not_compile_the_model(make_trainer, monkeypat
 def test_corpus_smaller_than_a_step_is_refused(make_trainer):
     with pytest.raises(SettingError, match="fewer than the .* of one step"):
         make_trainer(budget_steps=1, batch_size_tokens=10**7)
+
+
+@pytest.mark.parametrize("trainer_class", [RunTrainer, BudgetTrainer])
+def test_what_is_overridden_is_there_in_the_parent(trainer_class):
+    """A method that transformers renames would be called no more, and nothing would say so."""
+    own = {name for name in vars(trainer_class) if re.fullmatch(r"_[a-z]\w*", name)} - {"_staging_dir"}
+    assert own and not own - set(dir(Trainer))

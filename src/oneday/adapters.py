@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from oneday.arguments import SettingError, describe_error
+from oneday.errors import SettingError, describe_error
 from oneday.glue_protocol import PROBE, FinetuneArguments, choose_device
 
 logger = logging.getLogger(__name__)

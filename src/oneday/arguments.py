@@ -10,16 +10,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 
+from oneday.errors import SettingError, check_positive
 from oneday.throughput import has_fast_bf16
-
-
-class SettingError(ValueError):
-    """A setting that cannot work. The message is one sentence: which setting, which value, what to do."""
-
-
-def describe_error(error: BaseException) -> str:
-    """The first line of a library's error, to stand in brackets in a sentence; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def setting(default: object, help: str, **metadata: object) -> object:
@@ -182,7 +174,8 @@ REFUSED_SETTINGS = {
 POSITIVE_SETTINGS = (
     "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
     "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads", "max_seq_length_start",
-    "max_bad_steps", "discriminator_weight", "learning_rate", "muon_learning_rate", "adam_epsilon",
+    "max_bad_steps", "discriminator_weight", "learning_rate", "muon_learning_rate", "adam_epsilon", "usd_per_hour",
+    "stated_watts",
 )  # fmt: skip
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 MAX_SEED = 2**32
@@ -358,9 +351,7 @@ class BudgetTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Give the parent what it accepts; keep this project's own choices beside it."""
         for name in POSITIVE_SETTINGS:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingError(f"The setting {name} is {value}; it must be above zero.")
+            check_positive(name, getattr(self, name))
         for name in NOT_NEGATIVE_SETTINGS:
             value = getattr(self, name)
             if value is not None and not value >= 0:

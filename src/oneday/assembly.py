@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments
 from oneday.budget import Budget
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.modeling import build_model, check_config_file, hash_config, load_config, read_skeleton
 from oneday.objectives import Objective, find_objective
 from oneday.position_init import check_attention_init

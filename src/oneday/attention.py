@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 
 PACKED = "packed"
 MATMUL_MAX_ROW_LENGTH = 512  # measured: at 1,024 SDPA's CPU kernel has caught up

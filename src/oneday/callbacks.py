@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.recovery import SPIKE_DEVIATIONS, roll_back
 from oneday.replay import ReplayClock
 
@@ -59,13 +59,12 @@ class BudgetCallback(TrainerCallback):
     ) -> None:
         """Count the step, then look at the budget."""
         trainer, record = self.trainer, self.trainer.step_record
-        trainer.step_loss = record.loss
-        trainer.step_seconds = trainer.clock.now() - record.begun
+        record.seconds = trainer.clock.now() - record.begun
         if record.bad_number is None:
-            trainer.clock.count_step(record.tokens, record.flops, trainer.step_seconds)
-            self.note_spike(trainer.guard.note_good(trainer.step_loss, trainer.clock.steps))
+            trainer.clock.count_step(record.tokens, record.flops, record.seconds)
+            self.note_spike(trainer.guard.note_good(record.loss, trainer.clock.steps))
         else:
-            trainer.clock.count_skip(trainer.step_seconds)
+            trainer.clock.count_skip(record.seconds)
             trainer.loader.drop_ahead()
         state.epoch = trainer.loader.epoch or 0.0
         if record.bad_number is not None and trainer.guard.note_bad():
@@ -84,6 +83,8 @@ class BudgetCallback(TrainerCallback):
         if trainer.is_interrupted:
             trainer.status = "interrupted"
             control.should_save = True
+        if record.bad_number is None and not control.should_save:
+            trainer.save_as_kept = False  # a later one would be of a learning rate that has fallen
         control.should_training_stop |= trainer.is_interrupted or not fits
 
     def note_spike(self, is_spike: bool) -> None:
@@ -92,7 +93,8 @@ class BudgetCallback(TrainerCallback):
         if is_spike:
             logger.warning(
                 "The loss jumped to %.3f at step %d, %g standard deviations above the last %d steps.",
-                self.trainer.step_loss, self.trainer.clock.steps, SPIKE_DEVIATIONS, len(self.trainer.guard.losses),
+                self.trainer.step_record.loss, self.trainer.clock.steps, SPIKE_DEVIATIONS,
+                len(self.trainer.guard.losses),
             )  # fmt: skip
 
     def schedule(self, args: TrainingArguments) -> tuple[bool, bool]:
@@ -155,10 +157,10 @@ class MetricsCallback(TrainerCallback):
         """One line a step, taken or skipped."""
         trainer, record, plan = self.trainer, self.trainer.step_record, self.trainer.step_record.plan
         facts = {
-            "loss": trainer.step_loss,
+            "loss": record.loss,
             "lr": trainer.lr_scheduler.get_last_lr()[0],
             "lr_progress": record.progress,
-            "grad_norm": float(trainer.grad_norm),
+            "grad_norm": record.grad_norm,
             "plan_progress": plan.progress,
             "num_rows": plan.num_rows,
             "micro_rows": plan.micro_rows,
@@ -172,8 +174,8 @@ class MetricsCallback(TrainerCallback):
             "step",
             **facts,
             **({"is_spike": True} if record.is_spike else {}),
-            tokens_per_second=record.tokens / trainer.step_seconds,
-            mfu=record.flops / trainer.step_seconds / (trainer.peak_flops * args.world_size),
+            tokens_per_second=record.tokens / record.seconds,
+            mfu=record.flops / record.seconds / (trainer.peak_flops * args.world_size),
             batch_tokens=record.tokens,
             num_predicted=next(iter(record.counts.values())),
         )
@@ -225,7 +227,7 @@ class BudgetProgressCallback(TrainerCallback):
     ) -> None:
         """Move the bar, or tell every tenth."""
         trainer = self.trainer
-        self.recent.append((trainer.step_record.tokens, trainer.step_seconds))
+        self.recent.append((trainer.step_record.tokens, trainer.step_record.seconds))
         if self.bar is not None:
             self.bar.n = 100 * trainer.clock.progress
             self.bar.set_postfix_str(self.describe())
@@ -242,7 +244,7 @@ class BudgetProgressCallback(TrainerCallback):
         held_out = self.trainer.last_eval.get("eval_loss")
         shown = "" if held_out is None else f", held-out {held_out:.3f}"
         return (
-            f"loss {self.trainer.step_loss:.3f}{shown}, {tqdm.format_sizeof(rate)} tok/s, "
+            f"loss {self.trainer.step_record.loss:.3f}{shown}, {tqdm.format_sizeof(rate)} tok/s, "
             f"{tqdm.format_interval(spent)} spent, {tqdm.format_interval(left)} left"
         )
 

@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
 from oneday.durable_files import read_json, synchronize_path, synchronize_tree, write_json
+from oneday.errors import SettingError
 
 logger = logging.getLogger(__name__)
 

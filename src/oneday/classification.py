@@ -29,8 +29,8 @@ from transformers import (
     set_seed,
 )
 
-from oneday.arguments import SettingError, describe_error
 from oneday.attention import count_positions
+from oneday.errors import SettingError, describe_error
 from oneday.glue import Task, name_labels
 from oneday.modeling import freeze_sinusoids
 from oneday.tokenization import check_fit, hash_tokenizer
@@ -143,7 +143,7 @@ def load_checkpoint(name: str) -> Checkpoint:
             )
     except Exception as error:  # no weights, damaged ones, other sizes: each library has its own errors
         raise SettingError(
-            f"The weights in model_name_or_path {name} cannot be loaded ({describe_error(error)})."
+            f"The weights in model_name_or_path {name} cannot be loaded ({describe_error(error)}); fetch them again."
         ) from None
     new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
     if any(name.endswith(OF_A_TASK) for name in config.architectures or []):
@@ -163,7 +163,7 @@ def hash_architecture(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
     # Where there is no fast tokenizer, of its words.
     is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
     ids = hash_tokenizer(tokenizer) if is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    return hash_text(json.dumps(settings, sort_keys=True, default=str) + ids)
+    return hex_digest(json.dumps(settings, sort_keys=True, default=str) + ids)
 
 
 def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -306,7 +306,7 @@ def set_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
             setattr(config, key, dropout)
 
 
-def hash_text(text: str) -> str:
+def hex_digest(text: str) -> str:
     """Sixteen hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -11,10 +11,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from oneday import run_directory as rundir  # noqa: E402
-from oneday.arguments import SettingError  # noqa: E402
+from oneday import run_directory as rundir
+from oneday.errors import SettingError
 
 # The first that every run has is what they are compared by.
 MEASURES = {

@@ -14,8 +14,9 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.cross_entropy import differentiate, differentiate_at_once
+from oneday.errors import SettingError
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from oneday import hub_texts
-from oneday.arguments import DataArguments, SettingError, describe_error
+from oneday.arguments import DataArguments
 from oneday.durable_files import make_folder
+from oneday.errors import SettingError, describe_error
 from oneday.held_out import HeldOut
+from oneday.mixtures import Texts, mix
 from oneday.python_docs import build_python_docs, corpus_hash, hash_text
-from oneday.stream_files import TablePart
 from oneday.text_files import is_local, list_files, load_files
-from oneday.text_streams import FileStream, FirstTexts, MixedStream, TextStream
+from oneday.text_streams import FileStream, FirstTexts, TextStream
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ PYTHON_DOCS = "python-docs"
 MIN_STREAM_VALIDATION_DOCUMENTS = 64
 # How long a stream is taken to be when `max_train_documents` does not say it.
 STREAM_DOCUMENTS = 100_000
-# Mixtures are drawn with a seed of their own: the training seed does not change the corpus, nor what is cached of it.
-MIXTURE_SEED = 0
 # Of the documents that a tokenizer is trained on.
 SAMPLE_SEED = 0
 # What is read of a data set of the Hub that `validation_name` names.
@@ -38,8 +37,6 @@ VALIDATION_SPLIT = "validation"
 
 # Folders of homes.
 HOMES = ("home", "users")
-
-Texts = datasets.Dataset | TextStream
 
 
 @dataclass
@@ -327,42 +324,6 @@ def drop_held_out(name: str, train: Texts, held_out: datasets.Dataset, args: Dat
                 "%d documents of %s hold held-out paragraphs beside others and are trained on.", num_touched, name
             )
     return train
-
-
-def mix(trains: list[Texts], args: DataArguments) -> Texts:
-    """Interleaves the parts, in the proportions of `dataset_weights` if there are any, else every document once."""
-    if len(trains) == 1:
-        return trains[0]
-    is_stream = any(isinstance(train, TextStream) for train in trains)
-    weights = args.dataset_weights
-    if weights is None and is_stream:
-        raise SettingError("dataset_weights must be given for a mixture with a stream in it: its size is not known.")
-    shares = np.array(weights if weights is not None else [len(train) for train in trains], dtype=float)
-    shares = (shares / shares.sum()).tolist()
-    if is_stream:
-        return MixedStream([as_stream(train, args.stream_files) for train in trains], shares)
-    if weights is None:
-        return shuffle_together(trains)
-    return datasets.interleave_datasets(
-        trains, probabilities=shares, seed=MIXTURE_SEED, stopping_strategy="first_exhausted"
-    )
-
-
-def shuffle_together(trains: list[datasets.Dataset]) -> datasets.Dataset:
-    """Every document of every part once, each part in its order, all of them spread over the whole."""
-    lengths = [len(train) for train in trains]
-    part_of = np.random.default_rng(MIXTURE_SEED).permutation(np.repeat(np.arange(len(trains)), lengths))
-    # Stable: the k-th place of a part gets its k-th document.
-    rows = np.empty(len(part_of), np.int64)
-    rows[np.argsort(part_of, kind="stable")] = np.arange(len(part_of))
-    return datasets.concatenate_datasets(trains).select(rows)
-
-
-def as_stream(texts: Texts, files_at_once: int) -> TextStream:
-    """Texts on disk as a stream that is read in several places at once; a stream as it is."""
-    if isinstance(texts, TextStream):
-        return texts
-    return FileStream([TablePart(texts, part, files_at_once) for part in range(files_at_once)], files_at_once)
 
 
 def take_first(texts: Texts, num_documents: int) -> Texts:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-from oneday.arguments import DataArguments, ExecutorArguments, SettingError
+from oneday.arguments import DataArguments, ExecutorArguments
+from oneday.errors import SettingError, check_positive
 from oneday.packed_dataset import INDEX_FILE
 from oneday.preparation import TrainSplit, load_split, prepare_rows
 from oneday.tokenized_parts import locate_part, write_part
@@ -146,8 +147,7 @@ def check_executor(settings: ExecutorArguments) -> None:
     if settings.workers != -1 and settings.workers < 1:
         raise SettingError(f"The setting workers is {settings.workers}; it must be at least 1, or -1 for all tasks.")
     for name in ("time_hours", "cpus_per_task", "mem_per_cpu_gb"):
-        if getattr(settings, name) <= 0:
-            raise SettingError(f"The setting {name} is {getattr(settings, name)}; it must be above 0.")
+        check_positive(name, getattr(settings, name))
     if not isinstance(settings.sbatch_args, dict):
         raise SettingError(
             f"The setting sbatch_args is {settings.sbatch_args!r}; it must be names with values, say '{{qos: high}}'."

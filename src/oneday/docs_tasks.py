@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from oneday.arguments import SettingError
 from oneday.corpus import resolve_cache_dir
+from oneday.errors import SettingError
 from oneday.prose import split_sentences
 from oneday.python_docs import STDLIB, TOPIC_PACKAGES, build_python_docs, hash_text
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 
 
 def write_whole(path: str | Path, text: str, is_durable: bool = True) -> None:
@@ -37,6 +37,8 @@ def written_aside(path: Path, is_durable: bool = True) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        if is_durable:
+            synchronize_path(path.parent)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)

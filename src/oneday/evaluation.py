@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,11 @@ from torch import nn
 from oneday.collators import Collator
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
+from oneday.recovery import describe_full_memory
+from oneday.throughput import synchronize
+
+if TYPE_CHECKING:
+    from oneday.trainer import BudgetTrainer
 
 HASHED_ROWS = 64
 # Name of a loss -> term -> [sum, count].
@@ -32,6 +38,42 @@ def evaluate_objective(
     """Mean held-out losses under each collator, by one process; see `sum_held_out` and `name_losses`."""
     totals = sum_held_out(model, objective, dataset, micro_batch_tokens, precision, collators)
     return name_losses(objective, totals, dataset)
+
+
+def measure_held_out(trainer: BudgetTrainer, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
+    """Held-out losses of a trainer's present weights, over all processes; in smaller batches where memory runs out.
+
+    Args:
+        trainer: Has the model, the objective and the held-out rows.
+        own_only: Only the objective's own loss.
+        max_parts: Only the first micro-batches, to see how long one takes.
+    """
+    collators = list(trainer.eval_collators.items())
+    trainer.eval_batch_tokens = min(trainer.eval_batch_tokens, trainer.micro_batch_limit or trainer.eval_batch_tokens)
+    try:
+        totals = sum_held_out(
+            trainer.model,
+            trainer.objective,
+            trainer.eval_dataset,
+            trainer.eval_batch_tokens,
+            trainer.evaluation_precision,
+            dict(collators[:1] if own_only else collators),
+            trainer.args.process_index,
+            trainer.args.world_size,
+            max_parts,
+        )
+    except torch.OutOfMemoryError:
+        trainer.ranks.refuse_to_repeat(*describe_full_memory(trainer.eval_batch_tokens))
+        if trainer.eval_batch_tokens <= trainer.eval_dataset.row_length:
+            raise
+        totals = None
+    shares = trainer.ranks.all_gather(totals)
+    if None in shares:
+        trainer.eval_batch_tokens //= 2
+        return measure_held_out(trainer, own_only, max_parts)
+    metrics = name_losses(trainer.objective, add_totals(shares), trainer.eval_dataset)
+    synchronize(trainer.args.device)
+    return metrics
 
 
 @torch.no_grad()
@@ -71,11 +113,7 @@ def sum_held_out(
     for name, collator in collators.items():
         with precision():
             for index in passes[:max_parts]:
-                for term, (value, count) in sum_part(
-                    model, objective, dataset, collator, parts[index], device
-                ).items():
-                    totals[name][term][0] += value
-                    totals[name][term][1] += count
+                add_terms(totals[name], sum_part(model, objective, dataset, collator, parts[index], device))
             for _ in range(missing if max_parts is None else min(missing, max_parts - len(passes))):
                 sum_part(model, objective, dataset, collator, parts[0], device)
     model.train(training)
@@ -87,10 +125,15 @@ def add_totals(shares: Sequence[Totals]) -> Totals:
     sums: Totals = {name: defaultdict(lambda: [0.0, 0]) for name in shares[0]}
     for share in shares:
         for name, terms in share.items():
-            for term, (value, count) in terms.items():
-                sums[name][term][0] += value
-                sums[name][term][1] += count
+            add_terms(sums[name], terms)
     return sums
+
+
+def add_terms(sums: dict[str, list[float]], terms: Mapping[str, Sequence[float]]) -> None:
+    """Add each term's sum and count."""
+    for term, (value, count) in terms.items():
+        sums[term][0] += value
+        sums[term][1] += count
 
 
 def name_losses(objective: Objective, totals: Totals, dataset: PackedDataset) -> dict[str, float]:

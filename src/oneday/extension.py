@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
 from oneday.budget import Budget
 from oneday.checkpoints import find_fault, list_checkpoints, list_kept, read_state, remove_checkpoint
 from oneday.durable_files import read_json, write_json
+from oneday.errors import SettingError
 from oneday.schedules import find_plateau_end
 
 logger = logging.getLogger(__name__)
@@ -114,9 +114,12 @@ def find_base(folder: Path, plateau_end: float, report: dict[str, Any]) -> Path:
         kept = [path for path, clock in clocks.items() if clock.get("steps") == report["spent"]["steps"]]
     if not kept:
         raise SettingError(
-            f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there."
+            f"The run in {folder} cannot be extended: the checkpoint from before its learning rate fell is not there; "
+            "begin a new run."
         )
     fault = find_fault(kept[-1])
     if fault is not None:
-        raise SettingError(f"The run in {folder} cannot be extended: {kept[-1].name} is damaged ({fault}).")
+        raise SettingError(
+            f"The run in {folder} cannot be extended: {kept[-1].name} is damaged ({fault}); begin a new run."
+        )
     return kept[-1]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict
 
-from oneday.arguments import SettingError
 from oneday.classification import (
     Checkpoint,
     PreparedTask,
@@ -20,13 +19,10 @@ from oneday.classification import (
     tokenize_split,
 )
 from oneday.durable_files import check_folder, make_folder, read_json, write_json
+from oneday.errors import SettingError
 from oneday.finetuning_processes import obtain_runs
-from oneday.finetuning_run import (
-    WEIGHTS,
-    PlannedRun,
-    plan_run,
-)
-from oneday.glue import Task, complete_task, find_task, load_task, take_examples
+from oneday.finetuning_run import WEIGHTS, PlannedRun, plan_run
+from oneday.glue import Task, find_task
 from oneday.glue_picture import PICTURE_FILE, count_confusions, draw_results
 from oneday.glue_protocol import (
     TUNED,
@@ -40,6 +36,7 @@ from oneday.glue_results import describe_table, keep_earlier, summarize_runs
 from oneday.own_task import load_own_task
 from oneday.predictions import read_test_splits, remove_submission, write_submission
 from oneday.run_directory import GLUE_RESULTS, refuse_full_disk
+from oneday.task_data import complete_task, load_task, take_examples
 from oneday.throughput import keep_freed_memory, set_threads
 from oneday.tuning import check_rows, choose_setting, hold_out, plan_trials, spread_grid
 

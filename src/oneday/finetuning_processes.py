@@ -84,7 +84,7 @@ def perform_runs(
         for run in runs:
             yield measure_run(checkpoint, run)
         return
-    names, costs = [run.name for run in runs], [count_flops(run) for run in runs]
+    names, costs = [run.name for run in runs], [flops_per_parameter(run) for run in runs]
     yield from map_in_processes(measure_shared, (checkpoint, runs, num_threads), names, costs, num_processes)
 
 
@@ -107,7 +107,7 @@ def choose_num_processes(
     if not may_start_processes or is_worker or choose_device(args).type != "cpu" or num_parameters > MAX_PARAMETERS:
         return 1
     cores = args.num_threads or usable_cores()
-    if sum(map(count_flops, runs)) * num_parameters < MIN_FLOPS * cores:
+    if sum(map(flops_per_parameter, runs)) * num_parameters < MIN_FLOPS * cores:
         return 1
     return max(1, min(cores, len(runs)))
 
@@ -124,6 +124,6 @@ def process_bytes(checkpoint: Checkpoint, runs: list[PlannedRun]) -> int:
     return PROCESS_BYTES + 20 * weights + activations
 
 
-def count_flops(run: PlannedRun) -> float:
+def flops_per_parameter(run: PlannedRun) -> float:
     """FLOPs of a run's training, a parameter: 6 a token."""
     return 6 * run.args.num_train_epochs * sum(run.task.train_lengths)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from oneday.arguments import MAX_SEED, SettingError, setting
+from oneday.arguments import MAX_SEED, setting
+from oneday.errors import SettingError, check_positive
 from oneday.glue import expand_task_names
 from oneday.run_directory import GLUE
 from oneday.throughput import has_fast_bf16
@@ -189,9 +190,7 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     if not args.model_name_or_path:
         raise SettingError("model_name_or_path is empty; name a checkpoint directory or a Hub id.")
     for name in POSITIVE_SETTINGS:
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise SettingError(f"{name} is {value}; it must be above 0.")
+        check_positive(name, getattr(args, name))
     for name in ("warmup_fraction", "dropout", "adam_beta1", "adam_beta2"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
@@ -211,7 +210,7 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)
     if near and args.protocol not in PROTOCOLS:
         raise SettingError(
-            f"protocol is {args.protocol!r}; did you mean {near[0]!r}? A name of your own must be another."
+            f"protocol is {args.protocol!r}; did you mean {near[0]!r} (a name of your own must be another)?"
         )
     if args.protocol == PROBE and args.peft is not None:
         raise SettingError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oneday.classification import Checkpoint, PreparedTask, hash_text
+from oneday.classification import Checkpoint, PreparedTask, hex_digest
 from oneday.durable_files import read_lines
 from oneday.glue import GLUE_NUMBERS, TASKS, name_labels, score_majority
 from oneday.glue_protocol import (
@@ -243,7 +243,7 @@ def describe_cost(results: dict) -> str:
 
 def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool) -> str:
     """The key of one run: everything that its scores follow from."""
-    return hash_text(
+    return hex_digest(
         json.dumps(
             {
                 "settings": {name: getattr(args, name) for name in RUN_SETTINGS}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from oneday.arguments import describe_error
+from oneday.errors import describe_error
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import datasets
 from huggingface_hub import HfApi
 
-from oneday.arguments import DataArguments, SettingError
+from oneday.arguments import DataArguments
 from oneday.durable_files import write_json
+from oneday.errors import SettingError
 from oneday.run_directory import SOURCES
 from oneday.stream_files import list_stream_files
 from oneday.text_files import describe_missing_column

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.packed_dataset import PackedDataset
 from oneday.row_sources import RowSource
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from oneday.arguments import SettingError, setting
-from oneday.benchmarks.arguments import check_positive
+from oneday.arguments import setting
 from oneday.benchmarks.planning import make_plan
 from oneday.benchmarks.records import Record
+from oneday.errors import SettingError, check_positive
 from oneday.recipe import Settings
 from oneday.scaling_law import Point, ScalingLaw, fit_law
 

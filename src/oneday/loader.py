@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.collators import Batch, Collator
+from oneday.errors import SettingError
 from oneday.packing import cut_rows
 from oneday.row_sources import RowSource
 
@@ -64,8 +65,9 @@ def micro_tokens(args: BudgetTrainingArguments) -> int:
 def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: int) -> tuple[int, int]:
     """(rows of a step, rows of a micro-batch) for the tokens asked for; processes only share the step out.
 
-    A batch that grows has multiples of a micro-batch. One that stays has the rows asked for, or the nearest number
-    that micro-batches of at least half the size divide.
+    A batch that grows has multiples of a micro-batch; with compiled layers each of those is shared out alike, so that
+    all passes are of one size. One that stays has the rows asked for, or the nearest number that micro-batches of at
+    least half the size divide.
 
     Example: 16,384 tokens per step, 8,192 per micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32)
     for 4.
@@ -83,7 +85,8 @@ def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: in
             if 2 * found >= unit and 4 * share_rows(rows, max(1, found // 2), 1) >= found:
                 num_rows = rows
                 break
-    return num_rows, share_rows(num_rows, unit, args.world_size)
+    is_alike = args.use_compile and args.batch_size_tokens_start is not None and unit >= args.world_size
+    return num_rows, share_rows(unit if is_alike else num_rows, unit, args.world_size)
 
 
 def share_rows(num_rows: int, most: int, num_processes: int) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
+from oneday.errors import SettingError
 from oneday.throughput import measure_peak_flops, total_memory_bytes
 
 SECONDS_PER_DAY = 86_400

@@ -1,4 +1,4 @@
-"""Config JSON to model: special ids from the tokenizer, random weights, positions, counts of parameters and FLOPs."""
+"""Config JSON to model: special ids from the tokenizer, random weights, positions, counts of parameters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,27 +25,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
-from oneday.arguments import SettingError
-from oneday.attention import (
-    PACKED,
-    AttentionCall,
-    build_layout,
-    count_positions,
-    position_offset,
-    record_attention_calls,
-)
-from oneday.optimizers import NO_MATRICES
+from oneday.attention import PACKED, count_positions, position_offset
+from oneday.errors import SettingError
 
 VOCABULARY_MULTIPLE = 64  # matrix units want it: a vocabulary of 50,257 is slower than one of 50,304
 SPECIAL_TOKENS = ("pad", "bos", "eos", "cls", "sep", "mask")
 EXAMPLE_CONFIGS = {"learned": "bert-mini.json", "rotary": "modernbert-mini.json", "sinusoidal": "bert-mini.json"}
 AUTO_CLASSES = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
-TABLE_MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
 # Architectures here that do not go through transformers' attention interface: for objective plm, on padded rows.
 OWN_ATTENTION = ("xlnet",)
-TABLE_LENGTH, TABLE_MASKED_FRACTION = 512, 0.15
 
 
 def check_config_file(path: str | os.PathLike) -> Path:
@@ -297,161 +285,3 @@ def count_parameters(model: nn.Module, without: str | None = None) -> tuple[int,
         value.numel() for name, value in names.items() if without is None or not name.startswith(f"{without}.")
     )
     return total, total - sum(embeddings.values())
-
-
-class FlopCounter:
-    """FLOPs of a model, from one forward of 8 tokens through it.
-
-    Conventions: a multiplication and an addition are two. Counted are the products of `nn.Linear` and `Conv1D` (as
-    often as they run: ALBERT shares its layer) and of attention, 2 (head_dim + value_dim) a head and query-key pair.
-    Pairs are those of a document's whole square: causal masking is not discounted (as in PaLM, arXiv 2204.02311,
-    appendix B), document bounds and windows are. The head outside `base_model` runs on the predicted tokens only.
-    Training is three times the forward pass. Of a mixture's experts those count that a token goes to. Norms,
-    activations, lookups and recomputation are not counted.
-
-    Attributes:
-        body: forward FLOPs per token in the linear layers of `base_model`.
-        head: forward FLOPs a predicted token.
-        attention: one entry a call of an attention layer.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.body, self.head, self.attention = measure_layers(model)
-
-    def count_pairs(
-        self, num_tokens: int, sum_squared: int, lengths: Sequence[int] | None, window: int | None
-    ) -> float:
-        """Query-key pairs inside documents and the window; without lengths an upper bound for a windowed layer."""
-        if window is None:
-            return sum_squared
-        reach = window - 1
-        if lengths is None:
-            return min(sum_squared, num_tokens * (2 * reach + 1))
-        tokens = np.asarray(lengths, dtype=np.int64)
-        inside = tokens * (2 * reach + 1) - reach * (reach + 1)
-        return float(np.where(tokens <= reach, tokens**2, inside).sum())
-
-    def forward_flops(
-        self,
-        num_tokens: int,
-        sum_squared_doc_lengths: int,
-        num_predicted: int,
-        doc_lengths: Sequence[int] | None = None,
-    ) -> float:
-        """FLOPs of a forward pass; arguments as for `step_flops`."""
-        flops = float(num_tokens * self.body + num_predicted * self.head)
-        for call in self.attention:
-            pairs = self.count_pairs(num_tokens, sum_squared_doc_lengths, doc_lengths, call.sliding_window)
-            flops += 2.0 * call.num_heads * (call.head_dim + call.value_dim) * pairs
-        return flops
-
-    def step_flops(
-        self,
-        num_tokens: int,
-        sum_squared_doc_lengths: int,
-        num_predicted: int,
-        doc_lengths: Sequence[int] | None = None,
-    ) -> float:
-        """FLOPs of forward and backward.
-
-        Args:
-            num_tokens: tokens that go through the model, padding included.
-            sum_squared_doc_lengths: sum over documents, padded tails of rows among them, of their squared length.
-            num_predicted: tokens that the head and the loss are computed for.
-            doc_lengths: makes windowed layers exact; without it they are bounded by tokens times window.
-        """
-        return 3.0 * self.forward_flops(num_tokens, sum_squared_doc_lengths, num_predicted, doc_lengths)
-
-
-def measure_layers(model: PreTrainedModel, num_tokens: int = 8) -> tuple[float, float, list[AttentionCall]]:
-    """FLOPs per token of the linear layers inside and outside `base_model`, and the calls of attention."""
-    in_body = set(model.base_model.modules())
-    flops = {True: 0.0, False: 0.0}
-
-    def add_flops(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        # A pooler sees one token a row, not all of them.
-        if args[0].numel() // args[0].shape[-1] == num_tokens:
-            flops[module in in_body] += 2.0 * args[0].shape[-1] * output.shape[-1]
-
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    hooks = [layer.register_forward_hook(add_flops) for layer in layers]
-    is_packed = model.config._attn_implementation == PACKED
-    layout = build_layout([[num_tokens]], num_tokens, position_offset(model)).to(model.device)._asdict()
-    was_training = model.training
-    try:
-        with torch.no_grad(), record_attention_calls() as calls:
-            ids = torch.ones(1, num_tokens, dtype=torch.long, device=model.device)
-            model.eval()(input_ids=ids, **(layout if is_packed else {}))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    body = flops[True] + measure_bare_weights(model)
-    return body, flops[False], list(calls) or describe_attention(model.config)
-
-
-def measure_bare_weights(model: PreTrainedModel) -> float:
-    """FLOPs per token of the products of `base_model` with parameters that belong to no linear layer.
-
-    Those are XLNet's projections, of three dimensions, and a mixture's routers and stacked experts, of which a token
-    goes to `num_experts_per_tok`.
-    """
-    is_own, config = model.config.model_type in OWN_ATTENTION, model.config
-    used = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
-    if isinstance(used, (list, tuple)):  # one number a layer
-        used = sum(used) / len(used)
-    flops = 0.0
-    for module in model.base_model.modules():
-        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-            continue
-        for name, weight in module.named_parameters(recurse=False):
-            if name.endswith(NO_MATRICES) or weight.ndim not in (2, 3):
-                continue
-            is_stack = weight.ndim == 3 and used and not is_own
-            flops += 2.0 * weight.numel() * (used / len(weight) if is_stack else 1.0)
-    return flops
-
-
-def describe_attention(config: PreTrainedConfig) -> list[AttentionCall]:
-    """The attention of a model that does not use the packed function, as its config tells it."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [AttentionCall(config.num_attention_heads, dim, dim, None, False)] * config.num_hidden_layers
-
-
-def format_config_table(files: Iterable[Path]) -> str:
-    """A Markdown table of config files: shape, parameters, training FLOPs per token at length 512 (or the longest).
-
-    An encoder predicts 15 % of its tokens, a decoder all.
-    """
-    lines = [
-        "| config | type | layers | width | heads | vocabulary | parameters | without embeddings | MFLOPs a token |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    return "\n".join(lines + [format_config_row(file) for file in sorted(files)]) + "\n"
-
-
-def format_config_row(file: Path) -> str:
-    """One row of the table."""
-    config = AutoConfig.from_pretrained(str(file))
-    kind = model_kind(config)
-    attention = None if config.model_type in OWN_ATTENTION else PACKED
-    with torch.device("cpu" if attention is None else "meta"):  # XLNet allocates past the device that is set
-        model = AUTO_CLASSES[kind].from_config(config, attn_implementation=attention)
-    total, body = count_parameters(model)
-    num_positions = config.max_position_embeddings
-    length = min(TABLE_LENGTH, num_positions) if num_positions > 0 else TABLE_LENGTH
-    predicted = length if kind == "decoder" else round(TABLE_MASKED_FRACTION * length)
-    flops = FlopCounter(model).step_flops(length, length**2, predicted, [length]) / length
-    shape = f"{config.num_hidden_layers} | {config.hidden_size} | {config.num_attention_heads} | {config.vocab_size:,}"
-    name = f"[{file.stem}]({file.name})"
-    return f"| {name} | {config.model_type} | {shape} | {total / 1e6:.1f} M | {body / 1e6:.1f} M | {flops / 1e6:.0f} |"
-
-
-def write_config_table(readme: str | os.PathLike) -> None:
-    """Refresh the table between the marks of a README that lies beside its config files."""
-    readme = Path(readme)
-    begin, end = TABLE_MARKS
-    before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    table = format_config_table(readme.parent.glob("*.json"))
-    readme.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")

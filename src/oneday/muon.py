@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.throughput import has_fast_bf16
 
 Quintic = tuple[float, float, float]

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from oneday import hub_texts
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.budget import Budget
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.extension import extend_run
 from oneday.hub import fetch_run, fetch_sources
 from oneday.model_card import refresh_card

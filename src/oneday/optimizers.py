@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from oneday.arguments import BudgetTrainingArguments, SettingError, describe_error
+from oneday.arguments import BudgetTrainingArguments
+from oneday.errors import SettingError, describe_error
 from oneday.muon import Muon, Muon8bit
 
 # Below this many elements a block-wise 8-bit state saves nothing (bitsandbytes' own default).

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.csv
 from datasets import Dataset, DatasetDict
 
-from oneday.arguments import SettingError, describe_error
-from oneday.glue import GLUE_NUMBERS, TASKS, Task, normalize_split, read_file
+from oneday.errors import SettingError, describe_error
+from oneday.glue import GLUE_NUMBERS, TASKS, Task
 from oneday.glue_protocol import FinetuneArguments
+from oneday.task_data import normalize_split, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ TEXT_NAMES = ("text1", "text2")
 
 
 def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
-    """The row of `task_file` and its splits, as `glue.load_task` gives them for a named task.
+    """The row of `task_file` and its splits, as `task_data.load_task` gives them for a named task.
 
     Classes are the distinct labels of `task_file`, in order; labels may be words or numbers. Without a
     `validation_file` a tenth of its rows, the same ones for every seed, is held out.

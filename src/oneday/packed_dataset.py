@@ -27,8 +27,8 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from oneday.arguments import SettingError
 from oneday.durable_files import explain_failed_write
+from oneday.errors import SettingError
 from oneday.packing import PackedRows, build_rows, pack_best_fit, pack_padded, split_long
 from oneday.tokenization import ObjectiveKind, hash_tokenizer, special_layout
 from oneday.tokenized_parts import EncodedBatch, encode_batch

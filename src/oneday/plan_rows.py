@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from oneday.arguments import SettingError
 from oneday.budget import JOULES_PER_KWH, SECONDS_PER_HOUR, Budget
+from oneday.errors import SettingError
 from oneday.machines import Machine
 from oneday.probing import Pace, Probe, optimizer_pair
 from oneday.recipe import Settings
@@ -140,7 +140,7 @@ def largest_micro_batch(probe: Probe, optim: str, machine: Machine, settings: Se
     is_gpu = machine.card is not None or torch.cuda.is_available()
     rows = max(1, settings["batch_size_tokens"] // row)
     for count in sorted((n for n in range(1, rows + 1) if rows % n == 0), reverse=True):
-        allowed = is_gpu or count * row <= settings["micro_batch_tokens"]
+        allowed = is_gpu or count == 1 or count * row <= settings["micro_batch_tokens"]  # training takes a row, too
         if allowed and memory_bytes(probe, optim, count * row) <= USABLE_MEMORY * machine.memory_bytes:
             return count * row
     return 0

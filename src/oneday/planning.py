@@ -10,13 +10,13 @@ from pathlib import Path
 
 import yaml
 
-from oneday.arguments import SettingError, setting
+from oneday.arguments import setting
 from oneday.assembly import CLASSES, check_settings, prepare_objective
-from oneday.benchmarks.arguments import check_positive
 from oneday.budget import Budget
 from oneday.compilation import decide_compiling
 from oneday.corpus import list_hub_ids
 from oneday.durable_files import read_json, write_whole
+from oneday.errors import SettingError, check_positive
 from oneday.ladder import RECORD_DIRS, Family, FamilyLaw, fit_family, read_records
 from oneday.machines import Machine, find_machine
 from oneday.modeling import check_config_file
@@ -29,6 +29,7 @@ from oneday.probing import (
     choose_probe_tokens,
     count_flops,
     make_stand_in,
+    measure_fixed_seconds,
     measure_model,
     measure_pace,
 )
@@ -139,7 +140,7 @@ def plan_budget(recipe_path: str, given: Settings, plan_args: PlanArguments) -> 
         seconds = min(paces[model].fixed_seconds for model in kept)
         raise SettingError(
             f"The budget ({budget.describe()}) ends before the first step: counting words and compiling take "
-            f"{seconds:.0f} s. Raise it, or set embedding_init to random and torch_compile to false."
+            f"{seconds:.0f} s; raise it, or set embedding_init to random and torch_compile to false."
         )
     best = choose_row(rows, settings["model_config"])
     recipe = write_recipe(recipe_path, given, rows[best], plan_args.plan_recipe)
@@ -221,13 +222,16 @@ def find_paces(
         logger.info("Probing %s for %.0f s.", Path(model).stem, seconds)
         step = probing_settings(settings, model, probe, machine)
         paces[model] = measure_pace(material, {**step, "torch_compile": False, "embedding_init": "random"}, seconds)
-    if compiles or settings["embedding_init"] != "random":
-        compiled = measure_pace(material, probing_settings(settings, own, sizes[own], machine), seconds)
-        gain = compiled.seconds_per_token / paces[own].seconds_per_token if compiles else 1.0
-        for model, pace in paces.items():
-            faster = replace(pace, seconds_per_token=gain * pace.seconds_per_token)
-            paces[model] = replace(faster, fixed_seconds=compiled.fixed_seconds)
-    return paces
+    step, gain, fixed = probing_settings(settings, own, sizes[own], machine), 1.0, 0.0
+    if compiles:
+        compiled = measure_pace(material, step, seconds)
+        gain, fixed = compiled.seconds_per_token / paces[own].seconds_per_token, compiled.fixed_seconds
+    elif settings["embedding_init"] != "random":
+        fixed = measure_fixed_seconds(material, step)
+    return {
+        model: replace(pace, seconds_per_token=gain * pace.seconds_per_token, fixed_seconds=pace.fixed_seconds + fixed)
+        for model, pace in paces.items()
+    }
 
 
 def probing_settings(settings: Settings, model: str, probe: Probe, machine: Machine) -> Settings:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.modeling import find_position_tables, make_sinusoids, model_kind
 from oneday.rotary_init import ROTATIONS, is_rotary, set_constant, turn_to_neighbours
 

@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from oneday.classification import PreparedTask
 from oneday.durable_files import write_whole
-from oneday.glue import Task, find_task, name_labels, normalize_split, read_splits
+from oneday.glue import Task, find_task, name_labels
+from oneday.task_data import normalize_split, read_splits
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,16 @@ from typing import NamedTuple
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from oneday.arguments import DataArguments, SettingError, ShardArguments
+from oneday.arguments import DataArguments, ShardArguments
 from oneday.corpus import Corpus, load_corpus, resolve_cache_dir, sample_bytes
 from oneday.durable_files import written_aside
+from oneday.errors import SettingError
 from oneday.packed_dataset import PackedDataset, pack_corpus, packing_key
 from oneday.streamed_rows import StreamedRows
 from oneday.text_streams import TextStream
-from oneday.tokenization import hash_tokenizer, load_tokenizer, train_tokenizer, unknown_rate
+from oneday.tokenization import hash_tokenizer, load_tokenizer, unknown_rate
 from oneday.tokenized_parts import TEXTS_AT_ONCE, EncodedBatch, find_parts, read_parts, write_part
+from oneday.tokenizer_training import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oneday import run_directory as rundir
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.beating import heartbeat
 from oneday.callbacks import HubCallback
 from oneday.checkpoints import read_state
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
 from oneday.hub import HubPusher
 from oneday.initialization import WordVectors, count_vectors, set_embeddings
 from oneday.objectives import COMPANION
@@ -244,9 +246,9 @@ def load_state(trainer: BudgetTrainer, state: dict[str, Any]) -> None:
 def measure_end(trainer: BudgetTrainer) -> None:
     """Time a save and a part of an evaluation, so that the reserve is right from the first step."""
     trainer.save_seconds = min(time_save(trainer) for _ in range(2))  # the first may wait for what comes up first
-    trainer.measure_held_out(max_parts=1)
+    measure_held_out(trainer, max_parts=1)
     begun = time.monotonic()
-    trainer.measure_held_out(max_parts=1)
+    measure_held_out(trainer, max_parts=1)
     rows_at_once = max(1, trainer.eval_batch_tokens // trainer.eval_dataset.row_length)
     num_passes = math.ceil(math.ceil(len(trainer.eval_dataset) / rows_at_once) / trainer.ranks.size)
     trainer.eval_seconds = (time.monotonic() - begun) * num_passes

@@ -17,16 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from oneday.arguments import BudgetTrainingArguments
 from oneday.assembly import CLASSES
-from oneday.benchmarks.planning import QUIET
-from oneday.benchmarks.throughput import ENDLESS, StepTimer
 from oneday.energy import open_energy_meter
-from oneday.modeling import FlopCounter, build_model, count_parameters, load_config
+from oneday.flops import FlopCounter
+from oneday.modeling import build_model, count_parameters, load_config
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import HIDDEN_OPTIMIZERS, count_state_bytes, split_parameters
 from oneday.packed_dataset import PackedDataset, pack_corpus
 from oneday.pretraining import prepare_first_step
 from oneday.recipe import Settings, build_arguments
-from oneday.tokenization import load_tokenizer, train_tokenizer
+from oneday.step_timer import ENDLESS, QUIET, StepTimer
+from oneday.tokenization import load_tokenizer
+from oneday.tokenizer_training import train_tokenizer
 from oneday.trainer import BudgetTrainer
 
 # A parameter of this shape shows what an optimizer keeps an element; block-wise states have their blocks in it.
@@ -267,6 +268,13 @@ def measure_pace(material: Material, settings: Settings, seconds: float) -> Pace
         parts = {key: median(step[key] for step in timer.steps) for key in timer.steps[0]}
         tokens = timer.tokens / len(timer.steps)
         return Pace((parts["forward_backward"] + parts["data"]) / tokens, parts["optimizer"], fixed, watts)
+
+
+def measure_fixed_seconds(material: Material, settings: Settings) -> float:
+    """Seconds that a run takes before its first step, for what counts against its clock: words counted, compiling."""
+    with probing(material, settings) as trainer:
+        prepare_first_step(trainer, is_new=True)
+        return trainer.clock.ledger["initialization"] + trainer.clock.ledger["compilation"]
 
 
 def choose_probe_tokens(flops_per_token: float, peak_flops: float, micro_tokens: int, row_length: int) -> int:

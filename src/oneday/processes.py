@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.program import start_logging
 from oneday.signals import interrupted_by_signals, noted_signals, unheard_by_children
 
@@ -140,18 +140,10 @@ def map_in_processes(
     Raises:
         RunError: When one raised an error, or its process died.
     """
-    workers: dict[Connection, BaseProcess] = {}
-    parts, working = share_out(costs, min(num_processes, len(names))), {}
-    try:
-        with noted_signals() as signals, unheard_by_children():  # this process stops them
-            for _ in parts:
-                ours, process = start_worker(function)
-                workers[ours] = process
-        if signals:
-            raise KeyboardInterrupt
+    parts, working, failure = share_out(costs, min(num_processes, len(names))), {}, None
+    with started_workers(function, len(parts)) as workers:
         shares = dict(zip(workers, parts))
         content = pickle.dumps(shared, protocol=pickle.HIGHEST_PROTOCOL)
-        failure = None
         for worker in workers:
             working[worker] = take_run(shares[worker], parts, costs)
             with refused_to_the_dead(names[working[worker]], workers[worker]):
@@ -167,18 +159,38 @@ def map_in_processes(
                     try:
                         with refused_to_the_dead(name, workers[worker]):
                             outcome = worker.recv()
-                            if failure is None and "error" not in outcome and any(parts):
-                                working[worker] = take_run(shares[worker], parts, costs)
-                                worker.send(working[worker])
                         if "error" in outcome:
                             raise RunError(name, outcome["error"])
                     except RunError as error:
-                        working.pop(worker, None)
                         failure = failure or error
-                    else:
-                        yield outcome["result"]
+                        continue
+                    if failure is None and any(parts):
+                        run = take_run(shares[worker], parts, costs)
+                        try:
+                            with refused_to_the_dead(names[run], workers[worker]):
+                                worker.send(run)
+                            working[worker] = run
+                        except RunError as error:  # it died after its answer, which counts
+                            failure = error
+                    yield outcome["result"]
         if failure is not None:
             raise failure
+
+
+@contextmanager
+def started_workers(
+    function: Callable[[Any, int], dict[str, Any]], num_workers: int
+) -> Iterator[dict[Connection, BaseProcess]]:
+    """Processes by our ends of their pipes; none is left at the end."""
+    workers: dict[Connection, BaseProcess] = {}
+    try:
+        with noted_signals() as signals, unheard_by_children():  # this process stops them
+            for _ in range(num_workers):
+                ours, process = start_worker(function)
+                workers[ours] = process
+        if signals:
+            raise KeyboardInterrupt
+        yield workers
     finally:
         for process in workers.values():
             process.kill()

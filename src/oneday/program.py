@@ -13,7 +13,7 @@ import datasets
 import torch
 from transformers.utils import logging as transformers_logging
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 
 # So long after process 0 has ended with an error, its launcher has ended the others.
 ALONE_SECONDS = 5.0

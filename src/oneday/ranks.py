@@ -27,9 +27,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.beating import beating
 from oneday.collators import Batch
+from oneday.errors import SettingError
 from oneday.mixed_precision import HalfWeights
 from oneday.optimizers import CompositeOptimizer, build_optimizer
 

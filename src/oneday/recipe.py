@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 
 # Two spellings of one budget: given in one layer, either replaces the other from the layers below.
 SAME_KIND = (("budget_hours", "budget_minutes"),)
@@ -205,7 +205,9 @@ def read_yaml(path: str) -> Settings:
         hint = f"did you mean {near[0]}?" if near else "see recipes/ for those that are there."
         raise SettingError(f"There is no recipe {path}; {hint}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise SettingError(f"The recipe {path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+        raise SettingError(
+            f"The recipe {path} cannot be read as YAML ({' '.join(str(error).split())}); mend it."
+        ) from None
     if layer is not None and not isinstance(layer, dict):
         raise SettingError(f"The recipe {path} holds a {type(layer).__name__}; it must be lines of `key: value`.")
     return layer or {}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from oneday.arguments import SettingError
 from oneday.checkpoints import read_state
 from oneday.collators import Batch
+from oneday.errors import SettingError
 from oneday.ranks import Ranks, read_own
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def roll_back(trainer: BudgetTrainer) -> None:
         )
     guard.rollbacks, guard.in_row, guard.furthest = guard.rollbacks + 1, 0, max(guard.furthest, clock.steps)
     if folder is not None:
-        load_checkpoint(trainer, folder)
+        restore_checkpoint(trainer, folder)
     logger.warning(
         "%d steps in a row were not finite: going on from step %d with the text that follows.",
         guard.max_in_row, clock.steps,
@@ -106,7 +106,7 @@ def roll_back(trainer: BudgetTrainer) -> None:
     trainer.note_event("rollback", from_step=clock.steps)
 
 
-def load_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
+def restore_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
     """Put the weights, the optimizer's state and the clock's counts of a checkpoint into a running trainer."""
     trainer._load_from_checkpoint(str(folder))
     trainer._load_optimizer_and_scheduler(str(folder))

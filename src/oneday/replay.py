@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from oneday import run_directory as rundir
-from oneday.arguments import BudgetTrainingArguments, SettingError
-from oneday.budget import Budget, BudgetClock, open_meter
+from oneday.arguments import BudgetTrainingArguments
+from oneday.budget import Budget
+from oneday.budget_clock import BudgetClock, open_meter
+from oneday.errors import SettingError
 from oneday.loader import StepPlan
 from oneday.recipe import read_yaml
 

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoTokenizer, pipeline
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError
 from oneday.budget import format_amount
 from oneday.card_results import zero_shot_tasks
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.model_card import find_pipeline
 from oneday.objectives import OBJECTIVES, Objective
 

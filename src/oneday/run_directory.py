@@ -15,8 +15,8 @@ from typing import IO, Any
 import yaml
 from safetensors import SafetensorError
 
-from oneday.arguments import SettingError
 from oneday.durable_files import append_line, check_folder, read_json, read_lines, synchronize_path, write_whole
+from oneday.errors import SettingError
 from oneday.recipe import read_yaml
 
 RECIPE, METRICS, BUDGET, RESULTS = "recipe.yaml", "metrics.jsonl", "budget.json", "results.json"

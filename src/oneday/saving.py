@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
-from oneday.budget import BudgetClock
+from oneday.budget_clock import BudgetClock
 from oneday.checkpoints import STATE, find_good_checkpoint, publish_checkpoint, remove_old_checkpoints
 from oneday.durable_files import synchronize_path, write_json
 from oneday.loader import StepLoader
@@ -49,6 +50,15 @@ def drop_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict({tensor.data_ptr(): (key, tensor) for key, tensor in reversed(state.items())}.values())
 
 
+def read_names(checkpoint: Path) -> set[str]:
+    """The names of the weights in a checkpoint's files, those of a companion not among them."""
+    names: set[str] = set()
+    for path in checkpoint.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            names |= set(weights.keys())
+    return names
+
+
 def tidy_files(folder: Path) -> None:
     """Take the pickled settings away, which nothing reads, and give weights the permissions of the other files.
 
@@ -76,7 +86,6 @@ class RunTrainer(Trainer):
         saved_at: Steps taken when the last checkpoint was written; None: none was.
         guard: Counts of bad steps.
         composite: The optimizer, as this project built it.
-        has_other_names: The checkpoint that was loaded last names weights otherwise than the model does.
     """
 
     args: BudgetTrainingArguments
@@ -93,7 +102,6 @@ class RunTrainer(Trainer):
     guard: StepGuard
     composite: CompositeOptimizer
     checkpoint_seconds = 0.0
-    has_other_names = False
     _staging_dir: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +131,10 @@ class RunTrainer(Trainer):
             self.checkpoint_seconds = time.monotonic() - begun
         self.saved_at = self.clock.steps_taken
         self.note_event("checkpoint")
+        try:
+            remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
+        except OSError as error:
+            logger.warning("An old checkpoint could not be removed: %s.", str(error)[:120])
 
     def write_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """The parent's checkpoint and this project's state, whole or not at all."""
@@ -132,7 +144,6 @@ class RunTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.write_state(self._staging_dir / name)
                 publish_checkpoint(self._staging_dir / name, folder / name)
-                remove_old_checkpoints(folder, self.args.save_total_limit)
             finally:
                 self._staging_dir = None
 
@@ -160,18 +171,16 @@ class RunTrainer(Trainer):
         tidy_files(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As the parent, and what the model carries."""
+        """As the parent, and what the model carries.
+
+        Files have the names that the Hub knows; of experts the model has others, and those fit nowhere.
+        """
         with quiet_loading():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if self.has_other_names:
+            if read_names(Path(resume_from_checkpoint)) - self.model.state_dict().keys():
                 stock = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
                 self.model.load_state_dict(stock.state_dict(), strict=False)
         self.load_companion(Path(resume_from_checkpoint))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Files have the names that the Hub knows; of experts the model has others, and those fitted nowhere."""
-        self.has_other_names = bool(load_result.unexpected_keys)
-        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them from main memory: the parent puts the whole state on a device that may hold a share of it only."""
@@ -239,7 +248,7 @@ class RunTrainer(Trainer):
             "taken": self.clock.steps_taken,
             "tokens": self.clock.tokens,
             "progress": self.clock.progress,
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.clock.train_seconds,
             "budget_seconds": self.clock.elapsed_seconds,
         }
 

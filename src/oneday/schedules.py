@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 
 
 class Shape(NamedTuple):

@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from oneday import run_directory as rundir
-from oneday.arguments import SettingError, describe_error
 from oneday.attention import count_positions
 from oneday.checkpoints import STATE
 from oneday.cross_entropy import chunk_rows
 from oneday.durable_files import read_json
+from oneday.errors import SettingError, describe_error
 from oneday.hub import fetch_results
 from oneday.modeling import OWN_ATTENTION, model_kind
 from oneday.objectives import SelectedPositions
@@ -237,9 +237,13 @@ def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
         raise SettingError(describe_load_error(name, error)) from None
     check_fit(tokenizer, config)
     if config.model_type in OWN_ATTENTION:
-        raise SettingError(f"model_name_or_path {name} is a {config.model_type} model, which reads in no fixed order.")
+        raise SettingError(
+            f"model_name_or_path {name} is a {config.model_type} model, which reads in no fixed order; take another."
+        )
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SettingError(f"model_name_or_path {name} is a {config.model_type} model, which predicts no words.")
+        raise SettingError(
+            f"model_name_or_path {name} is a {config.model_type} model, which predicts no words; take another."
+        )
     auto_class = AutoModelForMaskedLM if model_kind(config) == "encoder" else AutoModelForCausalLM
     try:
         model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)

@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.collators import Batch
 from oneday.compilation import find_layers
+from oneday.errors import SettingError
 from oneday.mixed_precision import HalfWeights, find_table_modules
 from oneday.objectives import COMPANION
 from oneday.optimizers import CompositeOptimizer, plan_optimizer

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.packed_dataset import pack_documents
 from oneday.packing import PackedRows
 from oneday.ranks import Ranks

@@ -24,7 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.run_directory import is_disk_full
 from oneday.tokenization import replace_surrogates
 
@@ -264,7 +264,9 @@ def read_jsonl(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
             text = replace_surrogates(text)
         if not isinstance(text, str):
             kind = type(text).__name__
-            raise SettingError(f"text_column {column!r} of {file!r} holds {kind} in line {number}, not text.")
+            raise SettingError(
+                f"text_column {column!r} of {file!r} holds {kind} in line {number}, not text; name another."
+            )
         yield text
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.held_out import HeldOut
 from oneday.stream_files import TextFile
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from oneday.arguments import SettingError
 from oneday.corpus import count_bytes
 from oneday.durable_files import explain_failed_write, written_aside
+from oneday.errors import SettingError
 from oneday.tokenization import encode_documents
 
 logger = logging.getLogger(__name__)

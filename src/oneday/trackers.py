@@ -13,7 +13,8 @@ from transformers.integrations import (
     get_available_reporting_integrations,
 )
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
+from oneday.errors import SettingError
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.attention import position_offset, probe_packing
 from oneday.callbacks import BudgetCallback, BudgetProgressCallback, MetricsCallback
 from oneday.collators import Batch
@@ -30,50 +26,25 @@ from oneday.compilation import (
     try_compiled,
     uncompile,
 )
-from oneday.evaluation import add_totals, name_losses, sum_held_out
+from oneday.errors import SettingError
+from oneday.evaluation import measure_held_out
 from oneday.initialization import check_embedding_init, expected_embedding_std
-from oneday.loader import StepLoader, StepPlan, check_growing_rows, limit_micro_rows, plan_rows
+from oneday.loader import StepLoader
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
 from oneday.position_init import attend_to_neighbours, check_attention_init
 from oneday.pretraining import run_pretraining, update_reserve
 from oneday.ranks import check_strategy, read_whole
-from oneday.recovery import StepGuard, describe_full_memory, find_bad_number, fit_into_memory
+from oneday.recovery import StepGuard, find_bad_number, fit_into_memory
 from oneday.replay import ReplayClock, build_clock
-from oneday.row_sources import RowSource, ShuffledRows
+from oneday.row_sources import RowSource
 from oneday.saving import RunTrainer
-from oneday.schedules import (
-    ProgressScheduler,
-    choose_row_length,
-    find_plateau_end,
-    interpolate,
-    learning_rate_multiplier,
-)
+from oneday.schedules import ProgressScheduler, find_plateau_end, learning_rate_multiplier
 from oneday.sharding import hidden_from_accelerate, make_ranks
-from oneday.throughput import keep_freed_memory, measure_peak_flops, synchronize
+from oneday.steps import StepRecord, build_loader, count_share
+from oneday.throughput import keep_freed_memory, measure_peak_flops
 from oneday.trackers import name_run, place_tensorboard
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class StepRecord:
-    """What one optimizer step was: global counts, the mean loss in nats, when it began, and what was wrong with it.
-
-    `counts` says over how many things each term of the loss is a mean; the first are the predicted tokens. `loss`
-    becomes a number where the norm of the gradients is waited for.
-    """
-
-    begun: float
-    tokens: int
-    flops: float
-    counts: dict[str, int]
-    progress: float
-    loss: torch.Tensor | float
-    plan: StepPlan
-    bad_number: str | None = None
-    is_spike: bool = False
 
 
 def check_model(
@@ -141,7 +112,7 @@ class BudgetTrainer(RunTrainer):
         self.eval_collators = objective.evaluation_collators(self.position_offset)
         check_model(model, args, objective, train_dataset)
         args.use_compile = decide_compiling(args, objective.is_packed)
-        self.loader = self.build_loader(args, train_dataset)
+        self.loader = build_loader(self, args, train_dataset)
         name_run(args)
         args.mixed_precision = "no"  # an accelerate config's would wrap the model in an autocast of its own
         use_cache = getattr(model.config, "use_cache", None)
@@ -209,44 +180,6 @@ class BudgetTrainer(RunTrainer):
             super()._move_model_to_device(model, device)
 
     # ---- Data ----
-
-    def build_loader(self, args: BudgetTrainingArguments, dataset: PackedDataset | RowSource) -> StepLoader:
-        """The loader of this rank."""
-        source = ShuffledRows(dataset, args.shuffle_seed) if isinstance(dataset, PackedDataset) else dataset
-        source.share_among(self.ranks, self.must_end)
-        check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
-        largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
-        largest_rows, _ = plan_rows(args, largest, source.row_length)
-        return StepLoader(
-            source,
-            self.objective.training_collator(self.position_offset),
-            functools.partial(self.plan_step, args, source.row_length),
-            args.process_index,
-            args.world_size,
-            largest_rows,
-        )
-
-    def plan_step(self, args: BudgetTrainingArguments, row_length: int, progress: float | None = None) -> StepPlan:
-        """Size of the next step, as the schedules say at a progress of process 0; None: the present one."""
-        if isinstance(self.clock, ReplayClock):
-            return self.share_plan(self.clock.current().plan, row_length)
-        progress = self.clock.progress if progress is None else progress
-        tokens = interpolate(args.batch_size_tokens_start, args.batch_size_tokens, progress, args.batch_ramp_fraction)
-        rows = plan_rows(args, tokens, row_length)
-        cut = choose_row_length(args.max_seq_length_start, row_length, progress, args.seq_length_ramp_fraction)
-        return self.share_plan(StepPlan(*rows, progress, cut), row_length)
-
-    def share_plan(self, plan: StepPlan, row_length: int) -> StepPlan:
-        """Process 0's plan, in micro-batches that the memory has been found to hold."""
-        rows, micro_rows, progress, cut = self.ranks.decide(
-            plan.num_rows, plan.micro_rows, plan.progress, plan.row_length or 0
-        )
-        plan = StepPlan(int(rows), int(micro_rows), progress, int(cut) or None)
-        most = self.micro_batch_limit // row_length if self.micro_batch_limit is not None else plan.micro_rows
-        if self.args.use_compile:  # all of one size, also where the smallest step is shared out
-            smallest = self.args.batch_size_tokens_start or self.args.batch_size_tokens
-            most = min(most, plan_rows(self.args, smallest, row_length)[1])
-        return limit_micro_rows(plan, most, self.args.world_size)
 
     @functools.cached_property
     def reads_ahead(self) -> bool:
@@ -341,31 +274,20 @@ class BudgetTrainer(RunTrainer):
     def count_step(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
         """(tokens, FLOPs, counts of the loss's terms) over all processes; also hears of signals that reached any."""
         if self.counted is None or self.counted[0] is not step:
-            tokens, flops, counts = self.count_share(step)
+            tokens, flops, counts = count_share(self.objective, self.flop_counter, step)
             tokens, flops, signals, *totals = self.ranks.all_reduce(tokens, flops, len(self.signals), *counts.values())
             self.is_interrupted = signals > 0
             self.counted = step, (int(tokens), flops, dict(zip(counts, map(int, totals))))
         return self.counted[1]
 
-    def count_share(self, step: list[Batch]) -> tuple[int, float, dict[str, int]]:
-        """The same of this process; padding is no token, but executed: FLOPs count it. Windows count as they are."""
-        lengths = np.concatenate([batch.attended_lengths for batch in step])
-        counts = Counter()
-        for batch in step:
-            counts.update(self.objective.count_terms(batch))
-        tokens = sum(int(batch.doc_lengths.sum()) for batch in step)
-        executed, squares = int(lengths.sum()), int((lengths**2).sum())
-        predicted = sum(len(batch.labels) for batch in step)
-        return tokens, self.flop_counter.step_flops(executed, squares, predicted, lengths), dict(counts)
-
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> float | None:
         """As the parent, and remembered; a step that is not finite is one that the optimizer must not take."""
-        self.grad_norm = read_whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        grad_norm, record = read_whole(super()._get_grad_norm(model, grad_norm=grad_norm)), self.step_record
         # Read here, where the norm is waited for anyway: after the optimizer it would be waited for as well.
-        self.step_record.loss = float(self.step_record.loss)
-        self.step_record.bad_number = find_bad_number(self.step_record.loss, self.grad_norm)
-        self.composite.is_skipping = self.step_record.bad_number is not None
-        return self.grad_norm
+        record.loss, record.grad_norm = float(record.loss), float(grad_norm)
+        record.bad_number = find_bad_number(record.loss, record.grad_norm)
+        self.composite.is_skipping = record.bad_number is not None
+        return grad_norm
 
     def next_step_fits(self) -> bool:
         """Whether the coming step ends inside the budget, by this process's clock; process 0's is the one to ask.
@@ -414,10 +336,10 @@ class BudgetTrainer(RunTrainer):
     # ---- Evaluation ----
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Held-out losses, during training only the objective's own; see `evaluation.evaluate_objective`."""
+        """Held-out losses, during training only the objective's own; see `evaluation.measure_held_out`."""
         begun = time.monotonic()
         with self.clock.account("evaluation"):
-            metrics = self.measure_held_out(own_only=self.is_in_train)
+            metrics = measure_held_out(self, own_only=self.is_in_train)
         # During training one collator runs, at the end all of them.
         times = len(self.eval_collators) if self.is_in_train else 1
         seconds = time.monotonic() - begun
@@ -440,35 +362,6 @@ class BudgetTrainer(RunTrainer):
                 stack.enter_context(run_eagerly())
             yield
 
-    def measure_held_out(self, own_only: bool = False, max_parts: int | None = None) -> dict[str, float]:
-        """Held-out losses of the present weights; in smaller batches where memory runs out."""
-        collators = list(self.eval_collators.items())
-        self.eval_batch_tokens = min(self.eval_batch_tokens, self.micro_batch_limit or self.eval_batch_tokens)
-        try:
-            totals = sum_held_out(
-                self.model,
-                self.objective,
-                self.eval_dataset,
-                self.eval_batch_tokens,
-                self.evaluation_precision,
-                dict(collators[:1] if own_only else collators),
-                self.args.process_index,
-                self.args.world_size,
-                max_parts,
-            )
-        except torch.OutOfMemoryError:
-            self.ranks.refuse_to_repeat(*describe_full_memory(self.eval_batch_tokens))
-            if self.eval_batch_tokens <= self.eval_dataset.row_length:
-                raise
-            totals = None
-        shares = self.ranks.all_gather(totals)
-        if None in shares:
-            self.eval_batch_tokens //= 2
-            return self.measure_held_out(own_only, max_parts)
-        metrics = name_losses(self.objective, add_totals(shares), self.eval_dataset)
-        synchronize(self.args.device)
-        return metrics
-
     # ---- A whole run ----
 
     def run(self, resume: bool = False) -> dict[str, float]:
@@ -479,25 +372,15 @@ class BudgetTrainer(RunTrainer):
             self.loader.source.close(waits=False)
 
     @property
-    def train_seconds(self) -> float:
-        """Seconds of training: the steps and the waits for their data."""
-        return self.clock.ledger["steps"] + self.clock.ledger["data"]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second of training."""
-        return self.clock.tokens / self.train_seconds if self.train_seconds else 0.0
-
-    @property
     def mfu(self) -> float:
         """Executed FLOPs per second of training over the measured peak of one device, per process."""
-        rate = self.clock.flops / self.train_seconds if self.train_seconds else 0.0
-        return rate / (self.peak_flops * self.args.world_size)
+        seconds = self.clock.train_seconds
+        return (self.clock.flops / seconds if seconds else 0.0) / (self.peak_flops * self.args.world_size)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent; the trackers also get tokens, progress, throughput and MFU."""
         extra = {"tokens": self.clock.tokens, "progress": self.clock.progress}
         logs.pop("train_samples_per_second", None)  # of a batch size that is not this run's
         if self.clock.steps:
-            extra |= {"tokens_per_second": self.tokens_per_second, "mfu": self.mfu}
+            extra |= {"tokens_per_second": self.clock.tokens_per_second, "mfu": self.mfu}
         super().log({**logs, **extra}, start_time)

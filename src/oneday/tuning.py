@@ -12,8 +12,8 @@ import dataclasses
 import itertools
 import statistics
 
-from oneday.arguments import SettingError
 from oneday.classification import PreparedTask
+from oneday.errors import SettingError
 from oneday.glue_protocol import CHOSEN_SETTINGS, TUNED_PARTS, FinetuneArguments
 
 HELD_OUT = "held_out"

@@ -31,7 +31,7 @@ from typing import Any
 
 import datasets
 
-from oneday.arguments import SettingError, describe_error
+from oneday.errors import SettingError, describe_error
 from oneday.tokenization import replace_surrogates
 
 Row = dict[str, Any]
@@ -247,7 +247,7 @@ def read_local(name: str, folder: Path) -> Iterator[Row]:
                         yield read_json_line(line)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError) as error:
             raise SettingError(
-                f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())})."
+                f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())}); mend it."
             ) from None
 
 
@@ -292,7 +292,9 @@ def read_row(name: str, number: int, row: Row) -> Question:
     try:
         question = reader(row)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise SettingError(f"Row {number} of task {name} cannot be read ({type(error).__name__}: {error}).") from None
+        raise SettingError(
+            f"Row {number} of task {name} cannot be read ({type(error).__name__}: {error}); mend it."
+        ) from None
     if not all(isinstance(text, str) for pair in question.pairs for text in pair) or "" in (
         continuation.strip() for _, continuation in question.pairs
     ):

@@ -12,10 +12,11 @@ from pathlib import Path
 from statistics import fmean, pvariance
 from typing import Any
 
-from oneday.arguments import DataArguments, SettingError, setting
-from oneday.classification import hash_text
+from oneday.arguments import DataArguments, setting
+from oneday.classification import hex_digest
 from oneday.corpus import load_part, name_corpus, split_names
 from oneday.durable_files import read_json, write_json
+from oneday.errors import SettingError, check_positive
 from oneday.scoring import Score, Scorer
 from oneday.zero_shot import Question, load_task
 
@@ -58,9 +59,7 @@ class EvaluateArguments:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         for name in ("batch_tokens", "max_examples", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingError(f"The setting {name} is {value}; it must be above zero.")
+            check_positive(name, getattr(self, name))
         if not self.task_names and self.text_name is None:
             raise SettingError("Nothing is to be evaluated; set task_names, say blimp,piqa, or text_name.")
         if self.streaming and self.max_examples is None:
@@ -144,7 +143,7 @@ def run_evaluation(
     source = "hub" if args.task_data_dir is None else "files"
     for name, questions in tasks.items():
         asked = [(question.pairs, question.gold, question.group) for question in questions]
-        key = hash_text(repr(asked) + facts["architecture_hash"])
+        key = hex_digest(repr(asked) + facts["architecture_hash"])
         entry = results["tasks"].get(name, {})
         if entry.get("questions_hash") == key:
             logger.info("%s: these questions have been scored; without %s they are scored anew", name, path)

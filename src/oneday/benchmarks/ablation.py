@@ -9,11 +9,12 @@ from typing import Any
 
 from scipy import stats
 
-from oneday.arguments import SettingError
 from oneday.benchmarks.arguments import AblationArguments, KeepArguments, SeedArguments
-from oneday.benchmarks.planning import QUIET, Plan, Text, merge_changes, read_budget, read_changes, read_text
+from oneday.benchmarks.planning import Plan, Text, merge_changes, read_budget, read_changes, read_text
 from oneday.benchmarks.records import Record, write_summary
+from oneday.errors import SettingError
 from oneday.modeling import check_config_file
+from oneday.step_timer import QUIET
 
 BASE = "base"
 # A verdict needs 0 to be outside this confidence interval (Student's t) of the mean difference, over this many seeds.

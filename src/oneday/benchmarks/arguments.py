@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from oneday.arguments import SettingError, setting
+from oneday.arguments import setting
+from oneday.errors import SettingError, check_positive
 
 
 @dataclass
@@ -98,9 +99,3 @@ class RecordArguments:
 
     records_dir: str = setting("runs/benchmarks", "Where records, tables and pictures are kept.")
     reuse_ours: bool = setting(False, "Use records of our side even if this project's code has changed since.")
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise SettingError unless `value` is above zero."""
-    if not value > 0:
-        raise SettingError(f"The setting {name} is {value}; it must be above zero.")

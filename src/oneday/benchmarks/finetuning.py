@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from oneday.arguments import SettingError
 from oneday.benchmarks.arguments import RecordArguments
 from oneday.benchmarks.planning import slug
 from oneday.benchmarks.records import Job, Record, RecordStore, hash_source, normalise, write_summary
 from oneday.classification import hash_rows, load_checkpoint
-from oneday.glue import find_task, load_task
+from oneday.errors import SettingError
+from oneday.glue import find_task
 from oneday.glue_protocol import (
     CRAMMING,
     RUN_SETTINGS,
@@ -33,6 +33,7 @@ from oneday.glue_protocol import (
 from oneday.glue_results import METRIC_TITLES
 from oneday.recipe import Settings, build_arguments
 from oneday.run_directory import GLUE_RESULTS
+from oneday.task_data import load_task
 from oneday.throughput import describe_environment, measure_peak_flops, set_threads
 
 PROGRAM = Path(__file__).parents[3] / "scripts" / "finetune.py"
@@ -66,14 +67,18 @@ class FinetuningPlan:
     def our_job(self, turn: int) -> Job:
         """All tasks and seeds by one command."""
         names = ("num_seeds", "seed", "num_threads", "num_processes", "per_device_eval_batch_size")
-        return self.make_job("ours", f"turn{turn}", run_ours, {}, {name: getattr(self.args, name) for name in names})
+        return self.make_job(
+            "ours", f"turn{turn}", run_our_program, {}, {name: getattr(self.args, name) for name in names}
+        )
 
     def stock_job(self, task: str, seed: int) -> Job:
         """One task and seed."""
-        method = hash_source("benchmarks/stock_glue.py", "glue.py")
+        method = hash_source("benchmarks/stock_glue.py", "glue.py", "task_data.py")
         settings = {"num_threads": self.args.num_threads, "method": method}
         settings["rows"] = {task: self.facts["rows"][task]}
-        return self.make_job("stock", f"{task}-seed{seed}", run_stock, {"task_name": task, "seed": seed}, settings)
+        return self.make_job(
+            "stock", f"{task}-seed{seed}", run_stock_program, {"task_name": task, "seed": seed}, settings
+        )
 
     def make_job(self, kind: str, label: str, run: Any, own: Settings, settings: Settings) -> Job:
         """A job; its record names neither the checkpoint's place nor the data's."""
@@ -112,7 +117,7 @@ def make_finetuning_plan(recipe_path: str, settings: Settings, record_args: Reco
     return FinetuningPlan(name, args, names, {"weights_hash": weights, "rows": rows}, store)
 
 
-def run_ours(job: Job) -> Record:
+def run_our_program(job: Job) -> Record:
     """The command of scripts/finetune.py, timed from its start to its end."""
     with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
         recipe = Path(folder) / "recipe.yaml"
@@ -124,7 +129,7 @@ def run_ours(job: Job) -> Record:
     return facts | measure_machine(job)
 
 
-def run_stock(job: Job) -> Record:
+def run_stock_program(job: Job) -> Record:
     """The example's process for one task and seed, timed from its start to its end."""
     with tempfile.TemporaryDirectory(prefix="oneday-benchmark-") as folder:
         source, target = Path(folder) / "settings.json", Path(folder) / "result.json"

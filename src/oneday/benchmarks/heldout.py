@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from oneday.budget import BudgetClock
+from oneday.budget_clock import BudgetClock
 from oneday.collators import Batch, mark_documents
 from oneday.evaluation import evaluate_objective
 from oneday.modeling import count_parameters
@@ -40,7 +40,7 @@ def name_measure(objective: Objective) -> str:
     return "eval_mlm_loss" if "eval_mlm_loss" in objective.evaluation_collators(0) else "eval_loss"
 
 
-class HeldOut:
+class HeldOutLoss:
     """The held-out loss of a model, in nats a predicted token, summed in float32.
 
     Args:
@@ -142,7 +142,7 @@ class CurveCallback(TrainerCallback):
         """Where the run is."""
         self.place = {
             "clock_seconds": self.clock.elapsed_seconds,
-            "train_seconds": self.clock.ledger["steps"] + self.clock.ledger["data"],
+            "train_seconds": self.clock.train_seconds,
             "tokens": self.clock.tokens,
             "step": self.clock.steps,
         }

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
-from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, name_measure, point_times
+from oneday.benchmarks.heldout import CurveCallback, HeldOutLoss, describe_result, name_measure, point_times
 from oneday.benchmarks.records import Job
+from oneday.errors import SettingError
 from oneday.hub_texts import write_revisions
 from oneday.model_card import write_reports
 from oneday.recipe import build_arguments
@@ -37,7 +37,7 @@ def run_ours(job: Job, run_dir: Path | None = None) -> dict[str, Any]:
         model_args, data_args, args = build_arguments(CLASSES, {**job.recipe, "output_dir": str(folder)})
         check_settings(model_args, args)
         trainer, data = assemble_trainer(model_args, data_args, args)
-        held_out = HeldOut(
+        held_out = HeldOutLoss(
             trainer.model,
             trainer.objective,
             data.validation,

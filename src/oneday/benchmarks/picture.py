@@ -38,7 +38,7 @@ def draw_versus_stock(path: Path, sides: dict[str, list[Record]], measure: str, 
                 axis.axhline(losses[-1], color=color, linewidth=0.6, linestyle=":", alpha=0.7)
     axis.axvline(budget_seconds / 60, color="#4a4a4a", linewidth=0.8, linestyle="--")
     axis.set(
-        xlabel="wall clock since the first training step (minutes)",
+        xlabel="wall clock of the budget (minutes)",
         ylabel="held-out loss (nats / predicted token)",
         xlim=(0, None),
     )

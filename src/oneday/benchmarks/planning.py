@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.benchmarks.arguments import KeepArguments, RecordArguments
 from oneday.benchmarks.heldout import name_measure
@@ -19,6 +18,7 @@ from oneday.benchmarks.records import Job, RecordStore, hash_source, normalise
 from oneday.benchmarks.stock import run_stock
 from oneday.budget import Budget
 from oneday.durable_files import make_folder
+from oneday.errors import SettingError
 from oneday.evaluation import hash_evaluation
 from oneday.modeling import check_config_file
 from oneday.recipe import (
@@ -32,6 +32,7 @@ from oneday.recipe import (
     read_value,
     refused_settings,
 )
+from oneday.step_timer import QUIET
 from oneday.throughput import describe_environment, measure_peak_flops, usable_cores
 
 # What a recipe sets for its own model, and a stock one may not have.
@@ -40,8 +41,6 @@ OF_OUR_MODEL = ("attention_init", "position_encoding")
 OF_THE_MACHINE = ("num_threads", "bf16", "use_cpu")
 # Characters of a label in a file's name.
 LONGEST_LABEL = 100
-# A benchmark's own choices over the recipe: only the final evaluation, as on the other side, and no trackers.
-QUIET = {"num_evaluations": 1, "eval_steps": None, "eval_on_start": False, "report_to": "none"}
 # Settings that decide nothing, and those that stand in the record as what they give: text, tokenizer, model.
 NOT_RECORDED = {
     "output_dir", "cache_dir", "report_to", "disable_tqdm", "run_name", "log_level", "logging_steps", "seed",

@@ -34,14 +34,17 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.assembly import CLASSES, check_settings, prepare_objective
-from oneday.benchmarks.heldout import CurveCallback, HeldOut, describe_result, point_times
+from oneday.benchmarks.heldout import CurveCallback, HeldOutLoss, describe_result, point_times
 from oneday.benchmarks.records import Job
-from oneday.budget import Budget, BudgetClock
+from oneday.budget import Budget
+from oneday.budget_clock import BudgetClock
 from oneday.corpus import resolve_cache_dir
 from oneday.durable_files import written_aside
-from oneday.modeling import FlopCounter, build_model, load_config
+from oneday.errors import SettingError
+from oneday.flops import FlopCounter
+from oneday.modeling import build_model, load_config
 from oneday.objectives import STANDARD_MLM_PROBABILITY, Objective
 from oneday.packed_dataset import smallest_dtype
 from oneday.preparation import TEXTS_AT_ONCE, PreparedData, digest
@@ -179,7 +182,7 @@ def run_stock(job: Job) -> dict[str, Any]:
         precision = functools.partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
         # Passes no larger than those of its training, whose memory is what is to be measured.
         pass_tokens = min(args.micro_batch_tokens, details["rows"] * row_length)
-        held_out = HeldOut(trainer.model, objective, data.validation, pass_tokens, precision, plain=True)
+        held_out = HeldOutLoss(trainer.model, objective, data.validation, pass_tokens, precision, plain=True)
         times = point_times(details["budget_seconds"], details["num_points"])
         curve = CurveCallback(clock, times, held_out.measure, args.device)
         trainer.add_callback(StepClock(clock, flop_counter, len(dataset), details["rows"], row_length))

@@ -32,7 +32,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from oneday.attention import count_positions
-from oneday.glue import Task, complete_task, find_task, load_task, score_predictions, take_examples
+from oneday.glue import Task, find_task, score_predictions
+from oneday.task_data import complete_task, load_task, take_examples
 from oneday.throughput import set_threads
 
 # What both sides' TrainingArguments have under one name.

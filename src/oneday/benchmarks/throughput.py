@@ -8,13 +8,9 @@ import textwrap
 from statistics import median
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from oneday.arguments import SettingError
 from oneday.assembly import CLASSES, assemble_trainer, check_settings
 from oneday.benchmarks.arguments import ThroughputArguments
 from oneday.benchmarks.planning import (
-    QUIET,
     Plan,
     describe_settings,
     describe_text,
@@ -23,85 +19,17 @@ from oneday.benchmarks.planning import (
     slug,
 )
 from oneday.benchmarks.records import Job, Record, normalise, write_summary
+from oneday.errors import SettingError
 from oneday.modeling import count_parameters
 from oneday.objectives import COMPANION
 from oneday.optimizers import count_state_bytes
 from oneday.recipe import Settings, build_arguments
-from oneday.throughput import describe_environment, measure_peak_again, peak_memory_bytes, synchronize
-from oneday.trainer import BudgetTrainer
+from oneday.step_timer import ENDLESS, QUIET, StepTimer
+from oneday.throughput import describe_environment, measure_peak_again, peak_memory_bytes
 
 DEFAULT_GRID = (
     "optim=muon,muon_8bit,adamw,adamw_8bit", "packing_strategy=best_fit,padded", "torch_compile=false,true",
 )  # fmt: skip
-WARMUP_STEPS = 3
-# A budget that does not end, so that the steps are those of a run's beginning, at the full batch.
-ENDLESS = {
-    **dict.fromkeys(("budget_minutes", "budget_tokens", "budget_flops", "budget_steps", "budget_usd", "budget_kwh")),
-    "budget_hours": 1e6,
-    "batch_size_tokens_start": None,
-    "max_seq_length_start": None,
-    "save_minutes": 1e6,
-    "save_steps": None,
-}
-
-
-class StepTimer(TrainerCallback):
-    """Takes the time of steps after a warm-up, and ends the training when there are enough.
-
-    Args:
-        trainer: The trainer it is added to.
-        measure_seconds: How long to measure.
-
-    Attributes:
-        warmup: Seconds of each warm-up step, compilation included.
-        steps: One dictionary a measured step: seconds of `data`, `forward_backward`, `optimizer`, and the `step`.
-    """
-
-    def __init__(self, trainer: BudgetTrainer, measure_seconds: float) -> None:
-        self.trainer, self.measure_seconds = trainer, measure_seconds
-        self.warmup: list[float] = []
-        self.steps: list[dict[str, float]] = []
-        self.tokens, self.flops = 0, 0.0
-        self.data_before = self.gradients_at = 0.0
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The first step's data were read before the clock started; later ones are on its ledger."""
-        self.step_from = self.trainer.clock.now() if not self.warmup else self.step_from
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gradients are there, and clipped."""
-        synchronize(args.device)
-        self.gradients_at = self.trainer.clock.now()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Enter the step; what the trainer did since the last one's end belongs to it."""
-        synchronize(args.device)
-        trainer, now = self.trainer, self.trainer.clock.now()
-        seconds, self.step_from = now - self.step_from, now
-        data, self.data_before = trainer.clock.ledger["data"] - self.data_before, trainer.clock.ledger["data"]
-        if len(self.warmup) < WARMUP_STEPS:
-            self.warmup.append(seconds)
-            return
-        record = trainer.step_record
-        forward_backward = self.gradients_at - record.begun
-        self.steps.append(
-            {
-                "step": seconds,
-                "data": data,
-                "forward_backward": forward_backward,
-                "optimizer": max(0.0, seconds - data - forward_backward),
-            }
-        )
-        self.tokens += record.tokens
-        self.flops += record.flops
-        if sum(step["step"] for step in self.steps) >= self.measure_seconds:
-            control.should_training_stop = True
 
 
 def measure_throughput(job: Job) -> Record:
@@ -132,7 +60,6 @@ def measure_throughput(job: Job) -> Record:
         memory = peak_memory_bytes(args.device)  # before the products, which take their own
         peak_flops = measure_peak_again(trainer.peak_flops, args.device, trainer.bf16)
         seconds = sum(step["step"] for step in timer.steps)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         return {
             "tokens_per_second": timer.tokens / seconds,
             "flops_per_second": timer.flops / seconds,
@@ -145,7 +72,7 @@ def measure_throughput(job: Job) -> Record:
             "step_seconds": {key: median(step[key] for step in timer.steps) for key in timer.steps[0]},
             "compile_seconds": measure_compile_seconds(timer) if args.use_compile else None,
             "peak_memory_bytes": memory,
-            "optimizer_state_bytes": count_state_bytes(optimizer.optimizers),
+            "optimizer_state_bytes": count_state_bytes(trainer.composite.optimizers),
             "packing_efficiency": data.train.packing_efficiency,
             "num_parameters": count_parameters(trainer.model, COMPANION)[0],
             "environment": describe_environment(args.device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oneday.arguments import SettingError
+from oneday.errors import SettingError
 from oneday.objectives.base import COMPANION, EVALUATION_SEED, STANDARD_MLM_PROBABILITY, Objective
 from oneday.objectives.language_modeling import CausalLanguageModeling, MaskedLanguageModeling, WordOrder
 from oneday.objectives.permutation import PermutedLanguageModeling

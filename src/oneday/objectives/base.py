@@ -13,9 +13,10 @@ from typing import ClassVar, Protocol
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.collators import Batch, Collator
-from oneday.modeling import FlopCounter
+from oneday.errors import SettingError
+from oneday.flops import FlopCounter
 from oneday.objectives.selection import SelectedPositions
 from oneday.tokenization import keeps_text
 
@@ -27,7 +28,7 @@ COMPANION = "companion"
 
 
 class StepFlops(Protocol):
-    """Counts the FLOPs of a training step; see `modeling.FlopCounter.step_flops`."""
+    """Counts the FLOPs of a training step; see `flops.FlopCounter.step_flops`."""
 
     def step_flops(
         self, num_tokens: int, sum_squared_doc_lengths: int, num_predicted: int, doc_lengths: object = None

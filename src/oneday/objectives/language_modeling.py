@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
-from oneday.arguments import BudgetTrainingArguments, SettingError
+from oneday.arguments import BudgetTrainingArguments
 from oneday.collators import CausalCollator, Collator, MaskedCollator, WordOrderCollator
+from oneday.errors import SettingError
 from oneday.modeling import model_kind
 from oneday.objectives.base import EVALUATION_SEED, STANDARD_MLM_PROBABILITY, Objective
 

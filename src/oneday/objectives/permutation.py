@@ -12,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from oneday.arguments import SettingError
 from oneday.collators import Collator, PermutationCollator
+from oneday.errors import SettingError
 from oneday.objectives.base import EVALUATION_SEED, Objective
 
 

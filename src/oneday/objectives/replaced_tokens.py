@@ -21,10 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from oneday.arguments import SettingError
 from oneday.collators import Batch, Collator, ReplacedTokenCollator
 from oneday.cross_entropy import chunk_rows
-from oneday.modeling import FlopCounter, build_model
+from oneday.errors import SettingError
+from oneday.flops import FlopCounter
+from oneday.modeling import build_model
 from oneday.objectives.base import COMPANION
 from oneday.objectives.language_modeling import MaskedLanguageModeling
 from oneday.objectives.selection import SelectedPositions

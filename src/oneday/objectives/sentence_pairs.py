@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForPreTraining, PreTrainedModel
 
-from oneday.arguments import SettingError
 from oneday.collators import Batch, PairedCollator
+from oneday.errors import SettingError
 from oneday.objectives.language_modeling import MaskedLanguageModeling
 
 NEGATIVES = ("swapped", "random")
