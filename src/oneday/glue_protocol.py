@@ -210,7 +210,7 @@ def check_arguments(args: FinetuneArguments) -> list[str]:
     near = difflib.get_close_matches(args.protocol.lower(), PROTOCOLS, 1, 0.7)
     if near and args.protocol not in PROTOCOLS:
         raise SettingError(
-            f"protocol is {args.protocol!r}; did you mean {near[0]!r} (a name of your own must be another)?"
+            f"protocol is {args.protocol!r}; take {near[0]!r}, or a name of your own that is less like it."
         )
     if args.protocol == PROBE and args.peft is not None:
         raise SettingError(
