@@ -25,7 +25,15 @@ from transformers import (
 )
 
 from oneday.adapters import save_classifier
-from oneday.classification import build_classifier, encode_batch, limit_length, load_checkpoint, pad_batch, set_dropout
+from oneday.classification import (
+    adapt_tokenizer,
+    build_classifier,
+    encode_batch,
+    limit_length,
+    load_checkpoint,
+    pad_batch,
+    set_dropout,
+)
 from oneday.errors import SettingError
 from oneday.finetuning import run_protocol
 from oneday.finetuning_run import ClassificationTrainer
@@ -289,3 +297,12 @@ def test_tokenizer_of_another_model_is_refused(bert, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(SettingError, match="ids and the model 20"):
         load_checkpoint(str(tmp_path))
+
+
+def test_a_padding_token_that_the_config_names_is_taken(gpt):
+    """Where the tokenizer has none; one beyond the vocabulary is none."""
+    tokenizer, config = (kind.from_pretrained(gpt) for kind in (AutoTokenizer, AutoConfig))
+    for pad_id, expected in ((3, 3), (len(tokenizer), tokenizer.eos_token_id)):
+        tokenizer.pad_token, config.pad_token_id = None, pad_id
+        adapt_tokenizer(tokenizer, config)
+        assert tokenizer.pad_token_id == expected

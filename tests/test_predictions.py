@@ -158,6 +158,11 @@ def test_answers_are_kept_in_the_order_of_the_rows_and_submitted(bert, data_dir,
         (tmp_path / "out" / "submission" / name).write_text("mine")
     run_protocol(asked)
     assert (tmp_path / "out" / "submission" / "RTE.tsv").exists()
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"sentence": "one more good film", "label": 1}) + "\n")
+    run_protocol(dataclasses.replace(asked, write_submission=False, random_baseline=False))
+    left = {path.name for path in (tmp_path / "out" / "submission").iterdir()}
+    assert left == {"RTE.tsv", "notes.txt"}, "answers of a model that was trained on other rows go"
     other = dataclasses.replace(asked, learning_rate=1e-3, num_train_epochs=1)
     run_protocol(dataclasses.replace(other, write_submission=False))
     run_protocol(other)

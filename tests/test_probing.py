@@ -12,7 +12,7 @@ from oneday.assembly import CLASSES
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
 from oneday.packed_dataset import pack_corpus
 from oneday.planning import find_material
-from oneday.probing import count_saved_bytes, measure_pace, state_bytes_per_element, take_batch
+from oneday.probing import count_saved_bytes, measure_fixed_seconds, measure_pace, state_bytes_per_element, take_batch
 from oneday.recipe import complete_settings, resolve_settings
 
 
@@ -56,5 +56,13 @@ def test_what_happens_once_is_measured_apart_from_the_steps(small_recipe, tmp_pa
     monkeypatch.setattr("oneday.probing.prepare_first_step", prepare)
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]))
     pace = measure_pace(find_material(settings, tmp_path), settings, 0.05)
-    assert pace.fixed_seconds == 25.0
+    assert pace.fixed_seconds == 25.0 == measure_fixed_seconds(find_material(settings, tmp_path), settings)
     assert 0 < pace.seconds_per_token < 1 and 0 < pace.seconds_per_step < 20
+
+
+@pytest.mark.parametrize("embedding_init", ["random", "cooccurrence"])
+def test_counting_words_takes_time_before_the_first_step(small_recipe, tmp_path, embedding_init):
+    argv = [str(small_recipe), "--embedding_init", embedding_init]
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, argv))
+    seconds = measure_fixed_seconds(find_material(settings, tmp_path), settings)
+    assert (0 < seconds < 20) if embedding_init == "cooccurrence" else seconds < 0.02

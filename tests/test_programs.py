@@ -22,6 +22,7 @@ from oneday import run_directory as rundir
 from oneday.assembly import CLASSES, assemble_trainer
 from oneday.checkpoints import list_checkpoints
 from oneday.durable_files import read_json
+from oneday.errors import SettingError
 from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings
 
@@ -260,6 +261,15 @@ def test_prepare_data_fills_the_cache(run_script, text_file, tmp_path):
     code, shown, _ = run_script("prepare_data", *flags(**settings, dataset_name=text_file, shard=1, num_shards=2))
     assert code == 0
     assert re.fullmatch(r"part +\S+/part-00001-of-00002.arrow\n", shown)
+
+
+def test_prepare_data_reads_a_stream_in_the_order_of_the_run(run_script, text_file, monkeypatch):
+    def prepare_data(args, kind, seed):
+        raise SettingError(f"prepared in order {seed}")
+
+    monkeypatch.setattr("oneday.preparation.prepare_data", prepare_data)
+    code, _, said = run_script("prepare_data", *flags(dataset_name=text_file, seed=1, data_seed=7))
+    assert code == 1 and "prepared in order 7" in said
 
 
 def test_prepare_data_says_that_datatrove_is_not_here(run_script, text_file, monkeypatch):

@@ -249,3 +249,10 @@ def test_closing_ends_the_thread_in_the_middle_of_a_block(make_rows, monkeypatch
     assert time.monotonic() - begun < 20 and not read_ahead_threads()
     rows.load_state_dict(json.loads(json.dumps(rows.state_dict(0))))
     assert take(rows, 0, 8) == expected
+
+
+def test_processes_that_have_read_other_text_do_not_go_on(make_rows, monkeypatch):
+    rows = make_rows()
+    monkeypatch.setattr(rows.ranks, "all_gather", lambda found: [found, (None, {"row": "of another file"})])
+    with pytest.raises(StreamInterrupted, match="have not read the same text; run the same command again"):
+        take(rows, 0, 10)

@@ -210,12 +210,17 @@ def test_whatever_a_damaged_file_raises_it_is_left_out(monkeypatch, error, caplo
     monkeypatch.setattr(text_streams, "RETRY_SECONDS", (0.0,) * 6)
 
     class Damaged:
+        def __init__(self, *texts):
+            self.texts = texts
+
         def read(self, first):
-            yield from ["begun"][first:]
+            yield from self.texts[first:]
             raise error
 
     whole = make_small(["a", "b"]).files[0]
-    stream = FileStream([Damaged(), Damaged(), Damaged(), whole], 1)
+    unread = FileStream([Damaged(), Damaged(), Damaged(), whole], 1)
+    assert sorted(row["text"] for row in unread) == ["a", "b"]
+    stream = FileStream([Damaged("begun"), Damaged("begun"), Damaged("begun"), whole], 1)
     reader, read = stream.open_pass(PassKey(0, 0)), []
     while (text := text_streams.read_patiently(reader)) is not None:
         read.append(text)

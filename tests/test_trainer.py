@@ -22,10 +22,11 @@ from oneday.checkpoints import list_checkpoints
 from oneday.compilation import find_layers
 from oneday.errors import SettingError
 from oneday.evaluation import measure_held_out
-from oneday.loader import StepPlan, limit_micro_rows, plan_rows
+from oneday.loader import StepPlan, plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
 from oneday.saving import RunTrainer
+from oneday.steps import share_plan
 from oneday.trainer import BudgetTrainer
 
 
@@ -285,16 +286,30 @@ def test_a_batch_is_the_one_asked_for_whatever_the_micro_batch(batch, micro, pro
     assert plan_rows(args, batch, row_length=128)[0] % min(micro // 128, rows[0]) == 0, "one that grows has multiples"
 
 
-@pytest.mark.parametrize(("processes", "micro_rows"), [(1, 128), (2, 64), (3, 16), (8, 16)])
-def test_compiled_passes_are_of_one_size_while_the_batch_grows(processes, micro_rows):
-    """The batch of bert-datacentre's 24 hours, which is the same for any number of processes."""
+@pytest.mark.parametrize(
+    ("micro", "processes", "micro_rows", "within_memory"),
+    [
+        (128, 1, 128, 64),
+        (128, 2, 64, 64),
+        (128, 3, 8, 8),
+        (128, 8, 16, 16),
+        (16, 5, 4, 4),
+        (14, 4, 7, 7),
+        (8, 16, 2, 2),
+    ],
+)  # fmt: skip
+def test_compiled_passes_are_of_one_size_while_the_batch_grows(micro, processes, micro_rows, within_memory):
+    """From 256 to 2,048 rows, which are the same for any number of processes; none has much more to do than others."""
     args = SimpleNamespace(
-        micro_batch_tokens=65_536, world_size=processes, batch_size_tokens_start=131_072, use_compile=True
+        micro_batch_tokens=micro * 512, world_size=processes, batch_size_tokens_start=256 * 512, use_compile=True
     )
-    plans = [plan_rows(args, tokens, row_length=512) for tokens in range(131_072, 1_048_577, 65_536)]
-    assert [rows for rows, _ in plans] == list(range(256, 2049, 128))
-    limited = {limit_micro_rows(StepPlan(*plan, 0.0), micro_rows, processes).micro_rows for plan in plans}
-    assert {rows for _, rows in plans} == {micro_rows} == limited
+    plans = [plan_rows(args, rows * 512, row_length=512) for rows in range(256, 2049, micro)]
+    assert all(num_rows % micro == 0 and rows == micro_rows for num_rows, rows in plans)
+    for num_rows, rows in plans:
+        assert -(-num_rows // rows // processes) * rows <= 1.125 * -(-num_rows // processes)
+    trainer = SimpleNamespace(ranks=SimpleNamespace(decide=lambda *values: values), micro_batch_limit=100 * 512)
+    shared = {share_plan(trainer, args, StepPlan(*plan, 0.0), 512).micro_rows for plan in plans}
+    assert shared == {within_memory}
 
 
 def test_the_time_left_leaves_out_what_prepared_the_first_step():
@@ -335,3 +350,8 @@ def test_what_is_overridden_is_there_in_the_parent(trainer_class):
     """A method that transformers renames would be called no more, and nothing would say so."""
     own = {name for name in vars(trainer_class) if re.fullmatch(r"_[a-z]\w*", name)} - {"_staging_dir"}
     assert own and not own - set(dir(Trainer))
+
+
+def test_what_is_overridden_without_a_mark_is_there_too():
+    names = {"store_flos", "floating_point_ops", "get_batch_samples", "create_accelerator_and_postprocess"}
+    assert names < set(vars(BudgetTrainer)) and names < set(dir(Trainer))

@@ -158,7 +158,7 @@ def test_what_is_scored_is_kept_and_not_scored_again(tmp_path, monkeypatch, capl
     path.write_text(json.dumps(older))
     results = run_evaluation(scorer, args, facts | {"weights_hash": "other"}, {}, path)
     assert len(calls) == 6 and set(results["tasks"]) == {"first", "second"}, "a file of an older version stays"
-    results = run_evaluation(scorer, args, facts | {"architecture_hash": "of another tokenizer"}, {}, path)
+    results = run_evaluation(scorer, args, facts | {"weights_hash": "other", "architecture_hash": "x"}, {}, path)
     assert len(calls) == 7 and list(results["tasks"]) == ["second"], "what another tokenizer made does not stay beside"
 
 

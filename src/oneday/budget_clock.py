@@ -102,6 +102,7 @@ class BudgetClock:
         try:
             yield
         finally:
+            assert self._stopped is None, "a clock is not stopped while it is paused"
             self._started += self.now() - self._paused
             self._metered_from += self.meter.read() - self._held_joules if self.meter is not None else 0.0
             self._paused = self._held_joules = None

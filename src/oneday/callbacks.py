@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 EVALUATION_SHARE = 0.05
 # Before one was timed, a checkpoint takes as many times as long as the model alone.
 OPTIMIZER_SHARE = 4.0
+# So far past the end of the plateau, as a fraction of the budget, a checkpoint is still one to extend from.
+KEPT_LATENESS = 0.02
 
 
 class BudgetCallback(TrainerCallback):
@@ -78,6 +80,7 @@ class BudgetCallback(TrainerCallback):
                 trainer.failure = error
         if trainer.clock.progress >= trainer.plateau_end and not self.is_past_plateau:
             self.is_past_plateau = trainer.save_as_kept = True
+        trainer.save_as_kept &= record.plan.progress < trainer.plateau_end + KEPT_LATENESS
         wishes = self.schedule(args) if fits and not trainer.is_interrupted else (False, False)
         fits, control.should_evaluate, control.should_save = map(bool, trainer.ranks.decide(fits, *wishes))
         if trainer.is_interrupted:

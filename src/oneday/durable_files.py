@@ -38,7 +38,7 @@ def written_aside(path: Path, is_durable: bool = True) -> Iterator[Path]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         if is_durable:
-            synchronize_path(path.parent)
+            synchronize_names(path.parent)
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
@@ -119,6 +119,15 @@ def synchronize_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def synchronize_names(folder: Path) -> None:
+    """Bring a directory's names to the disk, where its file system and its permissions let that be done."""
+    try:
+        synchronize_path(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EBADF):
+            raise
 
 
 def synchronize_tree(folder: Path) -> None:

@@ -72,7 +72,7 @@ def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: in
     Example: 16,384 tokens per step, 8,192 per micro-batch, rows of 128 -> (128, 64) for 1 or 2 processes, (128, 32)
     for 4.
     """
-    wanted = max(1, round(batch_tokens / row_length))
+    wanted = num_rows_of(batch_tokens, row_length)
     unit = min(max(1, micro_tokens(args) // row_length), wanted)
     multiple = max(1, round(wanted / unit)) * unit
     num_rows = multiple
@@ -85,8 +85,30 @@ def plan_rows(args: BudgetTrainingArguments, batch_tokens: float, row_length: in
             if 2 * found >= unit and 4 * share_rows(rows, max(1, found // 2), 1) >= found:
                 num_rows = rows
                 break
-    is_alike = args.use_compile and args.batch_size_tokens_start is not None and unit >= args.world_size
-    return num_rows, share_rows(unit if is_alike else num_rows, unit, args.world_size)
+    if args.use_compile and args.batch_size_tokens_start is not None:
+        return num_rows, find_common_rows(unit, num_rows_of(args.batch_size_tokens_start, row_length), args.world_size)
+    return num_rows, share_rows(num_rows, unit, args.world_size)
+
+
+def num_rows_of(tokens: float, row_length: int) -> int:
+    """Rows of so many tokens; at least one."""
+    return max(1, round(tokens / row_length))
+
+
+def find_common_rows(unit: int, smallest: int, num_processes: int) -> int:
+    """Rows of a micro-batch that are the same for every step of a multiple of `unit` rows, from the smallest on.
+
+    The most that divide `unit` and keep all processes about as busy.
+
+    Raises:
+        SettingError: When there are fewer rows than processes.
+    """
+    refuse_few_rows(smallest, num_processes)
+    spare = (UNEVENNESS - 1) * smallest
+    for rows in range(unit, 1, -1):
+        if unit % rows == 0 and (unit % (rows * num_processes) == 0 or rows * num_processes <= spare):
+            return rows
+    return 1
 
 
 def share_rows(num_rows: int, most: int, num_processes: int) -> int:
@@ -95,11 +117,7 @@ def share_rows(num_rows: int, most: int, num_processes: int) -> int:
     Raises:
         SettingError: When there are fewer rows than processes.
     """
-    if num_rows < num_processes:
-        raise SettingError(
-            f"A step of {num_rows} rows cannot be shared by {num_processes} processes; raise batch_size_tokens (or "
-            "batch_size_tokens_start), or start fewer."
-        )
+    refuse_few_rows(num_rows, num_processes)
     even = -(-num_rows // num_processes)
     for rows in range(min(num_rows, max(1, most)), 1, -1):
         parts = num_rows // rows
@@ -107,6 +125,15 @@ def share_rows(num_rows: int, most: int, num_processes: int) -> int:
         if num_rows % rows == 0 and parts >= num_processes and busiest <= UNEVENNESS * even:
             return rows
     return 1
+
+
+def refuse_few_rows(num_rows: int, num_processes: int) -> None:
+    """Raise SettingError where some process would have nothing to do."""
+    if num_rows < num_processes:
+        raise SettingError(
+            f"A step of {num_rows} rows cannot be shared by {num_processes} processes; raise batch_size_tokens (or "
+            "batch_size_tokens_start), or start fewer."
+        )
 
 
 def check_growing_rows(start: int | None, row_length: int, is_compiled: bool) -> None:

@@ -135,6 +135,7 @@ class RunTrainer(Trainer):
             remove_old_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
         except OSError as error:
             logger.warning("An old checkpoint could not be removed: %s.", str(error)[:120])
+        self.checkpoint_seconds = time.monotonic() - begun
 
     def write_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """The parent's checkpoint and this project's state, whole or not at all."""

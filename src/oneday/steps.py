@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,9 +84,9 @@ def share_plan(trainer: BudgetTrainer, args: BudgetTrainingArguments, plan: Step
     )
     plan = StepPlan(int(rows), int(micro_rows), progress, int(cut) or None)
     most = trainer.micro_batch_limit // row_length if trainer.micro_batch_limit is not None else plan.micro_rows
-    if args.use_compile:  # all of one size, also where the smallest step is shared out
-        smallest = args.batch_size_tokens_start or args.batch_size_tokens
-        most = min(most, plan_rows(args, smallest, row_length)[1])
+    if args.use_compile and args.batch_size_tokens_start is not None:  # all of one size, compiled once
+        _, common = plan_rows(args, args.batch_size_tokens_start, row_length)
+        return replace(plan, micro_rows=max(rows for rows in range(1, min(common, most) + 1) if common % rows == 0))
     return limit_micro_rows(plan, most, args.world_size)
 
 
