@@ -306,3 +306,11 @@ def test_a_padding_token_that_the_config_names_is_taken(gpt):
         tokenizer.pad_token, config.pad_token_id = None, pad_id
         adapt_tokenizer(tokenizer, config)
         assert tokenizer.pad_token_id == expected
+
+
+def test_the_side_of_the_padding_is_saved(gpt, tmp_path):
+    """XLNet's summary is of the last position, which padding must not have."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt)
+    adapt_tokenizer(tokenizer, AutoConfig.for_model("xlnet"))
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"

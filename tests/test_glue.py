@@ -152,3 +152,9 @@ def test_unknown_task_names_the_nearest():
 def test_scores_of_a_task_cover_its_metrics():
     scores = score_predictions(find_task("mrpc"), np.array([1, 0, 1]), np.array([1, 1, 1]))
     assert scores == pytest.approx({"f1": 0.8, "accuracy": 2 / 3})
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearmanr", "matthews_correlation"])
+def test_a_correlation_of_one_row_is_zero(name):
+    kind = int if name == "matthews_correlation" else float
+    assert load_metric(name).compute(predictions=[kind(1)], references=[kind(1)])[name] == 0.0

@@ -11,7 +11,7 @@ import pytest
 from corpus_parts import TEXTS, list_texts, load, stream_of, write_texts
 
 from oneday.arguments import DataArguments
-from oneday.corpus import count_bytes, drop_held_out, hold_out_of_stream
+from oneday.corpus import count_bytes, drop_held_out, hold_out_of_stream, keep_bytes
 from oneday.errors import SettingError
 
 pytestmark = pytest.mark.usefixtures("stay_in_folder")
@@ -150,3 +150,13 @@ def test_what_one_stream_of_a_mixture_holds_out_no_other_is_trained_on(monkeypat
     held_out = set(corpus.validation["text"])
     assert held_out == {*texts[:64], *texts[-64:]}
     assert {row["text"] for row in corpus.train} <= set(texts) - held_out
+
+
+def test_one_large_document_does_not_end_what_is_held_out():
+    """It is passed over as long as there is less than half of what may be held out, wherever it comes."""
+    small = [f"text number {number:04d}" for number in range(300)]
+    for number in range(8):
+        texts = datasets.Dataset.from_dict({"text": [*small, f"book {number} " * 1000]})
+        kept = keep_bytes(texts, 2000)
+        assert 1900 < count_bytes(kept["text"]) <= 2000 or count_bytes(kept["text"]) >= 1000, number
+    assert len(keep_bytes(datasets.Dataset.from_dict({"text": ["a" * 50, "b" * 60]}), 10)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import permutations
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from classifiers import make_args, make_texts
 from oneday.errors import SettingError
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments
-from oneday.own_task import load_own_task
+from oneday.own_task import load_own_task, sort_label
 
 CSV = 'id,body,kind\n1,"one, ""two""",spam\n2,"a\nb",ham\n3,NA,ham\n4,,eggs\n'
 
@@ -50,7 +51,8 @@ def test_names_and_labels_of_a_table_are_not_interpreted(tmp_path, kind):
     rows = ["row,kind,label,idx,,", "x,007,a,9,,", "y,7,b,9,,", "z,8,c,9,,"]
     content = "\n".join(rows).replace(",", "," if kind == "csv" else "\t")
     settings = {"text_columns": ["label", "row"], "label_column": "kind"}
-    task, data = load(tmp_path, content, file=f"t.{kind}", **settings, validation_file=str(tmp_path / f"t.{kind}"))
+    (tmp_path / f"v.{kind}").write_text(content)
+    task, data = load(tmp_path, content, file=f"t.{kind}", **settings, validation_file=str(tmp_path / f"v.{kind}"))
     assert task.label_names == ("007", "7", "8")
     assert data["train"]["text1"][:] == ["a", "b", "c"] and data["train"]["text2"][:] == ["x", "y", "z"]
     assert data["train"]["row"][:] == [0, 1, 2]
@@ -181,3 +183,17 @@ def test_a_task_of_ones_own_joins_the_others_of_its_settings(bert, data_dir, tmp
     with pytest.raises(SettingError, match="The scores of .*mine.csv are kept as mine.*set task_name"):
         run_protocol(other)
     assert list(run_protocol(dataclasses.replace(other, task_name="more"))["tasks"]) == ["sst2", "mine", "more"]
+
+
+def test_labels_have_one_order_in_every_process():
+    labels = ["2", "nan", "0", "10", "word"]
+    assert all(sorted(order, key=sort_label) == ["0", "2", "10", "nan", "word"] for order in permutations(labels))
+
+
+def test_a_correlation_is_of_two_rows_at_least(bert, tmp_path):
+    path = tmp_path / "few.csv"
+    path.write_text("text,label\n" + "".join(f"film {number},{number}\n" for number in range(12)))
+    args = FinetuneArguments(model_name_or_path=bert, task_file=str(path), metric="pearson")
+    assert len(load_own_task(args)[1]["validation"]) == 2
+    with pytest.raises(SettingError, match="validation_file is .*, the task_file itself"):
+        load_own_task(dataclasses.replace(args, validation_file=str(tmp_path / "." / "few.csv")))

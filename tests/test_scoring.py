@@ -13,6 +13,7 @@ from scoring_parts import PAIRS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oneday.scoring import CPU_TOKENS, Scorer, find_trained_length, load_scorer
+from oneday.tokenization import encode_documents
 
 
 def plain_score(model, tokenizer, kind, context, continuation):
@@ -180,3 +181,13 @@ def test_a_checkpoint_is_scored_as_its_run(make_model, tokenizers, tmp_path, cap
     (folder / "oneday_state.json").write_text("{}")
     (folder.parent / "recipe.yaml").write_text("max_seq_length: 32\n")
     assert (load(), caplog.text) == (32, "")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_text_that_spells_a_special_token_is_ordinary_text(make_model, tokenizers, name):
+    kind = "encoder" if name == "bert" else "decoder"
+    tokenizer = tokenizers[kind]
+    text = {"encoder": "ka [SEP] lo", "decoder": "ka<|endoftext|>lo"}[kind]
+    (ids,) = Scorer(make_model(name), tokenizer).tokenize([text])
+    expected, _ = encode_documents(tokenizer, [text])
+    assert ids == expected.tolist() and not set(ids) & {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}

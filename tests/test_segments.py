@@ -8,8 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from oneday import segments
+from oneday.errors import SettingError
 from oneday.segments import (
     choose_cut,
     choose_words,
@@ -198,3 +201,10 @@ def test_every_cut_is_drawn():
     ends = np.isin(np.arange(30), [2, 6, 12, 20, 25, 28])
     cuts = {choose_cut(ends, draw) for draw in np.linspace(0, 0.999, 50)}
     assert cuts == {6, 12, 20}
+
+
+def test_a_tokenizer_that_marks_where_words_end_is_refused():
+    """What follows such a mark is known only of two tokens together."""
+    backend = Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
+    with pytest.raises(SettingError, match="whole_word_mask is true, and the tokenizer of tokenizer_name ends words"):
+        find_continuations(PreTrainedTokenizerFast(tokenizer_object=backend))

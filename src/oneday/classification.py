@@ -184,7 +184,8 @@ def adapt_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
     types = ["token_type_ids"] if getattr(config, "type_vocab_size", 0) >= 2 else []
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids", *types, "attention_mask"]
     # XLNet alone reads its summary from the last position.
-    tokenizer.padding_side = "left" if config.model_type == "xlnet" else "right"
+    side = "left" if config.model_type == "xlnet" else "right"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side  # the latter is what is saved
 
 
 def limit_length(max_seq_length: int, checkpoint: Checkpoint, task: Task) -> int:

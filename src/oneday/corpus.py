@@ -240,13 +240,19 @@ def hold_out_of_stream(stream: FileStream, fraction: float, num_documents: int, 
 
 
 def keep_bytes(texts: datasets.Dataset, max_bytes: int) -> datasets.Dataset:
-    """The documents with the lowest content hashes that fit into `max_bytes` of UTF-8; at least one."""
-    kept, num_bytes = [], 0
-    for row in np.argsort(hash_documents(texts), kind="stable").tolist():
-        num_bytes += count_bytes([texts[row]["text"]])
-        if kept and num_bytes > max_bytes:
+    """The documents with the lowest content hashes that fit into `max_bytes` of UTF-8; at least one.
+
+    The first that does not fit ends them, once there is half of what may be held out; before that it is passed over.
+    """
+    order, kept, num_bytes = np.argsort(hash_documents(texts), kind="stable").tolist(), [], 0
+    for row in order:
+        size = count_bytes([texts[row]["text"]])
+        if num_bytes + size <= max_bytes:
+            kept.append(row)
+            num_bytes += size
+        elif 2 * num_bytes >= max_bytes:
             break
-        kept.append(row)
+    kept = kept or order[:1]
     return texts if len(kept) == len(texts) else texts.select(sorted(kept))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import re
 from pathlib import Path
 
@@ -45,9 +47,14 @@ def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
         raise SettingError(f"The task file {args.task_file} has {len(train)} rows; it needs two at least.")
     task = describe_task(args, list(train["label"]))
     if args.validation_file:
+        if os.path.realpath(args.validation_file) == os.path.realpath(args.task_file):
+            raise SettingError(
+                f"validation_file is {args.validation_file}, the task_file itself; leave it out to hold rows out."
+            )
         splits = {"train": train, "validation": read_columns(args.validation_file, args)}
     else:
-        parts = train.train_test_split(max(1, int(HELD_OUT_FRACTION * len(train))), seed=0)
+        least = min(2 if task.num_labels == 1 else 1, len(train) - 1)  # a correlation is of two rows at least
+        parts = train.train_test_split(max(least, int(HELD_OUT_FRACTION * len(train))), seed=0)
         splits = {"train": parts["train"], "validation": parts["test"]}
         logger.info("no validation_file: %d of %d rows are held out", len(parts["test"]), len(train))
     splits = {split: number_classes(task, split, rows) for split, rows in splits.items()}
@@ -163,8 +170,9 @@ def find_class(label: str | None, names: list[str]) -> str | None:
 
 
 def sort_label(label: str) -> tuple[bool, float, str]:
-    """Numbers in their order, before words in theirs."""
+    """Numbers in their order, before words in theirs; `nan` has no place among numbers and is a word."""
     try:
-        return (False, float(label), label)
+        number = float(label)
     except ValueError:
         return (True, 0.0, label)
+    return (True, 0.0, label) if math.isnan(number) else (False, number, label)

@@ -126,8 +126,9 @@ class Scorer:
         return sequences
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text without special tokens."""
+        """Ids of each text without special tokens; what spells one is ordinary text, as in pretraining."""
         quiet = dict.fromkeys(("return_attention_mask", "return_token_type_ids", "verbose"), False)
+        quiet |= {"split_special_tokens": True} if self.tokenizer.is_fast else {}
         parts = (texts[at : at + TEXTS_AT_ONCE] for at in range(0, len(texts), TEXTS_AT_ONCE))
         return [ids for part in parts for ids in self.tokenizer(part, add_special_tokens=False, **quiet)["input_ids"]]
 

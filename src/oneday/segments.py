@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from oneday.errors import SettingError
+
 # Tokens of a word that is masked whole.
 LONGEST_WORD = 8
 SENTENCE_ENDS = frozenset(".!?\u3002\uff01\uff1f\u2026")
@@ -40,9 +42,18 @@ def find_continuations(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
     WordPiece marks these with ##; byte-level tokenizers mark the others, by a space before them. There a mark or a
     line's end goes on with no word.
+
+    Raises:
+        SettingError: The tokenizer marks where a word ends, which says nothing of the token that follows.
     """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "WordPiece":
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("end_of_word_suffix"):
+        raise SettingError(
+            f"whole_word_mask is true, and the tokenizer of tokenizer_name ends words with "
+            f"{model['end_of_word_suffix']!r} instead of marking how they go on; leave whole_word_mask out."
+        )
+    if model["type"] == "WordPiece":
         return np.array([piece.startswith("##") for piece in pieces])
     special, spaces = set(tokenizer.all_special_tokens), ("\u0120", "\u2581")
     starts = [tokenizer.convert_tokens_to_string([piece])[:1] for piece in pieces]

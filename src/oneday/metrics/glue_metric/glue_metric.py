@@ -29,7 +29,9 @@ def compute_macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
 
 
 def compute_pearson(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Pearson's correlation; nan when either side is constant."""
+    """Pearson's correlation; nan when either side is constant, or one row alone."""
+    if len(labels) < 2:
+        return float("nan")
     return scipy.stats.pearsonr(predictions, labels).statistic
 
 
