@@ -196,3 +196,15 @@ def test_adapters_are_scored_saved_and_shown_beside_all_weights(bert, data_dir, 
     lines = (model / "glue-lora" / "glue_runs.jsonl").read_text()
     assert run_script("finetune", *argv)[0] == 0
     assert (model / "glue-lora" / "glue_runs.jsonl").read_text() == lines
+
+
+def test_an_architecture_that_takes_no_adapters_is_one_sentence(tmp_path):
+    config = AutoConfig.for_model(
+        "squeezebert", vocab_size=64, hidden_size=32, embedding_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    args = FinetuneArguments(model_name_or_path=str(tmp_path), peft="lora")
+    with pytest.raises(
+        SettingError, match="peft is 'lora', which cannot be added to a squeezebert model .*; leave it"
+    ):
+        add_adapters(AutoModelForSequenceClassification.from_config(config), args)

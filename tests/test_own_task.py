@@ -197,3 +197,12 @@ def test_a_correlation_is_of_two_rows_at_least(bert, tmp_path):
     assert len(load_own_task(args)[1]["validation"]) == 2
     with pytest.raises(SettingError, match="validation_file is .*, the task_file itself"):
         load_own_task(dataclasses.replace(args, validation_file=str(tmp_path / "." / "few.csv")))
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_lists_are_no_texts_and_no_labels(tmp_path, column):
+    rows = {"text": ["a", "b"], "label": [0, 1]} | {column: [["a"], ["a", "b"]]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    args = FinetuneArguments(model_name_or_path="any", task_file=str(tmp_path / "t.parquet"))
+    with pytest.raises(SettingError, match=f"holds lists or objects in the column '{column}'; write one value a row"):
+        load_own_task(args)

@@ -81,7 +81,13 @@ def add_adapters(model: PreTrainedModel, args: FinetuneArguments) -> PeftModel:
     model.name_or_path = str(local.resolve()) if local.is_dir() else args.model_name_or_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers renames
-        return peft.get_peft_model(model, config)
+        try:
+            return peft.get_peft_model(model, config)
+        except Exception as error:  # of an architecture whose layers it does not know
+            raise SettingError(
+                f"peft is {args.peft!r}, which cannot be added to a {model.config.model_type} model "
+                f"({describe_error(error)}); leave it out."
+            ) from None
 
 
 def quantize_layers(model: PreTrainedModel, layers: list[str], device: torch.device) -> None:

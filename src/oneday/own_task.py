@@ -91,6 +91,8 @@ def read_columns(path: str, args: FinetuneArguments) -> Dataset:
             raise SettingError(f"{path} has {has} {name!r}; it has {', '.join(table.column_names)}.")
         if table.schema.field(name).type in (pa.binary(), pa.large_binary()):
             raise SettingError(f"{path} holds bytes in the column {name!r}, not text; write it again as strings.")
+        if pa.types.is_nested(table.schema.field(name).type):
+            raise SettingError(f"{path} holds lists or objects in the column {name!r}; write one value a row.")
     labels = [spell_label(label) for label in table[args.label_column].to_pylist()]
     if None in labels:
         number = labels.index(None) + 1
