@@ -14,6 +14,7 @@ import pytest
 import transformers
 from classifiers import make_args
 from conftest import ROOT
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import finetuning_processes
 from oneday.classification import build_classifier, load_checkpoint, silence_libraries
@@ -210,3 +211,19 @@ def test_run_finetune_from_elsewhere(bert, data_dir):
     assert results["protocol"] == "custom" and results["tasks"]["sst2"]["num_train"] == 16
     done = subprocess.run([*command, "--task-file=mine.csv"], cwd=model.parent, capture_output=True, text=True)
     assert done.returncode == 1 and "The tasks sst2 and --task_file are given" in done.stderr
+
+
+def test_an_architecture_that_does_not_run_in_bfloat16_is_one_sentence(bert, data_dir, tmp_path):
+    """DeBERTa masks with the least number of float32; in float32 it trains."""
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    config = AutoConfig.for_model(
+        "deberta", vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    folder = tmp_path / "deberta"
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    args = make_args(str(folder), data_dir, tmp_path, num_train_epochs=1, bf16=True)
+    with pytest.raises(SettingError, match="A deberta model does not run in bfloat16 .*; set bf16 to false"):
+        run_protocol(args)
+    assert run_protocol(dataclasses.replace(args, bf16=False))["tasks"]["sst2"]["scores"]

@@ -21,6 +21,7 @@ from oneday.adapters import count_trained, restrict_training, save_classifier
 from oneday.classification import Checkpoint, PreparedTask, build_classifier, pad_batch, silence_libraries
 from oneday.dropout import hasten_dropout
 from oneday.durable_files import synchronize_tree
+from oneday.errors import SettingError, describe_error
 from oneday.glue import Task, score_predictions
 from oneday.glue_protocol import (
     FinetuneArguments,
@@ -141,12 +142,23 @@ def put_in_place(new: Path, folder: Path) -> None:
 def train_classifier(
     checkpoint: Checkpoint, prepared: PreparedTask, args: FinetuneArguments, seed: int, from_random: bool
 ) -> Trainer:
-    """The trainer after its last step; it holds the model."""
+    """The trainer after its last step; it holds the model.
+
+    Raises:
+        SettingError: The architecture does not run in bfloat16, asked for or taken as the hardware is fast in it.
+    """
     model = build_classifier(checkpoint, prepared.task, args.dropout, seed, from_random, choose_attention(args))
     model = restrict_training(model, args)
     hasten_dropout(model)
     trainer = build_trainer(model, checkpoint, prepared, args, seed)
-    trainer.train()
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        if trainer.state.global_step or not choose_bf16(args) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise SettingError(
+            f"A {model.config.model_type} model does not run in bfloat16 ({describe_error(error)}); set bf16 to false."
+        ) from error
     return trainer
 
 
