@@ -230,3 +230,21 @@ def test_a_checkpoint_that_did_not_fit_at_the_plateaus_end_is_not_made_later(mak
     trainer.add_callback(SlowDisk(trainer))
     folder = finish(trainer, settings | {"budget_steps": 8})
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-7"] and not list_kept(folder)
+
+
+class LatePlateau(TrainerCallback):
+    """The end of the plateau is met when most of the cool-down is over, as after many bad steps."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.plateau_end = 2.0 if state.global_step < 5 else 0.5
+
+
+def test_a_checkpoint_of_a_rate_that_has_fallen_is_none_to_extend_from(make_trainer):
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 6}
+    trainer = make_trainer("bert", budget_steps=8, **settings)
+    trainer.add_callback(LatePlateau(trainer))
+    folder = finish(trainer, settings | {"budget_steps": 8})
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6"] and not list_kept(folder)

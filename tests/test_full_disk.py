@@ -173,6 +173,7 @@ def test_full_disk_while_saving_is_said(run_script, text_file, tmp_path, monkeyp
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_new_one_counts(make_trainer, monkeypatch, caplog):
     def refuse(folder, limit):
+        time.sleep(0.3)
         raise OSError(errno.EBUSY, "a file is open elsewhere")
 
     monkeypatch.setattr("oneday.saving.remove_old_checkpoints", refuse)
@@ -180,6 +181,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_the_new_one_counts
     trainer.run()
     assert trainer.saved_at == 2 and "An old checkpoint could not be removed" in caplog.text
     assert "was not written" not in caplog.text
+    assert trainer.checkpoint_seconds >= 0.3, "by this is judged whether another one fits"
     assert [event["step"] for event in read_metrics(trainer.args.output_dir) if event["event"] == "checkpoint"] == [2]
 
 
@@ -189,3 +191,17 @@ def test_a_file_that_is_durable_has_its_name_on_the_disk_too(tmp_path, monkeypat
     monkeypatch.setattr("oneday.durable_files.synchronize_path", lambda path: names.append(path.name))
     write_json(tmp_path / "report.json", {}, is_durable)
     assert (names[-1:] == [tmp_path.name]) is is_durable and (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "is_passed_over"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)]
+)
+def test_a_directory_that_cannot_be_synchronised_takes_no_file_away(tmp_path, monkeypatch, number, is_passed_over):
+    def synchronize(path):
+        if path == tmp_path:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("oneday.durable_files.synchronize_path", synchronize)
+    with contextlib.nullcontext() if is_passed_over else pytest.raises(OSError):
+        write_json(tmp_path / "report.json", {})
+    assert (tmp_path / "report.json").exists()

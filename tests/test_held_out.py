@@ -13,6 +13,7 @@ from corpus_parts import TEXTS, list_texts, load, stream_of, write_texts
 from oneday.arguments import DataArguments
 from oneday.corpus import count_bytes, drop_held_out, hold_out_of_stream, keep_bytes
 from oneday.errors import SettingError
+from oneday.python_docs import hash_text
 
 pytestmark = pytest.mark.usefixtures("stay_in_folder")
 
@@ -153,10 +154,21 @@ def test_what_one_stream_of_a_mixture_holds_out_no_other_is_trained_on(monkeypat
 
 
 def test_one_large_document_does_not_end_what_is_held_out():
-    """It is passed over as long as there is less than half of what may be held out, wherever it comes."""
+    """It is passed over, wherever it comes, as long as there is less than half of what may be held out."""
     small = [f"text number {number:04d}" for number in range(300)]
-    for number in range(8):
-        texts = datasets.Dataset.from_dict({"text": [*small, f"book {number} " * 1000]})
-        kept = keep_bytes(texts, 2000)
-        assert 1900 < count_bytes(kept["text"]) <= 2000 or count_bytes(kept["text"]) >= 1000, number
+    book = min((f"book {number} " * 1000 for number in range(100)), key=hash_text)  # comes among the first
+    texts = datasets.Dataset.from_dict({"text": [*small, book]})
+    assert hash_text(book) < sorted(map(hash_text, small))[30]
+    kept = keep_bytes(texts, 2000)["text"]
+    assert book not in kept and 1900 < count_bytes(kept) <= 2000
     assert len(keep_bytes(datasets.Dataset.from_dict({"text": ["a" * 50, "b" * 60]}), 10)) == 1
+
+
+def test_what_does_not_fit_ends_what_is_held_out():
+    """Once there is half: a few bytes more to hold out let no document in that comes after one that stays out."""
+    texts = datasets.Dataset.from_dict({"text": [f"{number} " * (1 + number % 17) for number in range(300)]})
+    in_order = sorted(texts["text"], key=hash_text)
+    for limit in range(2000, 2100, 10):
+        kept = keep_bytes(texts, limit)["text"]
+        assert sorted(kept, key=hash_text) == in_order[: len(kept)]
+        assert count_bytes(in_order[: len(kept) + 1]) > limit >= count_bytes(kept)

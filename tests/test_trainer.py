@@ -22,7 +22,7 @@ from oneday.checkpoints import list_checkpoints
 from oneday.compilation import find_layers
 from oneday.errors import SettingError
 from oneday.evaluation import measure_held_out
-from oneday.loader import StepPlan, plan_rows
+from oneday.loader import StepPlan, find_common_rows, plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
 from oneday.saving import RunTrainer
@@ -310,6 +310,13 @@ def test_compiled_passes_are_of_one_size_while_the_batch_grows(micro, processes,
     trainer = SimpleNamespace(ranks=SimpleNamespace(decide=lambda *values: values), micro_batch_limit=100 * 512)
     shared = {share_plan(trainer, args, StepPlan(*plan, 0.0), 512).micro_rows for plan in plans}
     assert shared == {within_memory}
+
+
+def test_a_step_that_grows_from_fewer_rows_than_processes_is_refused():
+    with pytest.raises(
+        SettingError, match="A step of 2 rows cannot be shared by 4 processes; raise batch_size_tokens"
+    ):
+        find_common_rows(2, 2, 4)
 
 
 def test_the_time_left_leaves_out_what_prepared_the_first_step():
