@@ -362,3 +362,15 @@ def test_what_is_overridden_is_there_in_the_parent(trainer_class):
 def test_what_is_overridden_without_a_mark_is_there_too():
     names = {"store_flos", "floating_point_ops", "get_batch_samples", "create_accelerator_and_postprocess"}
     assert names < set(vars(BudgetTrainer)) and names < set(dir(Trainer))
+
+
+def test_the_rate_of_each_step_is_its_tokens_in_its_seconds(make_trainer):
+    trainer = make_trainer(budget_steps=4)
+    trainer.run()
+    steps, clock = steps_of(trainer), trainer.clock
+    assert sum(step["batch_tokens"] / step["tokens_per_second"] for step in steps) == pytest.approx(
+        clock.ledger["steps"]
+    )
+    executed = sum(step["mfu"] * step["batch_tokens"] / step["tokens_per_second"] for step in steps)
+    assert executed * trainer.peak_flops == pytest.approx(clock.flops)
+    assert clock.tokens_per_second == pytest.approx(clock.tokens / (clock.ledger["steps"] + clock.ledger["data"]))
