@@ -176,7 +176,7 @@ def test_a_padded_batch_stays_within_the_positions(bert):
     rows = [{"input_ids": [5] * n, "attention_mask": [1] * n, "label": 1, "row": 0, "length": n} for n in (30, 7)]
     for multiple, lengths in ((24, (32, 24)), (None, (30, 7)), (8, (32, 8))):
         for chosen, length in zip((rows, rows[1:]), lengths):
-            batch = pad_batch(chosen, checkpoint, multiple)
+            batch = pad_batch(chosen, checkpoint, find_task("rte"), multiple)
             assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(chosen), length)
             assert batch["attention_mask"].sum(1).tolist() == [row["length"] for row in chosen]
             assert set(batch) == {"input_ids", "attention_mask", "labels"}

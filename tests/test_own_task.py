@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 from itertools import permutations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from classifiers import make_args, make_texts
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from oneday.errors import SettingError
 from oneday.finetuning import run_protocol
 from oneday.glue_protocol import FinetuneArguments
 from oneday.own_task import load_own_task, sort_label
 
+CLASSES = (AutoModelForSequenceClassification, AutoTokenizer)
 CSV = 'id,body,kind\n1,"one, ""two""",spam\n2,"a\nb",ham\n3,NA,ham\n4,,eggs\n'
 
 
@@ -137,6 +140,33 @@ def test_a_validation_label_that_training_never_saw(tmp_path):
     (tmp_path / "v.csv").write_text("text,label\nx,maybe\ny,yes\n")
     with pytest.raises(SettingError, match="'maybe'; it must be one of: no, yes"):
         load(tmp_path, "text,label\nx,yes\ny,no\n", validation_file=str(tmp_path / "v.csv"))
+
+
+def test_labels_of_any_unit_are_learnt_alike_and_answered_in_it(bert, tmp_path):
+    """Years are learnt as what they were made of; a saved model says how its answers are read."""
+    rows, answers, results = make_texts(120), [], []
+    for name, unit, start in (("plain", 1.0, 0.0), ("years", 40.0, 1950.0)):
+        lines = [f"{row['sentence']},{start + unit * row['label']}\n" for row in rows]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(lines))
+        settings = {"task_file": str(tmp_path / f"{name}.csv"), "metric": "pearson", "bf16": False}
+        args = make_args(bert, tmp_path, tmp_path / name, save_models=True, **settings)
+        results.append(run_protocol(args)["tasks"][name])
+        (run,) = (tmp_path / name / "out" / "runs").iterdir()
+        answers.append(pq.read_table(run / "validation.parquet").to_pydict())
+    assert results[1]["median"] == pytest.approx(results[0]["median"], abs=1e-5) and results[0]["median"] > 0.9
+    assert np.allclose(answers[1]["prediction"], 1950 + 40 * np.array(answers[0]["prediction"]), atol=1e-2)
+    assert {*answers[1]["label"]} == {1950.0, 1990.0}
+    model, tokenizer = (kind.from_pretrained(run / "model") for kind in CLASSES)
+    texts = [rows[row]["sentence"] for row in answers[1]["row"]]
+    logits = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].detach()
+    scale = model.config.label_mean, model.config.label_std
+    assert results[1]["label_scale"] == {"label_mean": scale[0], "label_std": scale[1]}
+    assert np.allclose(logits * scale[1] + scale[0], answers[1]["prediction"], atol=1e-2)
+
+
+def test_one_label_alone_has_no_unit(tmp_path):
+    task, _ = load(tmp_path, "text,label\nx,5\ny,5\nz,5\n", metric="pearson")
+    assert (task.label_mean, task.label_std) == (5.0, 1.0)
 
 
 def test_texts_that_look_like_dates_stay_texts_and_bytes_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,10 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from program_parts import SMALL, flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import processors
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from oneday import run_directory as rundir
@@ -25,6 +29,8 @@ from oneday.durable_files import read_json
 from oneday.errors import SettingError
 from oneday.packed_dataset import PackedDataset
 from oneday.recipe import build_arguments, complete_settings, resolve_settings
+from oneday.scoring import load_scorer
+from oneday.tokenization import hash_tokenizer
 
 
 def test_the_trainer_knows_how_long_the_text_took(text_file, tmp_path):
@@ -33,6 +39,24 @@ def test_the_trainer_knows_how_long_the_text_took(text_file, tmp_path):
     settings = complete_settings(CLASSES, resolve_settings(CLASSES, argv))
     trainer, data = assemble_trainer(*build_arguments(CLASSES, settings))
     assert trainer.preparation_seconds == data.seconds > 0
+
+
+def test_the_saved_tokenizer_sets_the_start_token_of_the_rows(text_file, tmp_path, tokenizers):
+    """Where the tokenizer is another project's and sets none; prepared text is known by the one that is named."""
+    given = copy.deepcopy(tokenizers["decoder"])
+    given.backend_tokenizer.post_processor = processors.ByteLevel()
+    given.save_pretrained(tmp_path / "tokenizer")
+    settings = {**SMALL, "objective": "clm", "model_config": ROOT / "model_configs/gpt2-mini.json"}
+    folders = {name: tmp_path / name for name in ("cache_dir", "output_dir")}
+    argv = flags(**settings, **folders, dataset_name=text_file, tokenizer_name=tmp_path / "tokenizer")
+    argv = resolve_settings(CLASSES, argv)
+    trainer, data = assemble_trainer(*build_arguments(CLASSES, complete_settings(CLASSES, argv)))
+    assert given("ka")["input_ids"][0] != given.bos_token_id
+    trainer.save_model(tmp_path / "saved")
+    scorer = load_scorer(str(tmp_path / "saved"), 512, torch.device("cpu"))
+    first_of_a_row = data.train.get_rows(np.array([0]))[0][0, 0]
+    assert scorer.sets_start and scorer.tokenizer("ka")["input_ids"][0] == first_of_a_row == given.bos_token_id
+    assert hash_tokenizer(data.tokenizer) == hash_tokenizer(given)
 
 
 @pytest.mark.parametrize("at_start", [1e9, 9e9])

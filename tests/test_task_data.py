@@ -14,7 +14,7 @@ from oneday.errors import SettingError
 from oneday.glue import (
     find_task,
 )
-from oneday.task_data import load_task, normalize_labels
+from oneday.task_data import load_task, normalize_labels, read_file
 
 
 def write_rows(path, rows):
@@ -43,6 +43,39 @@ def test_local_files_of_each_kind(tmp_path, kind):
     assert data["train"]["sentence"][:] == ['a "quote', "NA", "null"]
     assert data["train"]["label"][:] == [1, 0, 1]
     assert data["train"].features["label"].names == ["negative", "positive"]
+
+
+def test_columns_of_several_kinds_are_text_and_those_not_needed_do_not_matter(tmp_path):
+    rows = [
+        {"sentence": 7, "label": 1, "idx": 0, "note": [1], "when": "2024-01-01"},
+        {"label": "0", "sentence": "2024-01-01", "idx": 1, "note": {"a": 1}, "more": 10**30},
+        {"sentence": None, "label": 1, "idx": 2, "note": "x", "more": 0.5},
+    ]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "sst2" / f"{split}.jsonl", rows)
+    data = load_task("sst2", str(tmp_path))["train"]
+    assert data["sentence"][:] == ["7", "2024-01-01", ""] and data["label"][:] == [1, 0, 1]
+    names = read_file(tmp_path / "sst2" / "train.jsonl", ()).column_names
+    assert names == ["sentence", "label", "idx", "note", "when", "more"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"sentence": "x", "label": 1}\n\n{"sentence"\n', "has a line 3 that is not JSON"),
+        (b"[1]\n", "has a line 1 that is no JSON object; one a line"),
+        (b'{"sentence": "\xff"}', "cannot be read .*; write it again or remove it"),
+    ],
+)
+def test_lines_that_are_no_rows_get_one_sentence(tmp_path, content, words):
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(SettingError, match=f"The task file .*train.jsonl {words}"):
+        read_file(tmp_path / "train.jsonl", ())
+
+
+def test_half_a_surrogate_pair_in_a_task_becomes_a_mark(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"sentence": "a \\ud83d b", "label": 1}\n')
+    assert read_file(tmp_path / "t.jsonl", ()).to_pylist() == [{"sentence": "a \ufffd b", "label": 1}]
 
 
 def test_digits_alone_stay_text_in_a_tsv(tmp_path):

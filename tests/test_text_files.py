@@ -42,11 +42,26 @@ def test_small_txt_files_of_a_directory_are_documents_and_a_large_one_is_cut():
 
 
 def test_a_long_txt_without_blank_lines_is_cut_at_line_ends(monkeypatch):
-    monkeypatch.setattr("oneday.text_files.WHOLE_FILE_BYTES", 200)
+    monkeypatch.setattr("oneday.text_files.PIECE_CHARACTERS", 200)
     Path("lines.txt").write_text("".join(f"line {number:03}\n" for number in range(100)))
     texts = sorted(list_texts(load("lines.txt")))
     assert [len(text) for text in texts] == [207, 207, 207, 207, 72], "lines of 9 characters"
     assert "".join(texts) == Path("lines.txt").read_text()
+
+
+def test_a_txt_of_one_sentence_a_line_holds_out_no_more_than_was_asked_for(caplog):
+    """Without a blank line, as plain-text corpora often are."""
+    Path("lines.txt").write_text("".join(f"The sentence number {number:06}.\n" for number in range(100_000)))
+    corpus = load("lines.txt", validation_fraction=0.02)
+    sizes = [sum(map(len, part["text"])) for part in (corpus.train, corpus.validation)]
+    assert sum(sizes) == Path("lines.txt").stat().st_size > 2e6
+    assert 0.002 < sizes[1] / sum(sizes) < 0.06 and "is held out" not in caplog.text
+
+
+def test_much_that_is_held_out_is_said(caplog):
+    Path("two.txt").write_text("a b c " * 10_000 + "\n\n" + "d e f " * 10_000)
+    load("two.txt", validation_fraction=0.02)
+    assert "50 % of the text is held out (1 of 2 documents, 0.1 MB); set validation_name" in caplog.text
 
 
 def test_a_directory_gives_what_is_not_hidden_and_says_what_it_leaves_out(caplog):
@@ -107,8 +122,18 @@ def test_text_that_is_not_utf8_is_named():
 
 def test_two_columns_of_one_name_are_refused():
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), "a.parquet")
-    with pytest.raises(SettingError, match="several columns 'text'"):
-        load("a.parquet")
+    Path("a.csv").write_text("text,text\na,b\n")
+    for name in ("a.parquet", "a.csv"):
+        with pytest.raises(SettingError, match=f"'{name}' with several columns 'text'"):
+            load(name)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_strings_of_every_kind_are_text(kind):
+    """As polars writes them, and pandas its categories."""
+    pq.write_table(pa.table({"text": pa.array(["first", "second", "first"]).cast(kind)}), "a.parquet")
+    assert pq.read_schema("a.parquet").field("text").type == kind
+    assert sorted(list_texts(load("a.parquet"))) == ["first", "first", "second"]
 
 
 def test_json_that_is_nested_too_deep_is_named():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import json
 import os
 import pydoc
 import re
@@ -17,11 +19,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import processors
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from oneday.errors import SettingError
 from oneday.preparation import keep_tokenizer
 from oneday.tokenization import (
+    adopt_layout,
     encode_documents,
     hash_tokenizer,
     keeps_text,
@@ -167,6 +171,53 @@ def test_special_layout():
         special_layout(train("bpe"), "encoder")
     with pytest.raises(SettingError, match="start"):
         special_layout(train("wordpiece"), "decoder")
+
+
+def test_a_tokenizer_from_elsewhere_calls_as_pieces_were_packed(tmp_path):
+    """Whatever its class builds when it is loaded: the template, its special tokens and its settings stay."""
+    words = json.loads(train("bpe").backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in words["merges"]]
+    for number, kind in enumerate((GPT2Tokenizer, GPTNeoXTokenizer, LlamaTokenizer, Qwen2Tokenizer)):
+        given = kind(vocab=words["vocab"], merges=merges, model_max_length=77)
+        given.chat_template = "{{ messages }}"
+        ids = given("return", add_special_tokens=False)["input_ids"]
+        assert given("return")["input_ids"] == ids, "no start token, as of most decoders of the Hub"
+        (start,), _ = special_layout(given, "decoder")
+        made = adopt_layout(given, "decoder")
+        made.save_pretrained(tmp_path / str(number))
+        loaded = AutoTokenizer.from_pretrained(tmp_path / str(number))
+        for tokenizer in (made, loaded):
+            assert tokenizer("return")["input_ids"] == [start, *ids]
+            assert tokenizer("return", "return")["input_ids"] == [start, *ids, start, *ids]
+            assert tokenizer.special_tokens_map == given.special_tokens_map
+            assert tokenizer("return", "return").keys() == given("return").keys()
+            assert (tokenizer.model_max_length, tokenizer.chat_template) == (77, "{{ messages }}")
+            assert tokenizer.decode(tokenizer("a  b ?")["input_ids"][1:]) == given.decode(given("a  b ?")["input_ids"])
+        assert given("return")["input_ids"] == ids, "the given one is as it was"
+        assert adopt_layout(loaded, "decoder") is loaded
+
+
+def test_offsets_stay_trimmed_and_a_mask_takes_its_space():
+    given = copy.deepcopy(train("bpe", "encoder"))
+    given.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    text = "return [MASK] x"
+    expected, bare = given(text, return_offsets_mapping=True), given(text)["input_ids"]
+    found = adopt_layout(given, "encoder")(text, return_offsets_mapping=True)
+    assert found["input_ids"] == [given.cls_token_id, *bare, given.sep_token_id]
+    assert found["offset_mapping"][1:-1] == expected["offset_mapping"]
+
+
+def test_layouts_that_are_their_architectures_own_stay():
+    for name, kind in (("wordpiece", "encoder"), ("bpe", "decoder"), ("unigram", "encoder")):
+        assert adopt_layout(train(name, kind), kind) is train(name, kind)
+    xlnet = copy.deepcopy(train("unigram", "encoder"))
+    specials = [(token, xlnet.convert_tokens_to_ids(token)) for token in ("[SEP]", "[CLS]")]
+    layout = processors.TemplateProcessing("$A [SEP] [CLS]", special_tokens=specials)
+    xlnet.backend_tokenizer.post_processor = layout
+    assert adopt_layout(xlnet, "encoder") is xlnet
+    both = adopt_layout(xlnet, "decoder")
+    assert both.convert_ids_to_tokens(both("return")["input_ids"])[0] == "<|endoftext|>"
+    assert not {"[SEP]", "[CLS]"} & set(both.convert_ids_to_tokens(both("return")["input_ids"]))
 
 
 def test_encode_documents_agrees_with_calls_and_takes_special_strings_as_text():

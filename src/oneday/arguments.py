@@ -41,7 +41,8 @@ class DataArguments:
         "python-docs",
         "python-docs (built in), a Hub id, or a file, directory or glob of .txt .jsonl .csv .parquet "
         "(also .gz .xz .zst); several, comma-separated, make a mixture. Small .txt files beside others of one "
-        "directory or glob are a document each; one alone, or over 1 MB, is cut at blank lines.",
+        "directory or glob are a document each; one alone, or over 1 MB, is cut at blank lines, "
+        "or into pieces of 16 kB where there are none.",
     )
     dataset_weights: list[float] | None = setting(
         None, "Weights of a mixture, comma-separated, by documents; empty: in proportion to size."

@@ -17,7 +17,7 @@ from oneday.preparation import PreparedData, prepare_data
 from oneday.run_directory import BUDGET, check_same_run
 from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
-from oneday.tokenization import check_mask, load_tokenizer
+from oneday.tokenization import adopt_layout, check_mask, load_tokenizer
 from oneday.trackers import check_trackers
 from oneday.trainer import BudgetTrainer
 
@@ -85,6 +85,7 @@ def assemble_trainer(
     torch.manual_seed(args.seed)
     model = build_model(config, objective.find_class(config), objective.is_packed)
     fingerprints = data.fingerprint, model_fingerprint
-    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, data.tokenizer, *fingerprints)
+    tokenizer = adopt_layout(data.tokenizer, objective.kind)
+    trainer = BudgetTrainer(model, args, objective, data.train, data.validation, tokenizer, *fingerprints)
     trainer.preparation_seconds = data.seconds
     return trainer, data

@@ -209,15 +209,18 @@ def limit_length(max_seq_length: int, checkpoint: Checkpoint, task: Task) -> int
     return limit
 
 
-def pad_batch(rows: list[dict], checkpoint: Checkpoint, multiple: int | None) -> BatchEncoding:
+def pad_batch(rows: list[dict], checkpoint: Checkpoint, task: Task, multiple: int | None) -> BatchEncoding:
     """Rows of a prepared task as a batch, (rows, tokens): the length of the longest, or the next multiple of it.
 
-    Never more than the model has positions.
+    Never more than the model has positions. Labels of a regression are those that the model learns, of the task's
+    `label_mean` and `label_std`.
     """
     longest = max(row["length"] for row in rows)
     length = longest if multiple is None else -(-longest // multiple) * multiple
     length = min(length, checkpoint.num_positions or length)
     inputs = [{key: value for key, value in row.items() if key not in ("length", "row")} for row in rows]
+    if task.num_labels == 1:
+        inputs = [row | {"label": (row["label"] - task.label_mean) / task.label_std} for row in inputs]
     return DataCollatorWithPadding(checkpoint.tokenizer, padding="max_length", max_length=length)(inputs)
 
 
@@ -279,6 +282,8 @@ def build_classifier(
     config.id2label = dict(enumerate(name_labels(task)))
     config.label2id = {name: label for label, name in config.id2label.items()}
     config.problem_type = "regression" if task.num_labels == 1 else "single_label_classification"
+    for name, value in task.label_scale.items():  # whoever loads the model takes answer * label_std + label_mean
+        setattr(config, name, value)
     config.pad_token_id = config.get_text_config().pad_token_id = checkpoint.tokenizer.pad_token_id
     config.use_cache = False
     set_dropout(config, dropout)

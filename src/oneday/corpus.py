@@ -30,6 +30,8 @@ PYTHON_DOCS = "python-docs"
 MIN_STREAM_VALIDATION_DOCUMENTS = 64
 # How long a stream is taken to be when `max_train_documents` does not say it.
 STREAM_DOCUMENTS = 100_000
+# Held-out text of more than this share of all is said: the documents are few and long.
+MUCH_HELD_OUT = 0.1
 # Of the documents that a tokenizer is trained on.
 SAMPLE_SEED = 0
 # What is read of a data set of the Hub that `validation_name` names.
@@ -98,6 +100,7 @@ def load_corpus(args: DataArguments) -> Corpus:
         parts = [load_part(name, args) for name in names]
         pieces = [hold_out(name, part, args) for name, part in zip(names, parts)]
         held_out = validation = keep_bytes(datasets.concatenate_datasets(pieces), args.max_validation_bytes)
+        warn_of_much(names, parts, held_out, args.validation_fraction)
     trains = [drop_held_out(name, part, held_out, args) for name, part in zip(names, parts)]
     on_disk = [corpus_hash(train) for train in trains if len(trains) > 1 and isinstance(train, datasets.Dataset)]
     train = mix(trains, args)
@@ -221,6 +224,22 @@ def hold_out_by_hash(texts: datasets.Dataset, fraction: float) -> datasets.Datas
     # Never none and never all, however small the corpus.
     limit = np.clip(np.uint64(fraction * 2**64), hashes.min(), hashes[hashes < hashes.max()].max())
     return texts.select(np.flatnonzero(hashes <= limit))
+
+
+def warn_of_much(names: list[str], parts: list[Texts], held_out: datasets.Dataset, fraction: float) -> None:
+    """Say it where far more of texts on disk is held out than was asked for."""
+    if PYTHON_DOCS in names or not all(isinstance(part, datasets.Dataset) for part in parts):
+        return
+    texts, num_bytes = datasets.concatenate_datasets(parts), count_bytes(held_out["text"])
+    if not exceeds_bytes(texts, int(num_bytes / max(MUCH_HELD_OUT, 2 * fraction))):
+        logger.warning(
+            "%.0f %% of the text is held out (%d of %d documents, %.1f MB); set validation_name, or cut it into "
+            "shorter documents.",
+            100 * num_bytes / count_bytes(texts["text"]),
+            len(held_out),
+            len(texts),
+            num_bytes / 1e6,
+        )
 
 
 def hold_out_of_stream(stream: FileStream, fraction: float, num_documents: int, max_bytes: int) -> datasets.Dataset:

@@ -163,7 +163,10 @@ def train_classifier(
 
 
 def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.ndarray]:
-    """The model's outputs on each split but the training one, (rows, num_labels), in the order of its rows."""
+    """The model's outputs on each split but the training one, (rows, num_labels), in the order of its rows.
+
+    Those of a regression are in the unit of its labels.
+    """
     # Grouping by length would shuffle the rows here too, in an order of the sampler's own.
     trainer.args.train_sampling_strategy = "sequential"
     outputs = {}
@@ -172,6 +175,8 @@ def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.nda
         order = np.argsort(rows["length"][:], kind="stable")
         logits = trainer.predict(rows.select(order)).predictions
         outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
+        if prepared.task.num_labels == 1:
+            outputs[split] = outputs[split] * prepared.task.label_std + prepared.task.label_mean
     return outputs
 
 
@@ -248,7 +253,9 @@ def build_trainer(
     training_args.mixed_precision = "bf16" if choose_bf16(args) else "no"  # not an accelerate config's
     # Several visible GPUs would multiply the batch, and with it change the protocol.
     training_args._n_gpu = min(training_args.n_gpu, 1)
-    collate = functools.partial(pad_batch, checkpoint=checkpoint, multiple=choose_pad_multiple(args))
+    collate = functools.partial(
+        pad_batch, checkpoint=checkpoint, task=prepared.task, multiple=choose_pad_multiple(args)
+    )
     trainer = ClassificationTrainer(
         model, training_args, data_collator=collate, train_dataset=prepared.splits["train"]
     )

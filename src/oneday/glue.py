@@ -46,6 +46,9 @@ class Task:
         train_task: Task whose training split is used, where the task has none.
         hub_files: Pattern of files on the Hub, where `load_dataset(GLUE_HUB, name)` is not the way.
         is_built_in: Made from the built-in text, see `docs_tasks`.
+        label_mean: Of a regression on a file of one's own: what is taken off a label before the model learns it, and
+            added to its answer. STS-B's labels are learnt as they are, as elsewhere.
+        label_std: What the rest is divided by; answers are multiplied by it.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Task:
     train_task: str | None = None
     hub_files: str | None = None
     is_built_in: bool = False
+    label_mean: float = 0.0
+    label_std: float = 1.0
 
     @property
     def main_metric(self) -> str:
@@ -72,6 +77,12 @@ class Task:
         if self.is_built_in:
             return self.name
         return GLUE_HUB if self.hub_files is None else SUPERGLUE_HUB
+
+    @property
+    def label_scale(self) -> dict[str, float]:
+        """`{"label_mean", "label_std"}`; nothing where labels are learnt as they are."""
+        scale = {"label_mean": self.label_mean, "label_std": self.label_std}
+        return scale if scale != {"label_mean": 0.0, "label_std": 1.0} else {}
 
     def name_number(self, split: str) -> str:
         """The name of a split's score: `rte`, but `mnli_matched` and `mnli_mismatched`."""

@@ -91,6 +91,7 @@ def summarize_runs(
         shared = {
             "tuning": {kind: choice for (of, kind), choice in choices.items() if of == name},
             "own_task": {setting: getattr(args, setting) for setting in OWN_TASK_SETTINGS} if args.task_file else {},
+            "label_scale": task.task.label_scale,
             "submission": submissions.get(name, {}),
         }
         shared = {key: value for key, value in shared.items() if value}
@@ -257,6 +258,7 @@ def hash_run(checkpoint: Checkpoint, task: PreparedTask, args: FinetuneArguments
                 "seed": seed,
             }
             | ({} if task.task.name in TASKS else {"labels": task.task.label_names})
+            | task.task.label_scale
         )
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 from datasets import Dataset, DatasetDict
@@ -58,7 +60,17 @@ def load_own_task(args: FinetuneArguments) -> tuple[Task, DatasetDict]:
         splits = {"train": parts["train"], "validation": parts["test"]}
         logger.info("no validation_file: %d of %d rows are held out", len(parts["test"]), len(train))
     splits = {split: number_classes(task, split, rows) for split, rows in splits.items()}
-    return task, DatasetDict({split: normalize_split(task, split, rows) for split, rows in splits.items()})
+    splits = DatasetDict({split: normalize_split(task, split, rows) for split, rows in splits.items()})
+    return (scale_labels(task, splits["train"]) if task.num_labels == 1 else task), splits
+
+
+def scale_labels(task: Task, train: Dataset) -> Task:
+    """The task with the mean and the standard deviation of its training labels, whatever their unit (years, say)."""
+    labels = np.asarray(train["label"], np.float64)
+    std = float(labels.std())
+    task = dataclasses.replace(task, label_mean=float(labels.mean()), label_std=std if std > 0 else 1.0)
+    logger.info("%s: labels are learnt as (label - %g) / %g", task.name, task.label_mean, task.label_std)
+    return task
 
 
 def number_classes(task: Task, split: str, rows: Dataset) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +12,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from oneday.docs_tasks import build_docs_task
 from oneday.errors import SettingError, describe_error
 from oneday.glue import GLUE_HUB, Task, find_task, name_labels
+from oneday.text_files import read_json_line
 
 logger = logging.getLogger(__name__)
 
@@ -83,24 +84,50 @@ def read_file(path: Path, text_columns: Iterable[str]) -> pa.Table:
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
         if path.suffix == ".jsonl":
-            options = pyarrow.json.ReadOptions(block_size=1 << 24)
-            table = pyarrow.json.read_json(path, read_options=options)
-            # Texts that all look like dates have been read as such.
-            dates = [field.with_type(pa.string()) for field in table.schema if pa.types.is_timestamp(field.type)]
-            if not dates:
-                return table
-            parse = pyarrow.json.ParseOptions(explicit_schema=pa.schema(dates))
-            return pyarrow.json.read_json(path, read_options=options, parse_options=parse)
+            return read_json_rows(path)
         # GLUE's own .tsv files hold unbalanced quotes, and sentences that read "null" or "NA".
         parse = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
         convert = pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(text_columns, pa.string()), null_values=[], strings_can_be_null=False
         )
         return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise SettingError(
             f"The task file {path} cannot be read ({describe_error(error)}); write it again or remove it."
         ) from None
+
+
+def read_json_rows(path: Path) -> pa.Table:
+    """A file of one JSON object a line; a column of several kinds becomes text, each other value as JSON spells it.
+
+    Not pyarrow's reader, which takes texts that look like dates for dates, and refuses a file for any mixed column.
+    """
+    columns, num_rows = {}, 0
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = read_json_line(line)
+            except (ValueError, RecursionError) as error:
+                raise SettingError(f"The task file {path} has a line {number} that is not JSON ({error}).") from None
+            if not isinstance(row, dict):
+                raise SettingError(f"The task file {path} has a line {number} that is no JSON object; one a line.")
+            for name in row:
+                columns.setdefault(name, [None] * num_rows)
+            for name, values in columns.items():
+                values.append(row.get(name))
+            num_rows += 1
+    return pa.table({name: join_kinds(values) for name, values in columns.items()})
+
+
+def join_kinds(values: list[object]) -> pa.Array:
+    """A column of one kind as it is, of several as text."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        is_kept = (str, type(None))
+        return pa.array([value if isinstance(value, is_kept) else json.dumps(value) for value in values], pa.string())
 
 
 def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict[str, Dataset]:

@@ -18,7 +18,7 @@ import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import datasets
 import pyarrow as pa
@@ -34,13 +34,16 @@ FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(form + packed for form in FORMATS[:3] for packed in COMPRESSIONS), ".parquet")
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
-# Several small .txt files are a document each; a larger file, or one alone, is cut at blank lines. A part without one
-# is cut at the first line end past so many characters.
+# Several small .txt files are a document each; a larger file, or one alone, is cut at blank lines.
 WHOLE_FILE_BYTES = 1_000_000
+# A part without one is cut at the first line end past so many, some 4,000 tokens: few rows are longer, and of a book
+# or a list of sentences enough pieces come to hold some out.
+PIECE_CHARACTERS = 16_000
 # Of parquet files.
+TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 ROWS_AT_ONCE = 1000
 # Part of the cache key: raise it when the same files would give other documents.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class NoText(SettingError):
@@ -135,8 +138,9 @@ def _load_parquet(files: list[str], column: str, cache_dir: str) -> datasets.Dat
         if schema.names.count(column) > 1:
             raise SettingError(f"dataset_name has {file!r} with several columns {column!r}: rename all but one.")
         kind = schema.field(column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # of a category of pandas
         # A file without a row may not say its type.
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        if not any(is_text(kind) for is_text in TEXT_KINDS):
             raise SettingError(f"text_column {column!r} of {file!r} holds {kind}, not text: name another column.")
     try:
         texts = datasets.load_dataset(
@@ -270,6 +274,12 @@ def read_jsonl(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
         yield text
 
 
+def read_json_line(line: str) -> Any:
+    """What a line holds; half a surrogate pair, which escapes can spell and which is no text, becomes U+FFFD."""
+    row = json.loads(line)
+    return json.loads(replace_surrogates(json.dumps(row, ensure_ascii=False))) if "\\u" in line else row
+
+
 def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
     """Yields the cells of one column; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 kB
@@ -277,6 +287,8 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
     try:
         if rows.fieldnames is not None and column not in rows.fieldnames:
             raise SettingError(describe_missing_column(column, rows.fieldnames, file))
+        if rows.fieldnames is not None and list(rows.fieldnames).count(column) > 1:
+            raise SettingError(f"dataset_name has {file!r} with several columns {column!r}: rename all but one.")
         for row in rows:
             if None in row or None in row.values():  # of too many cells, or too few
                 raise SettingError(
@@ -289,14 +301,14 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
 
 
 def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the runs of lines between blank ones, as one document each; a very long one in pieces."""
+    """Yields the runs of lines between blank ones, as one document each; a long one in pieces."""
     block, length = [], 0
     for line in lines:
         is_blank = not line.strip()
         if not is_blank:
             block.append(line)
             length += len(line)
-        if block and (is_blank or length > WHOLE_FILE_BYTES):
+        if block and (is_blank or length > PIECE_CHARACTERS):
             yield "".join(block)
             block, length = [], 0
     yield "".join(block)

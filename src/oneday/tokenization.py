@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from oneday.errors import SettingError
 
@@ -23,6 +23,15 @@ ObjectiveKind = Literal["encoder", "decoder"]
 # Capitals, accents, white space and what few vocabularies have as a word: what a lossy tokenizer would change.
 PROBE = "Ünï Code  and\n\tspaces, don't : 🙂"
 ENCODE_CHUNK_CHARACTERS = 4_000_000
+# What a tokenizer keeps where its class changes, beside its special tokens and what tokenizer.json holds.
+KEPT_SETTINGS = (
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -114,6 +123,41 @@ def special_layout(tokenizer: PreTrainedTokenizerBase, kind: ObjectiveKind) -> t
             "tokenizer_name: this tokenizer has no start or end token, which a decoder's objective needs."
         )
     return [start], []
+
+
+def build_template(backend: Tokenizer, start: str, end: str | None) -> processors.TemplateProcessing:
+    """What a call adds: `start A end` and `start A end B end`; without an end `start A` and `start A start B`."""
+    if end is not None:
+        single, pair = f"{start} $A {end}", f"{start} $A {end} $B:1 {end}:1"
+    else:
+        single, pair = f"{start} $A", f"{start} $A {start}:1 $B:1"
+    special_tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys((start, end)) if token]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special_tokens)
+
+
+def adopt_layout(tokenizer: PreTrainedTokenizerBase, kind: ObjectiveKind) -> PreTrainedTokenizerBase:
+    """The tokenizer, of which a call adds the special tokens that the model sees around each piece in pretraining.
+
+    A decoder's tokenizer from elsewhere often sets no start token (GPT-2's, Qwen's) or an end token. What generates,
+    scores and fine-tunes calls the tokenizer that is saved with the model. An encoder's is changed where it adds none;
+    another order of them (XLNet's) is its architecture's own.
+
+    Returns:
+        The same object, or a `PreTrainedTokenizerFast`: other classes may build their own template when loaded.
+    """
+    prefix, suffix = special_layout(tokenizer, kind)
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    called = tokenizer("a")["input_ids"]
+    if called == [*prefix, *ids, *suffix] or (kind == "encoder" and called != ids):
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    start, *end = tokenizer.convert_ids_to_tokens([*prefix, *suffix])
+    template = build_template(backend, start, *end or [None])
+    given = backend.post_processor  # GPT-2's trims the spaces off offsets
+    is_of_offsets = isinstance(given, processors.ByteLevel)
+    backend.post_processor = processors.Sequence([given, template]) if is_of_offsets else template
+    settings = {name: getattr(tokenizer, name) for name in KEPT_SETTINGS}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **tokenizer.special_tokens_map)
 
 
 def unknown_rate(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:

@@ -18,11 +18,11 @@ import json
 from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from oneday.errors import SettingError
-from oneday.tokenization import ObjectiveKind, chunk_texts, replace_surrogates
+from oneday.tokenization import ObjectiveKind, build_template, chunk_texts, replace_surrogates
 
 ENCODER_TOKENS = {
     "pad_token": "[PAD]",
@@ -220,7 +220,8 @@ def wrap_backend(
     ]
     backend.add_special_tokens(tokens)
     by_content = {token.content: token for token in tokens}
-    backend.post_processor = build_template(backend, kind)
+    start, end = ("[CLS]", "[SEP]") if kind == "encoder" else (END_OF_TEXT, None)
+    backend.post_processor = build_template(backend, start, end)
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -228,13 +229,3 @@ def wrap_backend(
         model_input_names=inputs if tokenizer_type == "wordpiece" else [inputs[0], inputs[2]],
         **{name: by_content[token] for name, token in names.items()},
     )
-
-
-def build_template(backend: Tokenizer, kind: ObjectiveKind) -> processors.TemplateProcessing:
-    """What a call adds to one text and to two; see the top of this file."""
-    if kind == "encoder":
-        single, pair, used = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ["[CLS]", "[SEP]"]
-    else:
-        single, pair, used = f"{END_OF_TEXT} $A", f"{END_OF_TEXT} $A {END_OF_TEXT}:1 $B:1", [END_OF_TEXT]
-    special_tokens = [(token, backend.token_to_id(token)) for token in used]
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special_tokens)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import json
 import lzma
 import re
 import zlib
@@ -32,7 +31,7 @@ from typing import Any
 import datasets
 
 from oneday.errors import SettingError, describe_error
-from oneday.tokenization import replace_surrogates
+from oneday.text_files import read_json_line
 
 Row = dict[str, Any]
 OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
@@ -249,12 +248,6 @@ def read_local(name: str, folder: Path) -> Iterator[Row]:
             raise SettingError(
                 f"The file {path} of task {name} cannot be read ({' '.join(str(error).split())}); mend it."
             ) from None
-
-
-def read_json_line(line: str) -> Any:
-    """What a line holds; half a surrogate pair, which escapes can spell and which is no text, becomes U+FFFD."""
-    row = json.loads(line)
-    return json.loads(replace_surrogates(json.dumps(row, ensure_ascii=False))) if "\\u" in line else row
 
 
 def read_hub(name: str) -> Iterable[Row]:
