@@ -124,7 +124,7 @@ def test_two_columns_of_one_name_are_refused():
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), "a.parquet")
     Path("a.csv").write_text("text,text\na,b\n")
     for name in ("a.parquet", "a.csv"):
-        with pytest.raises(SettingError, match=f"'{name}' with several columns 'text'"):
+        with pytest.raises(SettingError, match=f"{name}' with several columns 'text'"):
             load(name)
 
 
