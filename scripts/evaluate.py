@@ -36,7 +36,7 @@ def main() -> None:
     keep_freed_memory()
     folder = find_output_dir(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = load_scorer(args.model_name_or_path, args.batch_tokens, device)
+    scorer = load_scorer(args.model_name_or_path, args.batch_tokens, device, args.bf16)
     facts = {
         "model": Path(args.model_name_or_path).name,
         "kind": scorer.kind,

@@ -33,7 +33,7 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     (tmp_path / "glue" / "glue_results.json").write_text(json.dumps(glue))
     hub = BLIMP | {"source": "hub"}
     arc = {name: hub | {"accuracy": value} for name, value in (("arc_easy", 0.3), ("arc_challenge", 0.2))}
-    own = {"mine": BLIMP | {"source": "files"}, "piqa": BLIMP | {"source": "files"}}
+    own = {"mine": BLIMP | {"source": "files"}, "half": BLIMP | {"bf16": True}, "piqa": BLIMP | {"source": "files"}}
     zero_shot = {"kind": "encoder", "tasks": {"blimp": hub | {"max_examples": 200}} | own | arc}
     (tmp_path / "zero_shot_results.json").write_text(json.dumps(zero_shot))
     (tmp_path / "recipe.yaml").write_text("dataset_name: HuggingFaceFW/fineweb-edu,a/b.txt,/home/alice/c\n")
@@ -54,6 +54,7 @@ def test_every_score_is_on_the_card_and_a_part_is_called_one(tmp_path):
     assert scores["letters"].metric_value == 0.8125 and "alice" not in str(card)
     assert "rte (subset: 100 of 2,490" in glue_section(tmp_path) and "80.0 to 82.0" in glue_section(tmp_path)
     assert glue_section(tmp_path).endswith("\n\naverage of sst2, rte: 65.6.")
+    assert "half (bfloat16)" in scores
     assert "| blimp (subset: 200 questions) | 200 | 50.0 | 61.0 +- 2.0 |" in zero_shot_section(tmp_path)
 
 

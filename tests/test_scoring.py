@@ -52,6 +52,25 @@ def test_scores_are_those_of_plain_passes(make_model, tokenizers, anyone, name):
             assert (score.num_tokens, score.is_greedy) == (num_tokens, greedy)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "modernbert"])
+def test_scores_in_bfloat16_are_near(make_model, tokenizers, anyone, name):
+    """Layers alone: head and losses keep float32, in which tokens that are nearly alike are told apart."""
+    model, tokenizer = anyone(make_model(name)), tokenizers["decoder" if name == "llama" else "encoder"]
+    plain, rounded = (Scorer(model, tokenizer, bf16=bf16).score(PAIRS) for bf16 in (False, True))
+    assert all(a.nats == pytest.approx(b.nats, rel=0.02) for a, b in zip(plain, rounded))
+    assert any(a.nats != b.nats for a, b in zip(plain, rounded))
+    scorer = Scorer(model, tokenizer, bf16=True)
+    seen, inner = [], scorer.selected.logits
+
+    def note(states):
+        seen.append(inner(states))
+        return seen[-1]
+
+    scorer.selected.logits = note
+    scorer.score(PAIRS[:1])
+    assert {logits.dtype for logits in seen} == {torch.float32}
+
+
 def test_too_long_a_context_loses_its_beginning(make_model, tokenizers, anyone):
     scorer = Scorer(anyone(make_model("gpt2")), tokenizers["decoder"])
     (sequence,) = scorer.encode([(" ".join(["ka"] * 300), " mi lo")])

@@ -100,6 +100,12 @@ def test_the_program(run_script, make_model, tokenizers, anyone, texts, tmp_path
     assert list(later["tasks"]) == ["order", "words", "more"] and later["text"] == results["text"]
     assert later["tasks"]["order"] == results["tasks"]["order"]
     assert [later["tasks"][task]["max_examples"] for task in ("order", "more")] == [None, 5]
+    assert "bfloat16" not in shown and not later["tasks"]["words"]["bf16"]
+    code, shown, stderr = run_script("evaluate", *argv[:-1], "words", "--bf16", "true")
+    assert code == 0 and "in bfloat16: words\n" in shown, stderr
+    rounded = json.loads((folder / "zero_shot_results.json").read_text())["tasks"]
+    assert rounded["words"]["bf16"] and rounded["words"]["perplexity"] != later["tasks"]["words"]["perplexity"]
+    assert rounded["order"] == later["tasks"]["order"]
     other = anyone(make_model(name))
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.01)

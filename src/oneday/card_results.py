@@ -118,11 +118,13 @@ def zero_shot_section(folder: Path) -> str:
 
 
 def zero_shot_tasks(folder: Path) -> list[tuple[str, dict[str, Any], str]]:
-    """(name, scores, mark of a subset) of each zero-shot task in a run directory."""
+    """(name, scores, marks of a subset and of bfloat16) of each zero-shot task in a run directory."""
     report = read_json(folder / rundir.ZERO_SHOT_RESULTS)
     tasks = report.get("tasks", {})
     limits = {name: task.get("max_examples", report.get("max_examples")) for name, task in tasks.items()}
-    return [
-        (name, task, f" (subset: {limits[name]:,} questions)" if task["num_questions"] == limits[name] else "")
-        for name, task in tasks.items()
-    ]
+    found = []
+    for name, task in tasks.items():
+        marks = [f"subset: {limits[name]:,} questions"] if task["num_questions"] == limits[name] else []
+        marks += ["bfloat16"] if task.get("bf16") else []
+        found.append((name, task, f" ({', '.join(marks)})" if marks else ""))
+    return found

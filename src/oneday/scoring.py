@@ -79,6 +79,7 @@ class Scorer:
         batch_tokens: Most tokens of one forward pass, padding included.
         text_length: Longest text or context with its continuation, special tokens included: the length that the model
             was trained on. None: all of its positions.
+        bf16: Run the model's layers in bfloat16 (autocast); the word head and the losses stay in float32.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
         batch_tokens: int = 8192,
         text_length: int | None = None,
+        bf16: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.batch_tokens = model.eval(), tokenizer, batch_tokens
+        self.model, self.tokenizer, self.batch_tokens, self.bf16 = model.eval(), tokenizer, batch_tokens, bf16
         self.kind = model_kind(model.config)
         self.prefix, self.suffix = special_layout(tokenizer, self.kind)
         if self.kind == "encoder" and tokenizer.mask_token_id is None:
@@ -191,7 +193,8 @@ class Scorer:
         )
         targets = torch.tensor([target for _, _, _, own in rows for target in own], device=device)
         owners = np.repeat(np.arange(len(rows)), [len(places) for _, _, places, _ in rows])
-        states = self.selected.run(self.model, inputs, positions.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.selected.run(self.model, inputs, positions.to(device)).float()
         losses, best = [], []
         at_once = chunk_rows(device.type, self.selected.num_words)
         for part, own in zip(states.split(at_once), targets.split(at_once)):
@@ -226,7 +229,7 @@ class Scorer:
         return measures
 
 
-def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
+def load_scorer(name: str, batch_tokens: int, device: torch.device, bf16: bool = False) -> Scorer:
     """A scorer for a checkpoint.
 
     Raises:
@@ -256,7 +259,7 @@ def load_scorer(name: str, batch_tokens: int, device: torch.device) -> Scorer:
             "cannot score texts; fine-tune it instead."
         )
     trained_length = find_trained_length(name)
-    scorer = Scorer(model.to(device), tokenizer, batch_tokens, trained_length)
+    scorer = Scorer(model.to(device), tokenizer, batch_tokens, trained_length, bf16)
     if trained_length is None:
         logger.info(
             "The row length that %s was trained on is not known: texts of up to %d tokens are scored in one piece.",
