@@ -13,7 +13,7 @@ from oneday.program import run_program
 from oneday.recipe import build_arguments, complete_settings, resolve_settings
 from oneday.replay import read_replayed_settings
 from oneday.run_directory import inspect_run
-from oneday.signals import INTERRUPTED, end_with_launcher, leave_on_signals
+from oneday.signals import INTERRUPTED, end_undisturbed, end_with_launcher, leave_on_signals
 
 DESCRIPTION = "Pretrain from scratch until a budget is used up. The same command goes on with an interrupted run."
 EXAMPLE = "accelerate launch scripts/pretrain.py recipes/quickstart/bert.yaml --budget_minutes 10"
@@ -43,6 +43,8 @@ def main() -> int:
             say_finished(args, settings)
         else:
             code = perform_run(trainer, state, functools.partial(write_reports, trainer, data, model_args, data_args))
+    if not trainer.ranks.is_first:
+        end_undisturbed()
     trainer.ranks.close()
     return code
 

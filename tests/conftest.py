@@ -35,8 +35,8 @@ from oneday.trainer import BudgetTrainer
 
 # Where fixtures are that several files share, but not all of them.
 pytest_plugins = (
-    "benchmark_parts", "classifiers", "corpus_parts", "objective_parts", "planning_parts", "program_parts",
-    "scoring_parts",
+    "benchmark_parts", "classifiers", "corpus_parts", "hub_server", "objective_parts", "planning_parts",
+    "program_parts", "scoring_parts",
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent

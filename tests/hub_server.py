@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
@@ -262,3 +263,20 @@ ROUTES = (
     (rf"/api/(?P<kind>models|datasets)/{REPO}", "info"),
     (rf"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 )
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def asked_hub(hub, monkeypatch):
+    """The server, which the client of this process asks instead of the Hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return hub

@@ -103,7 +103,7 @@ def test_merged_is_unmerged(kind, peft, tmp_path):
     logits = compute_logits(model)
     assert not torch.allclose(logits, compute_logits(make_classifier(kind)), atol=1e-3)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "merged", merge=True)
+    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "merged", merge=True, max_length=16)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(compute_logits(merged), logits, atol=1e-5, rtol=1e-5)
 
@@ -115,7 +115,7 @@ def test_saved_adapter_loads_with_peft_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # named from here, it is found from anywhere
     model = add_adapters(base, FinetuneArguments(peft="lora", model_name_or_path="base"))
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "adapter", merge=False)
+    save(model, BertTokenizer(str(tmp_path / "vocab.txt")), tmp_path / "adapter", merge=False, max_length=16)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)

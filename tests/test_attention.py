@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ from oneday.attention import (
     record_attention_calls,
 )
 from oneday.errors import SettingError
+
+
+def test_which_heads_flash_attention_takes(monkeypatch):
+    """Consumer GPUs (8.6) have no backward pass for 193 to 224 values a head, and would fail in the first step."""
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    heads = [SimpleNamespace(dtype=torch.bfloat16, shape=(1, 2, 8, n), is_cuda=True) for n in (192, 200, 232, 264)]
+    for capability, expected in ((8, 6), "YNYN"), ((9, 0), "YYYN"), ((7, 5), "NNNN"):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_, found=capability: found)
+        assert "".join("NY"[can_attend_flattened(head, head)] for head in heads) == expected
+
 
 DOCUMENTS, ROW_LENGTH = [[5, 7], [9], [1, 2, 11]], 14
 

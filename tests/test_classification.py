@@ -208,7 +208,7 @@ def test_a_saved_classifier_reads_pairs_as_it_was_trained(tokenizers, tmp_path, 
     trained_on = encode_batch({"sentence1": ["kalo mi"], "sentence2": ["ter"]}, task, checkpoint, 24)
     assert ("token_type_ids" in trained_on) == have_types
     model = build_classifier(checkpoint, task, None, 0, False).eval()
-    save_classifier(model, checkpoint.tokenizer, tmp_path / "saved", False)
+    save_classifier(model, checkpoint.tokenizer, tmp_path / "saved", False, 32)
     inputs = AutoTokenizer.from_pretrained(tmp_path / "saved")("kalo mi", "ter", return_tensors="pt")
     trained_on.pop("length")
     assert {key: value.tolist() for key, value in inputs.items()} == trained_on

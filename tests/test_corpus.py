@@ -9,7 +9,8 @@ import datasets
 import pytest
 from corpus_parts import TEXTS, list_texts, load, stream_of, write_texts
 
-from oneday.corpus import count_bytes, hash_documents, name_path, resolve_cache_dir, sample_bytes
+from oneday.corpus import count_bytes, hash_documents, resolve_cache_dir, sample_bytes
+from oneday.corpus_names import name_path
 from oneday.errors import SettingError
 
 pytestmark = pytest.mark.usefixtures("stay_in_folder")

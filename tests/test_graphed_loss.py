@@ -33,6 +33,17 @@ def test_the_function_of_tensors_is_the_models_loss():
     assert ModelLoss(model, tuple(batch))(*batch.values()) == model(**batch).loss
 
 
+def test_a_graph_is_captured_only_where_memory_is_left(monkeypatch):
+    """Its gradients stay on the card; as much again must be left for passes without a graph."""
+    loss_of = GraphedLoss(build(device="cpu"))
+    gradients = 4 * sum(value.numel() for value in loss_of.model.parameters())
+    for name, value in (("memory_reserved", 10 * gradients), ("memory_allocated", 9 * gradients)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    for free, expected in ((gradients, False), (3 * gradients, True)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 99 * gradients))
+        assert loss_of.has_room() == expected
+
+
 @needs_gpu
 def test_training_from_graphs_is_training():
     plain, graphed = build(), build()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import ROOT
-from hub_server import RETRY_AFTER_SECONDS, HubServer, commit_of
+from hub_server import RETRY_AFTER_SECONDS, commit_of
 from huggingface_hub import HfApi
 from program_parts import SMALL
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -37,13 +37,6 @@ from oneday.hub import (
 from oneday.run_directory import inspect_run, read_metrics
 
 SECRET = "hf_good"
-
-
-@pytest.fixture
-def hub():
-    server = HubServer()
-    yield server
-    server.shutdown()
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from corpus_parts import TEXTS, stream_of, write_texts
 
 from oneday import hub_texts
 from oneday.arguments import DataArguments
-from oneday.corpus import hash_corpus, list_hub_ids, load_corpus, name_corpus
+from oneday.corpus import hash_corpus, load_corpus
+from oneday.corpus_names import list_hub_ids, name_corpus
 from oneday.errors import SettingError
 from oneday.hub_texts import load_hub
 from oneday.stream_files import ParquetPart, StreamShard

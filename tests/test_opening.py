@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
+import time
 
 import pytest
 import yaml
+from huggingface_hub import HfApi
 
 from oneday import run_directory as rundir
-from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments
+from oneday.arguments import BudgetTrainingArguments
+from oneday.checkpoints import seal_checkpoint
 from oneday.errors import SettingError
+from oneday.hub import HubPusher, push_checkpoint, refuse_older
+from oneday.refused_settings import REFUSED_SETTINGS
 from oneday.run_directory import create_run, refresh_recipe
 
 
@@ -44,3 +51,37 @@ def test_what_a_killed_fetch_left_is_no_run(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     with pytest.raises(SettingError, match="is not empty and holds no run"):
         rundir.inspect_run(tmp_path, {})
+
+
+def test_a_run_that_went_further_elsewhere_is_not_gone_on_with(asked_hub, tmp_path, caplog):
+    """Else the next push would replace the newer checkpoint. A Hub that is away stops nobody."""
+    here = tmp_path / "run"
+    api = HfApi(asked_hub.url, token="hf_good")
+    for step, strategy in ((4, "checkpoint"), (6, "checkpoint"), (8, "all_checkpoints")):
+        folder = here / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal_checkpoint(folder)
+        push_checkpoint(api, folder, "ann/tiny", strategy)
+        refuse_older("ann/tiny", here)
+        if step > 4:
+            shutil.rmtree(folder)
+            with pytest.raises(SettingError, match=f"stands at step {step}, the one in {here} at step 4; move that"):
+                refuse_older("ann/tiny", here)
+    assert not caplog.text
+    refuse_older("ann/nothing", here)
+    assert "Whether the run in ann/nothing has gone further could not be seen" in caplog.text
+
+
+def test_what_stands_in_the_way_of_pushing_is_said_at_once(asked_hub, tmp_path, caplog):
+    for name, reason in (("tiny", None), ("other", "the Hub does not know the token")):
+        asked_hub.errors[("POST", "/repos/create")] = [401] * (reason is not None)
+        pusher = HubPusher(tmp_path, f"ann/{name}", "end", private=True)
+        pusher.api = HfApi(asked_hub.url, token="hf_good")
+        pusher.open_repository()
+        until = time.monotonic() + 20
+        while not (caplog.text if reason else asked_hub.received) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert (reason is None) == (not caplog.text) and (reason or "") in caplog.text
+    (created, *_), *_ = [(path, body) for path, body, _ in asked_hub.received]
+    assert created.endswith("/repos/create")

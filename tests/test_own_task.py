@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from itertools import permutations
 
 import numpy as np
@@ -160,8 +161,19 @@ def test_labels_of_any_unit_are_learnt_alike_and_answered_in_it(bert, tmp_path):
     texts = [rows[row]["sentence"] for row in answers[1]["row"]]
     logits = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].detach()
     scale = model.config.label_mean, model.config.label_std
+    assert tokenizer.model_max_length == 32, "the model's positions: truncation stops where the training's did"
     assert results[1]["label_scale"] == {"label_mean": scale[0], "label_std": scale[1]}
     assert np.allclose(logits * scale[1] + scale[0], answers[1]["prediction"], atol=1e-2)
+
+
+def test_rows_that_are_cut_are_counted(bert, tmp_path, caplog):
+    caplog.set_level("INFO")
+    lines = "".join(f"{'good ' * (1 + 20 * (i % 2))},{i % 2}\n" for i in range(20))
+    (tmp_path / "long.csv").write_text("text,label\n" + lines)
+    args = {"task_file": str(tmp_path / "long.csv"), "max_seq_length": 12, "num_train_epochs": 1}
+    run_protocol(make_args(bert, tmp_path, tmp_path, **args))
+    said = re.findall(r"long (\w+): (\d+) of (\d+) rows fill or exceed 12 tokens and are cut there", caplog.text)
+    assert {split for split, *_ in said} == {"train", "validation"} and sum(int(count) for _, count, _ in said) == 10
 
 
 def test_one_label_alone_has_no_unit(tmp_path):

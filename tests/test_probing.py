@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import ROW_LENGTH
@@ -9,10 +12,19 @@ from torch import nn
 
 from oneday.arguments import BudgetTrainingArguments
 from oneday.assembly import CLASSES
+from oneday.objectives import find_objective
 from oneday.optimizers import build_optimizer, count_state_bytes, split_parameters
 from oneday.packed_dataset import pack_corpus
 from oneday.planning import find_material
-from oneday.probing import count_saved_bytes, measure_fixed_seconds, measure_pace, state_bytes_per_element, take_batch
+from oneday.probing import (
+    count_saved_bytes,
+    make_stand_in,
+    measure_fixed_seconds,
+    measure_pace,
+    probing,
+    state_bytes_per_element,
+    take_batch,
+)
 from oneday.recipe import complete_settings, resolve_settings
 
 
@@ -30,6 +42,24 @@ def test_state_bytes_are_those_of_a_real_optimizer(make_model, tmp_path, optim):
     hidden, tables, vectors = (sum(p.numel() for p in group) for group in split_parameters(model))
     reckoned = hidden * state_bytes_per_element(optim, args) + 8 * (tables + vectors)
     assert reckoned == pytest.approx(real, rel=0.02)
+
+
+def test_a_probe_begins_without_the_memory_of_the_last(small_recipe, tmp_path):
+    """Its user returns from within it, and the trainer is in cycles of references."""
+    settings = complete_settings(CLASSES, resolve_settings(CLASSES, [str(small_recipe)]))
+    gc.disable()
+    try:
+        material = make_stand_in(find_objective(settings["objective"]), settings, tmp_path)
+
+        def measure():
+            with probing(material, settings) as trainer:
+                return weakref.ref(trainer)
+
+        first = measure()
+        with probing(material, settings):
+            assert first() is None
+    finally:
+        gc.enable()
 
 
 def test_what_the_forward_pass_keeps_is_counted():

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from oneday.arguments import REFUSED_SETTINGS, BudgetTrainingArguments, DataArguments, ModelArguments, setting
+from oneday.arguments import BudgetTrainingArguments, DataArguments, ModelArguments, setting
 from oneday.errors import SettingError
 from oneday.recipe import (
     build_arguments,
@@ -22,6 +22,7 @@ from oneday.recipe import (
     resolve_settings,
     wrap_command,
 )
+from oneday.refused_settings import REFUSED_SETTINGS
 
 CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import ROW_LENGTH, steps_of, weights
 from transformers import AutoModelForMaskedLM, TrainerCallback
 
+from oneday.compilation import try_compiled
 from oneday.errors import SettingError
 from oneday.evaluation import measure_held_out
 from oneday.recovery import SPIKE_LEAST_STEPS, StepGuard
@@ -214,8 +216,8 @@ def test_a_spike_is_named():
 class SmallMemory:
     """A memory that holds so many rows of a micro-batch; fails within the backward pass, as a GPU's does."""
 
-    def __init__(self, trainer, rows):
-        self.rows, self.failures = rows, 0
+    def __init__(self, trainer, rows, error=None):
+        self.rows, self.failures, self.error = rows, 0, error or torch.OutOfMemoryError("injected")
         self.summed_loss = trainer.objective.summed_loss
         trainer.objective.summed_loss = self.run
 
@@ -225,7 +227,7 @@ class SmallMemory:
             self.failures += 1
             if loss.requires_grad:
                 loss.backward()
-            raise torch.OutOfMemoryError("injected")
+            raise self.error
         return loss
 
 
@@ -251,6 +253,46 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_batch(make_trainer, ca
     assert [event["micro_batch_tokens"] for event in ooms] == [4 * ROW_LENGTH, 2 * ROW_LENGTH]
     sizes = {(step["num_rows"], step["micro_rows"]) for step in steps_of(small)}
     assert sizes == {(8, 2)}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_memory_that_others_than_the_allocator_asked_for_counts_too(make_trainer, error, is_one):
+    trainer = make_trainer("bert", budget_steps=2, micro_batch_tokens=4 * ROW_LENGTH)
+    expected = measure_held_out(trainer)
+    memory = SmallMemory(trainer, 2, error)
+    with nullcontext() if is_one else pytest.raises(RuntimeError, match="illegal memory access"):
+        assert measure_held_out(trainer) == pytest.approx(expected)
+        trainer.run()
+    assert memory.failures == (2 if is_one else 1), "in the evaluation and in a step"
+
+    def fail():
+        raise error
+
+    refusals = []
+    with pytest.raises(RuntimeError) if is_one else nullcontext():
+        assert not try_compiled(trainer.model, fail, lambda *reasons: refusals.append(reasons))
+    assert len(refusals) == (not is_one), "memory that runs out is no fault of the compiler's"
+
+
+def test_graphs_of_a_micro_batch_that_did_not_fit_are_forgotten(make_trainer, monkeypatch):
+    """They would count towards the few that a layer may have; three of one layer are compiled in ModernBERT."""
+    resets = []
+    monkeypatch.setattr("torch._dynamo.reset", lambda: resets.append(1))
+    for is_compiled in (False, True):
+        trainer = make_trainer("bert", f"{is_compiled}", budget_steps=2, micro_batch_tokens=4 * ROW_LENGTH)
+        trainer.args.use_compile = is_compiled
+        trainer.rehearse_step = lambda: True
+        memory = SmallMemory(trainer, 2)
+        trainer.run()
+        assert memory.failures >= 1 and len(resets) == is_compiled
 
 
 def test_dropout_is_drawn_again_after_running_out_of_memory(make_trainer):

@@ -102,6 +102,13 @@ def test_a_signal_to_a_run_is_said(number):
     assert "a signal ended it" in attempt(signal.raise_signal, number)["error"]
 
 
+def test_a_process_that_has_only_its_end_left_is_not_ended_otherwise():
+    """By Slurm, which ends the others once the first has asked to be run again."""
+    code = "import os, signal; from oneday.signals import end_undisturbed as end; {}; os.kill(os.getpid(), 15)"
+    ends = [subprocess.run([sys.executable, "-c", code.format(first)]).returncode for first in ("end()", "pass")]
+    assert ends == [0, -signal.SIGTERM]
+
+
 LAUNCHED = """
 import os, signal, sys, time
 from oneday.signals import end_with_launcher

@@ -183,7 +183,7 @@ def test_a_tokenizer_from_elsewhere_calls_as_pieces_were_packed(tmp_path):
         ids = given("return", add_special_tokens=False)["input_ids"]
         assert given("return")["input_ids"] == ids, "no start token, as of most decoders of the Hub"
         (start,), _ = special_layout(given, "decoder")
-        made = adopt_layout(given, "decoder")
+        made = adopt_layout(given, "decoder", 64)
         made.save_pretrained(tmp_path / str(number))
         loaded = AutoTokenizer.from_pretrained(tmp_path / str(number))
         for tokenizer in (made, loaded):
@@ -191,10 +191,11 @@ def test_a_tokenizer_from_elsewhere_calls_as_pieces_were_packed(tmp_path):
             assert tokenizer("return", "return")["input_ids"] == [start, *ids, start, *ids]
             assert tokenizer.special_tokens_map == given.special_tokens_map
             assert tokenizer("return", "return").keys() == given("return").keys()
-            assert (tokenizer.model_max_length, tokenizer.chat_template) == (77, "{{ messages }}")
+            assert (tokenizer.model_max_length, tokenizer.chat_template) == (64, "{{ messages }}")
+            assert len(tokenizer("return " * 99, truncation=True)["input_ids"]) == 64
             assert tokenizer.decode(tokenizer("a  b ?")["input_ids"][1:]) == given.decode(given("a  b ?")["input_ids"])
         assert given("return")["input_ids"] == ids, "the given one is as it was"
-        assert adopt_layout(loaded, "decoder") is loaded
+        assert given.model_max_length == 77 == adopt_layout(given, "decoder", 99).model_max_length
 
 
 def test_offsets_stay_trimmed_and_a_mask_takes_its_space():
@@ -202,22 +203,25 @@ def test_offsets_stay_trimmed_and_a_mask_takes_its_space():
     given.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     text = "return [MASK] x"
     expected, bare = given(text, return_offsets_mapping=True), given(text)["input_ids"]
-    found = adopt_layout(given, "encoder")(text, return_offsets_mapping=True)
+    found = adopt_layout(given, "encoder", 64)(text, return_offsets_mapping=True)
     assert found["input_ids"] == [given.cls_token_id, *bare, given.sep_token_id]
     assert found["offset_mapping"][1:-1] == expected["offset_mapping"]
 
 
 def test_layouts_that_are_their_architectures_own_stay():
     for name, kind in (("wordpiece", "encoder"), ("bpe", "decoder"), ("unigram", "encoder")):
-        assert adopt_layout(train(name, kind), kind) is train(name, kind)
+        given = train(name, kind)
+        made = adopt_layout(given, kind, 64)
+        assert type(made) is type(given) and hash_tokenizer(made) == hash_tokenizer(given)
+        assert made("return", "return") == given("return", "return") and given.model_max_length > 64
     xlnet = copy.deepcopy(train("unigram", "encoder"))
     specials = [(token, xlnet.convert_tokens_to_ids(token)) for token in ("[SEP]", "[CLS]")]
     layout = processors.TemplateProcessing("$A [SEP] [CLS]", special_tokens=specials)
     xlnet.backend_tokenizer.post_processor = layout
-    assert adopt_layout(xlnet, "encoder") is xlnet
-    both = adopt_layout(xlnet, "decoder")
-    assert both.convert_ids_to_tokens(both("return")["input_ids"])[0] == "<|endoftext|>"
-    assert not {"[SEP]", "[CLS]"} & set(both.convert_ids_to_tokens(both("return")["input_ids"]))
+    assert adopt_layout(xlnet, "encoder", 64)("return") == xlnet("return")
+    both = adopt_layout(xlnet, "decoder", 64)
+    tokens = both.convert_ids_to_tokens(both("return")["input_ids"])
+    assert tokens[0] == "<|endoftext|>" and not {"[SEP]", "[CLS]"} & set(tokens)
 
 
 def test_encode_documents_agrees_with_calls_and_takes_special_strings_as_text():

@@ -26,7 +26,7 @@ from oneday.loader import StepPlan, find_common_rows, plan_rows
 from oneday.pretraining import measure_end
 from oneday.run_directory import read_metrics
 from oneday.saving import RunTrainer
-from oneday.steps import share_plan
+from oneday.steps import say_small_passes, share_plan
 from oneday.trainer import BudgetTrainer
 
 
@@ -148,6 +148,8 @@ def test_activations_that_are_computed_again_change_no_step(make_trainer, name, 
                 module.p = 0.1
         linear = next(part for part in find_layers(trainer.model)[0].modules() if isinstance(part, torch.nn.Linear))
         linear.register_forward_hook(lambda *given, is_on=is_on: calls.update([is_on]))
+        is_known = any(getattr(part, "gradient_checkpointing", False) for part in trainer.model.modules())
+        assert is_known == is_on, "to what is rehearsed and compiled before the steps"
         trainer.train()
         steps += [(step["loss"], step["grad_norm"]) for step in steps_of(trainer)]
         ends.append(weights(trainer))
@@ -310,6 +312,15 @@ def test_compiled_passes_are_of_one_size_while_the_batch_grows(micro, processes,
     trainer = SimpleNamespace(ranks=SimpleNamespace(decide=lambda *values: values), micro_batch_limit=100 * 512)
     shared = {share_plan(trainer, args, StepPlan(*plan, 0.0), 512).micro_rows for plan in plans}
     assert shared == {within_memory}
+
+
+def test_passes_that_many_processes_make_small_are_said(caplog):
+    caplog.set_level("INFO")
+    args = {"micro_batch_tokens": 65_536, "batch_size_tokens_start": 131_072, "process_index": 0}
+    for processes, is_compiled in ((1, True), (8, False), (8, True)):
+        say_small_passes(SimpleNamespace(**args, world_size=processes, use_compile=is_compiled), 512)
+        assert bool(caplog.text) == (processes == 8 and is_compiled)
+    assert "Passes are of 8192 tokens, not of micro_batch_tokens (65536)" in caplog.text
 
 
 def test_a_step_that_grows_from_fewer_rows_than_processes_is_refused():

@@ -8,6 +8,7 @@ Liu et al. 2024, arXiv 2402.09353.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -133,9 +134,11 @@ def count_trained(model: nn.Module) -> dict[str, int]:
 
 
 def save_classifier(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool, max_length: int
 ) -> None:
     """Save a fine-tuned model with its tokenizer: whole, or an adapter; `merge` adds the adapter to the weights first.
+
+    The tokenizer truncates at `max_length` tokens, where the training did.
 
     A merged model loads with `AutoModelForSequenceClassification`, an adapter with peft's
     `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=...)`.
@@ -143,4 +146,6 @@ def save_classifier(
     if merge and isinstance(model, PeftModel):
         model = model.merge_and_unload()
     model.save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)

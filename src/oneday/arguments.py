@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.training_args import trainer_log_levels
 
 from oneday.errors import SettingError, check_positive
+from oneday.refused_settings import REFUSED_SETTINGS
 from oneday.throughput import has_fast_bf16
 
 
@@ -129,49 +130,6 @@ class ExecutorArguments:
             )
 
 
-DECIDED = "the budget decides; set {} instead"
-NO_EFFECT = "has no effect here; leave it out"
-LAUNCHED = "is not read here; start accelerate launch with recipes/accelerate_configs/fsdp.yaml instead"
-# Settings of transformers.TrainingArguments that are refused: "... sets NAME, which REASON."
-REFUSED_SETTINGS = {
-    "max_steps": DECIDED.format("budget_steps"),
-    "num_train_epochs": DECIDED.format("budget_tokens"),
-    "gradient_accumulation_steps": DECIDED.format("batch_size_tokens and micro_batch_tokens"),
-    "per_device_train_batch_size": DECIDED.format("micro_batch_tokens"),
-    "per_device_eval_batch_size": DECIDED.format("micro_batch_tokens"),
-    "auto_find_batch_size": DECIDED.format("micro_batch_tokens"),
-    "lr_scheduler_type": DECIDED.format("lr_shape"),
-    "lr_scheduler_kwargs": DECIDED.format("warmup_fraction and decay_fraction"),
-    "warmup_steps": DECIDED.format("warmup_fraction"),
-    "eval_strategy": DECIDED.format("num_evaluations or eval_steps"),
-    "save_strategy": DECIDED.format("save_minutes or save_steps"),
-    "torch_compile_backend": "has no effect here; set torch_compile instead",
-    "torch_compile_mode": "has no effect here; set torch_compile instead",
-    "save_only_model": "would lose the optimizer of a resumed run; leave it out",
-    "hub_token": "would stand in recipe.yaml; run `hf auth login` or set HF_TOKEN instead",
-    "hub_always_push": "is not supported: pushes run one at a time; leave it out",
-    "hub_revision": "has no effect here; leave it out",
-    "include_num_input_tokens_seen": "would count nothing here; leave it out, the trackers have tokens anyway",
-    "use_liger_kernel": "would replace parts of the model under the fused loss; leave it out",
-    "fsdp_config": LAUNCHED,
-    "parallelism_config": LAUNCHED,
-    **dict.fromkeys(
-        (
-            "resume_from_checkpoint", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-            "label_smoothing_factor", "optim_args", "optim_target_modules", "neftune_noise_alpha", "eval_delay",
-            "dataloader_num_workers", "dataloader_drop_last", "dataloader_pin_memory", "dataloader_prefetch_factor",
-            "dataloader_persistent_workers", "do_train", "do_eval", "do_predict", "prediction_loss_only",
-            "train_sampling_strategy", "remove_unused_columns", "ignore_data_skip", "fp16", "logging_nan_inf_filter",
-            "torch_empty_cache_steps", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
-            "length_column_name", "average_tokens_across_devices", "ddp_bucket_cap_mb", "ddp_static_graph",
-            "ddp_find_unused_parameters", "ddp_broadcast_buffers", "bf16_full_eval", "fp16_full_eval",
-            "enable_jit_checkpoint", "save_on_each_node", "accelerator_config", "label_names", "use_cache",
-            "dataloader_multiprocessing_context", "dataloader_in_order", "eval_do_concat_batches",
-            "eval_use_gather_object", "liger_kernel_config",
-        ),
-        NO_EFFECT,
-    ),
-}  # fmt: skip
 POSITIVE_SETTINGS = (
     "batch_size_tokens", "batch_size_tokens_start", "micro_batch_tokens", "num_evaluations", "eval_steps",
     "save_steps", "save_minutes", "save_total_limit", "logging_steps", "num_threads", "max_seq_length_start",
@@ -376,6 +334,7 @@ class BudgetTrainingArguments(TrainingArguments):
         self.use_bf16 = self.bf16
         self.use_compile = self.torch_compile
         self.is_pushed, self.push_to_hub = self.push_to_hub, False
+        self.shown_settings: dict[str, object] = {}
         if self.hub_strategy not in HUB_STRATEGIES:
             names = ", ".join(HUB_STRATEGIES)
             raise SettingError(f"The setting hub_strategy is {self.hub_strategy!r}; it must be one of {names}.")
@@ -389,6 +348,12 @@ class BudgetTrainingArguments(TrainingArguments):
         self.eval_strategy = self.save_strategy = "no"
         self.max_steps = 2**31
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, object]:
+        """What dashboards show as the configuration: the settings of the recipe, those of text and model too."""
+        own = {"optim": self.optimizer_name, "bf16": self.computes_in_bf16, "torch_compile": self.use_compile}
+        given = {name: value for name, value in super().to_dict().items() if name not in REFUSED_SETTINGS}
+        return given | own | {"push_to_hub": self.is_pushed} | self.shown_settings
 
     @property
     def computes_in_bf16(self) -> bool:

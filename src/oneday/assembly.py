@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from oneday.modeling import build_model, check_config_file, hash_config, load_co
 from oneday.objectives import Objective, find_objective
 from oneday.position_init import check_attention_init
 from oneday.preparation import PreparedData, prepare_data
+from oneday.ranks import check_strategy
 from oneday.run_directory import BUDGET, check_same_run
 from oneday.sharding import make_ranks
 from oneday.throughput import set_threads
@@ -26,12 +28,13 @@ CLASSES = (ModelArguments, DataArguments, BudgetTrainingArguments)
 
 
 def check_settings(model_args: ModelArguments, args: BudgetTrainingArguments) -> Budget:
-    """What can be said before any text is read: budget, config, trackers; also gives this process its threads.
+    """What can be said before any text is read: budget, devices, config, trackers; gives this process its threads.
 
     Raises:
-        SettingError: When no budget is set, or the config or a tracker cannot be used.
+        SettingError: When no budget is set, or the config, a tracker or the devices cannot be used.
     """
     budget = Budget.from_arguments(args)
+    check_strategy(args)
     check_config_file(model_args.model_config)
     if args.attention_init is not None:
         check_attention_init(args.attention_init, read_skeleton(model_args.model_config))
@@ -74,6 +77,7 @@ def assemble_trainer(
     Raises:
         SettingError: When a setting cannot work.
     """
+    args.shown_settings = {**asdict(model_args), **asdict(data_args)}
     objective, data = prepare_objective(data_args, args)
     model_fingerprint = hash_config(model_args.model_config)
     if args.replay:
@@ -85,7 +89,7 @@ def assemble_trainer(
     torch.manual_seed(args.seed)
     model = build_model(config, objective.find_class(config), objective.is_packed)
     fingerprints = data.fingerprint, model_fingerprint
-    tokenizer = adopt_layout(data.tokenizer, objective.kind)
+    tokenizer = adopt_layout(data.tokenizer, objective.kind, data_args.max_seq_length)
     trainer = BudgetTrainer(model, args, objective, data.train, data.validation, tokenizer, *fingerprints)
     trainer.preparation_seconds = data.seconds
     return trainer, data

@@ -136,15 +136,24 @@ def attend_by_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 @torch.compiler.assume_constant_result
 def has_flash_attention() -> bool:
-    """Whether the current GPU is sm80 or newer; a constant to `torch.compile`, which would stop at the question."""
-    return torch.cuda.get_device_capability()[0] >= 8
+    """Whether torch has FlashAttention for the current GPU, sm80 or newer; a constant to `torch.compile`, which would
+    stop at the question."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+@torch.compiler.assume_constant_result
+def has_wide_backward() -> bool:
+    """Whether its backward pass takes heads of 193 to 224 values: not on consumer GPUs (sm86, sm89, sm12x)."""
+    major, minor = torch.cuda.get_device_capability()
+    return (major, minor) in ((8, 0), (9, 0)) or major in (10, 11)
 
 
 def can_attend_flattened(q: Tensor, v: Tensor) -> bool:
     """Whether torch's FlashAttention takes these tensors."""
     half = q.dtype in (torch.float16, torch.bfloat16)
-    sizes = q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.is_cuda and half and sizes and has_flash_attention()
+    size = q.shape[-1]
+    fits = size == v.shape[-1] and size % 8 == 0 and size <= 256
+    return q.is_cuda and half and fits and has_flash_attention() and (not 192 < size <= 224 or has_wide_backward())
 
 
 def attend_packed(

@@ -10,11 +10,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
-from oneday.corpus import PYTHON_DOCS
 from oneday.durable_files import read_json
 from oneday.glue import TASKS
 from oneday.glue_results import METRIC_TITLES
 from oneday.objectives import OBJECTIVES, Objective
+from oneday.python_docs import PYTHON_DOCS
 from oneday.zero_shot import HUB_SETS
 from oneday.zero_shot_results import name_measure
 

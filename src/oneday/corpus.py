@@ -16,17 +16,17 @@ import pyarrow.compute as pc
 
 from oneday import hub_texts
 from oneday.arguments import DataArguments
+from oneday.corpus_names import name_corpus, split_names
 from oneday.durable_files import make_folder
 from oneday.errors import SettingError, describe_error
 from oneday.held_out import HeldOut
 from oneday.mixtures import Texts, mix
-from oneday.python_docs import build_python_docs, corpus_hash, hash_text
+from oneday.python_docs import PYTHON_DOCS, build_python_docs, corpus_hash, hash_text
 from oneday.text_files import is_local, list_files, load_files
 from oneday.text_streams import FileStream, FirstTexts, TextStream
 
 logger = logging.getLogger(__name__)
 
-PYTHON_DOCS = "python-docs"
 MIN_STREAM_VALIDATION_DOCUMENTS = 64
 # How long a stream is taken to be when `max_train_documents` does not say it.
 STREAM_DOCUMENTS = 100_000
@@ -36,9 +36,6 @@ MUCH_HELD_OUT = 0.1
 SAMPLE_SEED = 0
 # What is read of a data set of the Hub that `validation_name` names.
 VALIDATION_SPLIT = "validation"
-
-# Folders of homes.
-HOMES = ("home", "users")
 
 
 @dataclass
@@ -107,13 +104,6 @@ def load_corpus(args: DataArguments) -> Corpus:
     if args.max_train_documents is not None:
         train = take_first(train, args.max_train_documents)
     return Corpus(name_corpus(names, args), train, validation, hash_corpus(train, validation, names, on_disk, args))
-
-
-def split_names(names: str | list[str]) -> list[str]:
-    """Returns the parts of a comma-separated mixture; a path that exists is one part, commas or not."""
-    if isinstance(names, str):
-        names = [names] if os.path.exists(os.path.expanduser(names)) else names.split(",")
-    return [name.strip() for name in names if name.strip()]
 
 
 def check_data(args: DataArguments, names: list[str]) -> None:
@@ -356,32 +346,6 @@ def take_first(texts: Texts, num_documents: int) -> Texts:
     if isinstance(texts, TextStream):
         return FirstTexts(texts, num_documents)
     return texts.select(range(min(num_documents, len(texts))))
-
-
-def name_corpus(names: list[str], args: DataArguments) -> str:
-    """What the model card calls the corpus: Hub ids with their configuration, of a local path its last two parts."""
-    shown = []
-    for name in names:
-        if is_local(name):
-            name = name_path(Path(name))
-        elif name != PYTHON_DOCS and args.dataset_config_name and hub_texts.split_name(name)[1] is None:
-            name = f"{name} ({args.dataset_config_name})"
-        shown.append(name)
-    return ", ".join(shown)
-
-
-def list_hub_ids(names: str | list[str]) -> list[str]:
-    """The Hub ids among the parts of `dataset_name`."""
-    others = [name for name in split_names(names) if name != PYTHON_DOCS and not is_local(name)]
-    return list(dict.fromkeys(hub_texts.split_name(name)[0] for name in others))
-
-
-def name_path(path: Path) -> str:
-    """The last two parts of a path, the last alone where the one before is somebody's home."""
-    folder = path.parent
-    is_home = folder.parent.name.lower() in HOMES or folder.expanduser() == Path.home()
-    parts = path.parts[-1:] if is_home else path.parts[-2:]
-    return "/".join(part for part in parts if part not in ("/", "~", "..", "."))
 
 
 def hash_corpus(

@@ -16,7 +16,7 @@ from torch import nn
 from oneday.collators import Collator
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
-from oneday.recovery import describe_full_memory
+from oneday.recovery import describe_full_memory, is_out_of_memory
 from oneday.throughput import synchronize
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def measure_held_out(trainer: BudgetTrainer, own_only: bool = False, max_parts: 
             trainer.args.world_size,
             max_parts,
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         trainer.ranks.refuse_to_repeat(*describe_full_memory(trainer.eval_batch_tokens))
         if trainer.eval_batch_tokens <= trainer.eval_dataset.row_length:
             raise

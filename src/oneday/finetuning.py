@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from oneday.classification import (
     Checkpoint,
@@ -39,6 +40,8 @@ from oneday.run_directory import GLUE_RESULTS, refuse_full_disk
 from oneday.task_data import complete_task, load_task, take_examples
 from oneday.throughput import keep_freed_memory, set_threads
 from oneday.tuning import check_rows, choose_setting, hold_out, plan_trials, spread_grid
+
+logger = logging.getLogger(__name__)
 
 
 def run_protocol(args: FinetuneArguments, may_start_processes: bool = False) -> dict:
@@ -199,7 +202,19 @@ def prepare_task(name: str, args: FinetuneArguments, checkpoint: Checkpoint) -> 
         tests = read_test_splits(name, args.task_data_dir, args.cache_dir) if args.write_submission else {}
         test_hash = hash_rows(tests) if tests else ""
         tests = {file: tokenize_split(rows, encode) for file, rows in tests.items()}
+    say_cut(task, splits, max_length)
     return PreparedTask(task, splits, data_hash, tests, test_hash, num_rows)
+
+
+def say_cut(task: Task, splits: dict[str, Dataset], max_length: int) -> None:
+    """Say of how many rows something may have been cut off: those of the full length."""
+    for split, rows in splits.items():
+        num_full = sum(length == max_length for length in rows["length"][:])
+        if num_full:
+            logger.info(
+                "%s %s: %s of %s rows fill or exceed %d tokens and are cut there; max_seq_length sets it",
+                task.name, split, f"{num_full:,}", f"{len(rows):,}", max_length,
+            )  # fmt: skip
 
 
 def read_task(name: str, args: FinetuneArguments) -> tuple[Task, DatasetDict]:

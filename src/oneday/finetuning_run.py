@@ -18,7 +18,14 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from oneday.adapters import count_trained, restrict_training, save_classifier
-from oneday.classification import Checkpoint, PreparedTask, build_classifier, pad_batch, silence_libraries
+from oneday.classification import (
+    Checkpoint,
+    PreparedTask,
+    build_classifier,
+    limit_length,
+    pad_batch,
+    silence_libraries,
+)
 from oneday.dropout import hasten_dropout
 from oneday.durable_files import synchronize_tree
 from oneday.errors import SettingError, describe_error
@@ -118,7 +125,8 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         shutil.rmtree(new, ignore_errors=True)
         write_predictions(new, task, logits)
         if run.saves_model:
-            save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters)
+            max_length = limit_length(args.max_seq_length, checkpoint, task.task)
+            save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters, max_length)
         synchronize_tree(new)
         put_in_place(new, run.folder)
     seconds = round(time.perf_counter() - started, 3)

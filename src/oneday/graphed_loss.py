@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # Each graph holds the gradients of all parameters: 4 bytes each.
 MAX_PARAMETERS = 150_000_000
 MAX_GRAPHS = 12
+# Free memory, in bytes of the gradients, without which no further graph is captured.
+ROOM = 3
 
 
 class ModelLoss(nn.Module):
@@ -58,11 +60,18 @@ class GraphedLoss:
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of a batch, with its gradient as autograd's."""
         shapes = tuple((name, tensor.dtype, *tensor.shape) for name, tensor in inputs.items())
-        if self.is_possible and shapes in self.seen and shapes not in self.graphs and len(self.graphs) < MAX_GRAPHS:
+        is_known = shapes not in self.seen or shapes in self.graphs
+        if self.is_possible and not is_known and len(self.graphs) < MAX_GRAPHS and self.has_room():
             self.capture(shapes, inputs)
         self.seen.add(shapes)
         graph = self.graphs.get(shapes)
         return graph(*inputs.values()) if graph else ModelLoss(self.model, tuple(inputs))(*inputs.values())
+
+    def has_room(self) -> bool:
+        """Whether the card holds a further graph and leaves as much as its gradients take for passes without one."""
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        gradients = sum(4 * value.numel() for value in self.model.parameters() if value.requires_grad)
+        return free > ROOM * gradients
 
     def capture(self, shapes: tuple, inputs: dict[str, Tensor]) -> None:
         """Enter the graph of these shapes, or give up all graphs."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
 
 from oneday import run_directory as rundir
 from oneday.checkpoints import PREFIX, find_fault, list_checkpoints, read_state
@@ -33,6 +33,8 @@ from oneday.recipe import read_yaml
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_BRANCH, LAST_CHECKPOINT = "checkpoints", "last-checkpoint"
+# In a checkpoint: has the steps that its weights took.
+STEPS_FILE = "trainer_state.json"
 # What a directory with the copies that are sent begins with.
 COPIES = ".hub-"
 # Seconds before a push is tried again, and the longest that is waited because the Hub asks for it.
@@ -186,6 +188,20 @@ class HubPusher:
         for left in self.run_dir.glob(f"{COPIES}*"):
             shutil.rmtree(left, ignore_errors=True)
 
+    def open_repository(self) -> None:
+        """Make the repository, aside, so that what stands in the way is said at once and not after the first save."""
+
+        def make() -> None:
+            try:
+                self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+            except Exception as error:  # noqa: BLE001
+                logger.warning(
+                    "Nothing can be pushed to %s now (%s); the training goes on, and every push is tried anew.",
+                    self.repo_id, describe_failure(error),
+                )  # fmt: skip
+
+        threading.Thread(target=make, daemon=True).start()
+
     def push_newest(self) -> None:
         """Start sending the newest checkpoint; where one is on its way, this one follows it."""
         if self.strategy == "end":
@@ -299,14 +315,41 @@ def fetch_run(repo_id: str, output_dir: str | Path, settings: dict[str, Any], da
         # Killed while it copies, it leaves only what is staged, and the same command brings everything again.
         with rundir.refuse_full_disk(folder), rundir.staging(folder, newest.name) as staged:
             shutil.copytree(newest, staged / f"{PREFIX}{read_step(newest)}")
-            for name in (rundir.BUDGET, rundir.METRICS, rundir.SOURCES):
-                if (found / name).is_file():
+            for name in RESUMED_FILES:
+                if name != rundir.RECIPE and (found / name).is_file():
                     shutil.copyfile(found / name, staged / name)
             rundir.write_recipe(staged, settings)
             synchronize_tree(staged)
             # The recipe last: with it the directory holds a run.
             for path in sorted(staged.iterdir(), key=lambda path: path.name == rundir.RECIPE):
                 path.rename(folder / path.name)
+
+
+def refuse_older(repo_id: str, output_dir: str | Path) -> None:
+    """Refuse to go on here with a run that went further elsewhere, whose checkpoint the next push would replace.
+
+    Raises:
+        SettingError: The checkpoint on the Hub is of more steps than the last one here.
+    """
+    try:
+        api, path = HfApi(), f"{LAST_CHECKPOINT}/{STEPS_FILE}"
+        names = list_remote_checkpoints(api, repo_id)
+        state = read_json(api.hf_hub_download(repo_id, path, revision=CHECKPOINT_BRANCH))
+    except EntryNotFoundError:
+        state = {}
+    except Exception as error:  # noqa: BLE001
+        logger.warning(
+            "Whether the run in %s has gone further could not be seen (%s): going on with what is in %s.",
+            repo_id, describe_failure(error), output_dir,
+        )  # fmt: skip
+        return
+    there = max([state.get("global_step", 0), *map(number_checkpoint, names)])
+    here = max(map(read_step, list_checkpoints(output_dir)), default=0)
+    if there > here:
+        raise SettingError(
+            f"The run in resume_from_hub {repo_id} stands at step {there}, the one in {output_dir} at step {here}; "
+            "move that directory away to go on from the Hub, or leave resume_from_hub out."
+        )
 
 
 def fetch_sources(repo_id: str) -> dict[str, str]:
@@ -332,4 +375,4 @@ def find_newest(folder: Path) -> Path | None:
 
 def read_step(checkpoint: Path) -> int:
     """Steps in a checkpoint's weights; of a damaged one -1."""
-    return read_json(checkpoint / "trainer_state.json").get("global_step", -1)
+    return read_json(checkpoint / STEPS_FILE).get("global_step", -1)

@@ -11,7 +11,7 @@ import yaml
 from oneday import run_directory as rundir
 from oneday.arguments import DataArguments, ModelArguments
 from oneday.card_results import describe_loss, describe_origin, model_index, subset_mark, zero_shot_section
-from oneday.corpus import list_hub_ids
+from oneday.corpus_names import list_hub_ids
 from oneday.curves import draw_curve
 from oneday.durable_files import read_json, write_json, write_whole
 from oneday.evaluation import hash_evaluation

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from oneday.attention import PACKED, count_positions, position_offset
@@ -285,3 +286,16 @@ def count_parameters(model: nn.Module, without: str | None = None) -> tuple[int,
         value.numel() for name, value in names.items() if without is None or not name.startswith(f"{without}.")
     )
     return total, total - sum(embeddings.values())
+
+
+def recompute_activations(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Have activations computed again in the backward pass, as `Trainer.train` would at its start.
+
+    What is rehearsed, compiled and probed before it must be what is trained.
+    """
+    if not hasattr(model, "activation_checkpointing_enable"):  # transformers before 5.20
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        return
+    kwargs = dict(args.activation_checkpointing_kwargs or {})
+    chosen = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None, **chosen)

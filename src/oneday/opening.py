@@ -12,7 +12,7 @@ from oneday.budget import Budget
 from oneday.durable_files import read_json
 from oneday.errors import SettingError
 from oneday.extension import extend_run
-from oneday.hub import fetch_run, fetch_sources
+from oneday.hub import fetch_run, fetch_sources, refuse_older
 from oneday.model_card import refresh_card
 from oneday.pretraining import make_pusher
 from oneday.program import is_first_process
@@ -60,6 +60,8 @@ def open_run(
             discard_run(folder)
             raise
         state = "resumed"
+    elif state == "resumed" and settings["resume_from_hub"]:
+        refuse_older(settings["resume_from_hub"], folder)
     if not (Path(folder) / RECIPE).exists():
         create_run(folder, settings)
     elif state == "extended":

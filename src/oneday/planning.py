@@ -14,7 +14,7 @@ from oneday.arguments import setting
 from oneday.assembly import CLASSES, check_settings, prepare_objective
 from oneday.budget import Budget
 from oneday.compilation import decide_compiling
-from oneday.corpus import list_hub_ids
+from oneday.corpus_names import list_hub_ids
 from oneday.durable_files import read_json, write_whole
 from oneday.errors import SettingError, check_positive
 from oneday.ladder import RECORD_DIRS, Family, FamilyLaw, fit_family, read_records

@@ -29,7 +29,7 @@ from oneday.recovery import are_finite
 from oneday.signals import INTERRUPTED, noted_signals, say_ending
 from oneday.text_streams import StreamInterrupted
 from oneday.throughput import process_age_seconds
-from oneday.trackers import close_trackers
+from oneday.trackers import close_trackers, continue_line
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
@@ -284,6 +284,8 @@ def perform_run(trainer: BudgetTrainer, state: str, write: Callable[[dict[str, f
         SettingError: When the run cannot be made, or its stream not be read on; then there is a checkpoint.
     """
     pusher = start_pushing(trainer)
+    if trainer.ranks.is_first:
+        continue_line(trainer.args)
     try:
         metrics = trainer.run(resume=state != "new")
     except BaseException:  # whatever it was, Ctrl-C too: a directory without a step would refuse the corrected command
@@ -314,6 +316,7 @@ def start_pushing(trainer: BudgetTrainer) -> HubPusher | None:
     if not args.is_pushed or not trainer.ranks.is_first:
         return None
     pusher = make_pusher(args)
+    pusher.open_repository()
     trainer.add_callback(HubCallback(trainer, pusher))
     return pusher
 

@@ -172,9 +172,15 @@ def assemble_probe(material: Material, settings: Settings, folder: str) -> Budge
 
 @contextmanager
 def probing(material: Material, settings: Settings) -> Iterator[BudgetTrainer]:
-    """A trainer for measuring, whose memory is given back."""
+    """A trainer for measuring, whose memory is given back: at the latest to the next one, for its user may hold it."""
+    give_back_memory()
     with tempfile.TemporaryDirectory(prefix="oneday-probe-") as folder:
         yield assemble_probe(material, settings, folder)
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Free what nothing holds any more; a trainer is in cycles of references."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -30,7 +30,7 @@ SENT = {
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
 }
 # What a run needs beside a checkpoint to go on.
-RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES)
+RESUMED_FILES = (rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES, rundir.WANDB_RUN)
 
 # `/a/b`, `~/a`, `../a/b` and `C:\a\b`, and the same after `file://`; never a word of a sentence with one slash.
 PATH_START = r"(?:file://)?(?:~|\.\.|[A-Za-z]:)?"

@@ -28,6 +28,8 @@ from oneday.throughput import usable_cores
 
 logger = logging.getLogger(__name__)
 
+# How `dataset_name` calls this corpus.
+PYTHON_DOCS = "python-docs"
 # Raise it whenever the text that comes out changes: it is part of the cache key.
 SCHEMA_VERSION = 3
 

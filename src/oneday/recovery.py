@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # A loss is a spike when it stands this many standard deviations above the mean of the good steps before it.
 SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_LEAST_STEPS = 6.0, 100, 20
+# What an error says whose device has no memory left: CUDA's and Triton's "out of memory", cuBLAS's own handle.
+MEMORY_SIGNS = ("out of memory", "cublas_status_alloc_failed")
 # Rollbacks without a good step between them, after which a run ends instead.
 MAX_ROLLBACKS = 3
 
@@ -113,6 +115,12 @@ def restore_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
     trainer.clock.rewind(read_state(folder)["clock"])
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory ran out, also where others than torch's allocator wanted some (cuBLAS, Triton)."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in words for sign in MEMORY_SIGNS)
+
+
 def describe_full_memory(micro_batch_tokens: int) -> tuple[str, str]:
     """What has failed, and what to do; for `Ranks.refuse_to_repeat`."""
     failure = f"The memory does not hold a micro-batch of {micro_batch_tokens} tokens"
@@ -142,7 +150,9 @@ def fit_into_memory(
         result, has_failed = None, False
         try:
             result = run(step)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             ranks.refuse_to_repeat(*describe_full_memory(trainer.args.micro_batch_tokens))
             has_failed = True
         num_failed, progress = ranks.all_reduce(has_failed, progress if ranks.is_first else 0.0)
@@ -160,6 +170,8 @@ def fit_into_memory(
 def shrink_micro_batches(trainer: BudgetTrainer) -> list[Batch]:
     """Halve the micro-batches from the present step on; the optimizer step stays the same size."""
     step = trainer.loader.halve_micro_batches()
+    if trainer.args.use_compile:
+        torch._dynamo.reset()  # graphs of the old size would count towards the few that a layer may have
     tokens = trainer.loader.current_plan.micro_rows * trainer.loader.source.row_length
     trainer.micro_batch_limit = tokens
     logger.warning("Out of memory: going on with micro-batches of %d tokens, the batch stays the same.", tokens)

@@ -26,6 +26,7 @@ SOURCES = "sources.json"  # commits of the data sets that are read from the Hub
 ENVIRONMENT, CARD, CURVE = "environment.json", "README.md", "training_curve.png"
 GLUE, GLUE_RESULTS, ZERO_SHOT_RESULTS = "glue", "glue_results.json", "zero_shot_results.json"  # GLUE is a directory
 STAGING, LOCK = ".staging", ".lock"
+WANDB_RUN = "wandb_run.json"  # the id under which W&B knows the run
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # What writing a file with Python, torch or safetensors may raise.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -168,7 +169,7 @@ def lock_run(output_dir: str | Path) -> IO[str]:
 
 def discard_run(output_dir: str | Path) -> None:
     """Take back a run that took no step, so that its directory can be used with other settings."""
-    for name in (RECIPE, METRICS, BUDGET, SOURCES, ENVIRONMENT, LOCK):
+    for name in (RECIPE, METRICS, BUDGET, SOURCES, ENVIRONMENT, WANDB_RUN, LOCK):
         (Path(output_dir) / name).unlink(missing_ok=True)
     for name in TRACKERS:
         shutil.rmtree(Path(output_dir) / name, ignore_errors=True)

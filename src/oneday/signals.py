@@ -87,6 +87,14 @@ def leave_on_signals(code: int) -> Iterator[None]:
         yield
 
 
+def end_undisturbed() -> None:
+    """Where only the process's end is left: what ends it because another has ended must not change its exit code.
+
+    Slurm, for one, takes a task that died of its SIGTERM for worse than one that asked to be run again.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def end_with_launcher() -> None:
     """Where `accelerate launch` has started this process, its end is a SIGTERM here: it passes no signal on."""
     try:

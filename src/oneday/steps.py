@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ from oneday.schedules import choose_row_length, interpolate
 
 if TYPE_CHECKING:
     from oneday.trainer import BudgetTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,6 +57,7 @@ def build_loader(
     check_growing_rows(args.max_seq_length_start, source.row_length, args.use_compile)
     largest = max(args.batch_size_tokens, args.batch_size_tokens_start or 0)
     largest_rows, _ = plan_rows(args, largest, source.row_length)
+    say_small_passes(args, source.row_length)
     return StepLoader(
         source,
         trainer.objective.training_collator(trainer.position_offset),
@@ -62,6 +66,19 @@ def build_loader(
         args.world_size,
         largest_rows,
     )
+
+
+def say_small_passes(args: BudgetTrainingArguments, row_length: int) -> None:
+    """Where a compiled step grows, passes are of one size, which many processes make small."""
+    if args.world_size == 1 or not args.use_compile or args.batch_size_tokens_start is None:
+        return
+    _, micro_rows = plan_rows(args, args.batch_size_tokens_start, row_length)
+    if args.process_index == 0 and 2 * micro_rows * row_length <= args.micro_batch_tokens:
+        logger.info(
+            "Passes are of %d tokens, not of micro_batch_tokens (%d): a step that is compiled and grows is shared out "
+            "to %d processes in passes of one size; batch_size_tokens_start: null would lift that.",
+            micro_rows * row_length, args.micro_batch_tokens, args.world_size,
+        )  # fmt: skip
 
 
 def plan_step(

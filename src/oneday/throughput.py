@@ -171,6 +171,13 @@ def peak_memory_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Have `peak_memory_bytes` of a GPU begin anew; a process on a CPU cannot."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def name_device(device: torch.device) -> str:
     """What the GPU, or the processor, calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

@@ -6,6 +6,7 @@ transformers, and `split_special_tokens=True` there turns it off; `encode_docume
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -135,22 +136,25 @@ def build_template(backend: Tokenizer, start: str, end: str | None) -> processor
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special_tokens)
 
 
-def adopt_layout(tokenizer: PreTrainedTokenizerBase, kind: ObjectiveKind) -> PreTrainedTokenizerBase:
-    """The tokenizer, of which a call adds the special tokens that the model sees around each piece in pretraining.
+def adopt_layout(tokenizer: PreTrainedTokenizerBase, kind: ObjectiveKind, row_length: int) -> PreTrainedTokenizerBase:
+    """A copy that makes inputs like the pieces that the model sees in pretraining: as long, with their special tokens.
 
+    `model_max_length` is at most the row length: positions beyond it are not trained, and truncation stops there.
     A decoder's tokenizer from elsewhere often sets no start token (GPT-2's, Qwen's) or an end token. What generates,
     scores and fine-tunes calls the tokenizer that is saved with the model. An encoder's is changed where it adds none;
     another order of them (XLNet's) is its architecture's own.
 
     Returns:
-        The same object, or a `PreTrainedTokenizerFast`: other classes may build their own template when loaded.
+        Of the same class, or a `PreTrainedTokenizerFast`: other classes may build their own template when loaded.
     """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, row_length)
     prefix, suffix = special_layout(tokenizer, kind)
     ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     called = tokenizer("a")["input_ids"]
     if called == [*prefix, *ids, *suffix] or (kind == "encoder" and called != ids):
         return tokenizer
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
     start, *end = tokenizer.convert_ids_to_tokens([*prefix, *suffix])
     template = build_template(backend, start, *end or [None])
     given = backend.post_processor  # GPT-2's trims the spaces off offsets

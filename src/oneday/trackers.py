@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,9 @@ from transformers.integrations import (
     get_available_reporting_integrations,
 )
 
+from oneday import run_directory as rundir
 from oneday.arguments import BudgetTrainingArguments
+from oneday.durable_files import read_json, write_json
 from oneday.errors import SettingError
 
 if TYPE_CHECKING:
@@ -49,6 +52,20 @@ def name_run(args: BudgetTrainingArguments) -> None:
             os.environ.setdefault(variable, str(Path(args.output_dir).resolve() / tracker))
     if "wandb" in args.report_to:
         os.environ.setdefault("WANDB_PROJECT", args.project)
+
+
+def continue_line(args: BudgetTrainingArguments) -> None:
+    """Have W&B go on in the run's own line after an interruption, on another machine too; call in a run's directory.
+
+    Its id is kept there. An id in the environment is taken instead.
+    """
+    if "wandb" not in args.report_to:
+        return
+    path = Path(args.output_dir) / rundir.WANDB_RUN
+    run_id = os.environ.get("WANDB_RUN_ID") or read_json(path).get("id") or uuid.uuid4().hex
+    write_json(path, {"id": run_id})
+    os.environ.update(WANDB_RUN_ID=run_id)
+    os.environ.setdefault("WANDB_RESUME", "allow")
 
 
 def place_tensorboard(trainer: BudgetTrainer) -> None:

@@ -30,6 +30,7 @@ from oneday.errors import SettingError
 from oneday.evaluation import measure_held_out
 from oneday.initialization import check_embedding_init, expected_embedding_std
 from oneday.loader import StepLoader
+from oneday.modeling import recompute_activations
 from oneday.objectives import COMPANION, Objective
 from oneday.optimizers import check_optimizer
 from oneday.packed_dataset import PackedDataset
@@ -43,7 +44,7 @@ from oneday.saving import RunTrainer
 from oneday.schedules import ProgressScheduler, find_plateau_end, learning_rate_multiplier
 from oneday.sharding import hidden_from_accelerate, make_ranks
 from oneday.steps import StepRecord, build_loader, count_share
-from oneday.throughput import keep_freed_memory, measure_peak_flops
+from oneday.throughput import forget_peak_memory, keep_freed_memory, measure_peak_flops
 from oneday.trackers import name_run, place_tensorboard
 
 
@@ -127,6 +128,7 @@ class BudgetTrainer(RunTrainer):
         self.prepare_weights(model)
         self.train_dataset = train_dataset
         self.peak_flops = measure_peak_flops(args.device, self.bf16)
+        forget_peak_memory(args.device)  # the products' own
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         for callback in (BudgetCallback(self), MetricsCallback(self), BudgetProgressCallback(self)):
@@ -164,6 +166,8 @@ class BudgetTrainer(RunTrainer):
         self.bf16 = args.computes_in_bf16
         # What is not packed is not this project's path through the model: there autocast decides.
         self.half_weights = self.ranks.spread(model, args.device, self.bf16 and objective.is_packed)
+        if args.gradient_checkpointing:
+            recompute_activations(model, args)
         if args.use_compile:
             for part in (model, getattr(model, COMPANION, None)):
                 compile_layers(part) if part is not None else None

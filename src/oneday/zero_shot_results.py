@@ -14,7 +14,8 @@ from typing import Any
 
 from oneday.arguments import DataArguments, setting
 from oneday.classification import hex_digest
-from oneday.corpus import load_part, name_corpus, split_names
+from oneday.corpus import load_part
+from oneday.corpus_names import name_corpus, split_names
 from oneday.durable_files import read_json, write_json
 from oneday.errors import SettingError, check_positive
 from oneday.scoring import Score, Scorer

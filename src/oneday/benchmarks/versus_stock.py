@@ -17,7 +17,7 @@ from oneday.benchmarks.picture import draw_versus_stock
 from oneday.benchmarks.planning import Plan
 from oneday.benchmarks.records import Job, Record, write_summary
 from oneday.comparison import Match, time_to_match
-from oneday.corpus import list_hub_ids
+from oneday.corpus_names import list_hub_ids
 from oneday.errors import SettingError
 from oneday.modeling import check_config_file, count_parameters, read_skeleton
 from oneday.objectives import OBJECTIVES, find_objective
