@@ -80,8 +80,8 @@ def test_what_stands_in_the_way_of_pushing_is_said_at_once(asked_hub, tmp_path, 
         pusher.api = HfApi(asked_hub.url, token="hf_good")
         pusher.open_repository()
         until = time.monotonic() + 20
-        while not (caplog.text if reason else asked_hub.received) and time.monotonic() < until:
+        while not (caplog.text if reason else asked_hub.branches) and time.monotonic() < until:
             time.sleep(0.02)
         assert (reason is None) == (not caplog.text) and (reason or "") in caplog.text
-    (created, *_), *_ = [(path, body) for path, body, _ in asked_hub.received]
-    assert created.endswith("/repos/create")
+    asked = [json.loads(body) for path, body, _ in asked_hub.received if path.endswith("/repos/create")]
+    assert [one["name"] for one in asked] == ["tiny", "other"] and list(asked_hub.branches) == ["ann/tiny"]
