@@ -42,6 +42,11 @@ def test_a_graph_is_captured_only_where_memory_is_left(monkeypatch):
     for free, expected in ((gradients, False), (3 * gradients, True)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda free=free: (free, 99 * gradients))
         assert loss_of.has_room() == expected
+        captured = []
+        loss_of.capture = lambda shapes, inputs, captured=captured: captured.append(shapes)
+        for _ in range(2):
+            loss_of(make_batch(8, "cpu"))
+        assert bool(captured) == expected
 
 
 @needs_gpu

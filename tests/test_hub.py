@@ -167,7 +167,7 @@ def test_a_run_that_did_not_fit_on_the_disk_is_fetched_again(tmp_path, monkeypat
         (run / "last-checkpoint" / name).write_text("{}")
     (run / "last-checkpoint" / "trainer_state.json").write_text('{"global_step": 4}')
     seal_checkpoint(run / "last-checkpoint")
-    for name in ("recipe.yaml", "budget.json", "metrics.jsonl"):
+    for name in ("recipe.yaml", "budget.json", "metrics.jsonl", "wandb_run.json"):
         (run / name).write_text("{}")
     monkeypatch.setattr("oneday.hub.list_remote_checkpoints", lambda api, repo: set())
     monkeypatch.setattr(
@@ -193,7 +193,8 @@ def test_a_run_that_did_not_fit_on_the_disk_is_fetched_again(tmp_path, monkeypat
     assert write is run_directory.write_recipe and inspect_run(folder, {}) == "new"
     folder.mkdir(exist_ok=True)
     fetch_run("ann/tiny", folder, {}, "text", "model")
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-4", "recipe.yaml", "budget.json", "metrics.jsonl"}
+    brought = {"recipe.yaml", "budget.json", "metrics.jsonl", "wandb_run.json"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-4", *brought}
     assert find_fault(folder / "checkpoint-4") is None
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import ExitStack
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from oneday.arguments import BudgetTrainingArguments
 from oneday.checkpoints import seal_checkpoint
 from oneday.errors import SettingError
 from oneday.hub import HubPusher, push_checkpoint, refuse_older
+from oneday.opening import open_run
+from oneday.pretraining import perform_run
 from oneday.refused_settings import REFUSED_SETTINGS
 from oneday.run_directory import create_run, refresh_recipe
 
@@ -53,15 +56,22 @@ def test_what_a_killed_fetch_left_is_no_run(tmp_path):
         rundir.inspect_run(tmp_path, {})
 
 
+def make_checkpoint(run, step):
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "oneday_state.json"):
+        (folder / name).write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    seal_checkpoint(folder)
+    return folder
+
+
 def test_a_run_that_went_further_elsewhere_is_not_gone_on_with(asked_hub, tmp_path, caplog):
     """Else the next push would replace the newer checkpoint. A Hub that is away stops nobody."""
     here = tmp_path / "run"
     api = HfApi(asked_hub.url, token="hf_good")
     for step, strategy in ((4, "checkpoint"), (6, "checkpoint"), (8, "all_checkpoints")):
-        folder = here / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        seal_checkpoint(folder)
+        folder = make_checkpoint(here, step)
         push_checkpoint(api, folder, "ann/tiny", strategy)
         refuse_older("ann/tiny", here)
         if step > 4:
@@ -69,8 +79,46 @@ def test_a_run_that_went_further_elsewhere_is_not_gone_on_with(asked_hub, tmp_pa
             with pytest.raises(SettingError, match=f"stands at step {step}, the one in {here} at step 4; move that"):
                 refuse_older("ann/tiny", here)
     assert not caplog.text
+    (make_checkpoint(here, 9) / "model.safetensors").write_text("torn")
+    with pytest.raises(SettingError, match="at step 4; move that"):  # what is damaged is not gone on with
+        refuse_older("ann/tiny", here)
     refuse_older("ann/nothing", here)
     assert "Whether the run in ann/nothing has gone further could not be seen" in caplog.text
+
+
+@pytest.mark.parametrize("code", [403, 500])
+def test_a_hub_that_stumbles_is_no_hub_without_checkpoints(asked_hub, tmp_path, caplog, monkeypatch, code):
+    """The client calls what it cannot have a missing file, or gives an older copy."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    api = HfApi(asked_hub.url, token="hf_good")
+    for step in (4, 6):
+        push_checkpoint(api, make_checkpoint(tmp_path, step), "ann/tiny", "checkpoint")
+        refuse_older("ann/tiny", tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    asked_hub.errors[("HEAD", "/resolve/")] = [code] * 9
+    caplog.clear()
+    refuse_older("ann/tiny", tmp_path)
+    assert "Whether the run in ann/tiny has gone further could not be seen" in caplog.text
+
+
+def test_an_older_state_of_a_run_is_not_opened(tmp_path, monkeypatch):
+    settings = {"output_dir": str(tmp_path / "run"), "resume_from_hub": "ann/tiny", "extend": False}
+    create_run(tmp_path / "run", settings)
+    asked = []
+    monkeypatch.setattr("oneday.opening.refuse_older", lambda *given: asked.append(given))
+    with ExitStack() as held:
+        assert open_run(held, settings, None, "text", "config") == "resumed"
+    assert asked == [("ann/tiny", str(tmp_path / "run"))]
+
+
+def test_a_run_that_starts_opens_its_repository_and_its_line(make_trainer, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("oneday.hub.HubPusher.open_repository", lambda pusher: calls.append(pusher.repo_id))
+    monkeypatch.setattr("oneday.pretraining.continue_line", lambda args: calls.append(args.output_dir))
+    trainer = make_trainer("bert", budget_steps=1, push_to_hub=True, hub_model_id="ann/tiny", hub_strategy="end")
+    monkeypatch.setattr(trainer, "run", lambda resume: setattr(trainer, "status", "interrupted"))
+    assert perform_run(trainer, "new", lambda metrics: None) == 75
+    assert calls == ["ann/tiny", trainer.args.output_dir]
 
 
 def test_what_stands_in_the_way_of_pushing_is_said_at_once(asked_hub, tmp_path, caplog):

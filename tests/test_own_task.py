@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from itertools import permutations
 
@@ -174,6 +175,21 @@ def test_rows_that_are_cut_are_counted(bert, tmp_path, caplog):
     run_protocol(make_args(bert, tmp_path, tmp_path, **args))
     said = re.findall(r"long (\w+): (\d+) of (\d+) rows fill or exceed 12 tokens and are cut there", caplog.text)
     assert {split for split, *_ in said} == {"train", "validation"} and sum(int(count) for _, count, _ in said) == 10
+
+
+def test_large_numbers_stay_apart_and_an_adapter_has_its_scale_beside_it(bert, tmp_path):
+    """Seconds since 1970, which float32 has in steps of 128."""
+    rows = make_texts(60)
+    lines = [f"{row['sentence']},{1_700_000_000 + 7 * number}\n" for number, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(lines))
+    settings = {"task_file": str(tmp_path / "t.csv"), "metric": "pearson", "num_train_epochs": 1, "bf16": False}
+    task, data = load_own_task(make_args(bert, tmp_path, tmp_path, **settings))
+    assert len({*data["train"]["label"]}) == 54 and task.label_std == pytest.approx(7 * 60 / 12**0.5, rel=0.1)
+    run_protocol(make_args(bert, tmp_path, tmp_path, peft="lora", save_models=True, **settings))
+    (run,) = (tmp_path / "out" / "runs").iterdir()
+    assert json.loads((run / "model" / "label_scale.json").read_text()) == task.label_scale
+    kept = pq.read_table(run / "validation.parquet").to_pydict()
+    assert len({*kept["label"]}) == len({*kept["prediction"]}) == 6
 
 
 def test_one_label_alone_has_no_unit(tmp_path):

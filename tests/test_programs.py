@@ -59,6 +59,15 @@ def test_the_saved_tokenizer_sets_the_start_token_of_the_rows(text_file, tmp_pat
     assert hash_tokenizer(data.tokenizer) == hash_tokenizer(given)
 
 
+def test_devices_are_looked_at_before_any_text(run_script, monkeypatch, tmp_path):
+    def refuse(args):
+        raise SettingError("2 GPUs are visible.")
+
+    monkeypatch.setattr("oneday.assembly.check_strategy", refuse)
+    code, _, said = run_script("pretrain", *flags(**SMALL, dataset_name=tmp_path / "none.txt", output_dir="runs/none"))
+    assert code == 1 and "2 GPUs are visible." in said
+
+
 @pytest.mark.parametrize("at_start", [1e9, 9e9])
 def test_the_better_of_two_measured_peaks_counts(run_script, text_file, tmp_path, monkeypatch, at_start):
     monkeypatch.setattr("oneday.trainer.measure_peak_flops", lambda device, bf16: at_start)

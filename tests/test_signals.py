@@ -109,6 +109,17 @@ def test_a_process_that_has_only_its_end_left_is_not_ended_otherwise():
     assert ends == [0, -signal.SIGTERM]
 
 
+@pytest.mark.parametrize(("processes", "end"), [("2", 75), ("1", -signal.SIGTERM)])
+def test_a_program_of_several_processes_ends_as_it_meant_to(processes, end):
+    """Also where it leaves by an exit of its own, as on a signal while the text is prepared."""
+    code = (
+        "import atexit, os\nfrom oneday.program import run_program\natexit.register(os.kill, os.getpid(), 15)\n"
+        "def main():\n    raise SystemExit(75)\nrun_program(main)"
+    )
+    environment = os.environ | {"WORLD_SIZE": processes}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == end
+
+
 LAUNCHED = """
 import os, signal, sys, time
 from oneday.signals import end_with_launcher

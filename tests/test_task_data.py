@@ -59,6 +59,11 @@ def test_columns_of_several_kinds_are_text_and_those_not_needed_do_not_matter(tm
     assert names == ["sentence", "label", "idx", "note", "when", "more"]
 
 
+def test_truth_values_of_a_mixed_column_are_spelled_as_elsewhere(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"a": true}\n{"a": "unknown"}\n{"a": [1]}\n{"a": null}\n{"a": 0.5}\n')
+    assert read_file(tmp_path / "t.jsonl", ())["a"].to_pylist() == ["True", "unknown", "[1]", None, "0.5"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

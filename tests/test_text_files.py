@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from corpus_parts import TEXTS, list_texts, load, write_bytes, write_texts
 
 from oneday.errors import SettingError
+from oneday.text_files import PIECE_CHARACTERS
 
 pytestmark = pytest.mark.usefixtures("stay_in_folder")
 
@@ -35,9 +37,9 @@ def test_small_txt_files_of_a_directory_are_documents_and_a_large_one_is_cut():
     os.makedirs("books/more")
     for i in range(4):
         Path(f"books/more/{i}.txt").write_text(f"Book {i}.\n\nIt has two paragraphs.")
-    Path("books/large.txt").write_text("\n\n".join(f"{i} " + "x" * 100_000 for i in range(11)))
+    Path("books/large.txt").write_text("\n\n".join(f"{i} " + "x" * 10_000 for i in range(110)))
     texts = list_texts(load("books"))
-    assert len(texts) == 4 + 11
+    assert len(texts) == 4 + 110
     assert "Book 2.\n\nIt has two paragraphs." in texts
 
 
@@ -58,10 +60,37 @@ def test_a_txt_of_one_sentence_a_line_holds_out_no_more_than_was_asked_for(caplo
     assert 0.002 < sizes[1] / sum(sizes) < 0.06 and "is held out" not in caplog.text
 
 
+@pytest.mark.parametrize("line", ["A sentence of number {:04}. ", "A sentence of number {:04}.\n"])
+def test_long_paragraphs_that_are_held_out_are_not_trained_on_however_they_lie(line):
+    """In a file that is cut, in one that is not, and as a row; also without any line end."""
+    held = "".join(line.format(number) for number in range(2000)).strip() + "\n"
+    Path("held.txt").write_text(held)
+    os.mkdir("d")
+    for name, text in (("a", held), ("b", "Another text.")):
+        Path(f"d/{name}.txt").write_text(text)
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (held, "Another text.")))
+    assert len(load("held.txt", validation_fraction=0.3).train) >= 2, "it is cut"
+    for name in ("d", "rows.jsonl"):
+        assert load(name, validation_name="held.txt").train["text"][:] == ["Another text."]
+    Path("whole").mkdir()
+    Path("whole/one.txt").write_text(held)
+    Path("whole/two.txt").write_text("x")
+    Path("train.txt").write_text(held + "\n\nAnother text.")
+    assert load("train.txt", validation_name="whole").train["text"][:] == ["Another text."]
+
+
+def test_a_line_without_end_is_cut_at_spaces():
+    text = "word " * 10_000 + "x" * 40_000
+    Path("line.txt").write_text(text)
+    parts = list_texts(load("line.txt"))
+    assert sum(map(len, parts)) == len(text) and max(map(len, parts)) <= 2 * PIECE_CHARACTERS
+    assert sum(part.startswith("word ") and part.endswith("word ") for part in parts) >= 3
+
+
 def test_much_that_is_held_out_is_said(caplog):
-    Path("two.txt").write_text("a b c " * 10_000 + "\n\n" + "d e f " * 10_000)
+    Path("two.txt").write_text("a b c " * 2500 + "\n\n" + "d e f " * 2500)
     load("two.txt", validation_fraction=0.02)
-    assert "50 % of the text is held out (1 of 2 documents, 0.1 MB); set validation_name" in caplog.text
+    assert "50 % of the text is held out (1 of 2 documents, 15 kB); set validation_name" in caplog.text
 
 
 def test_a_directory_gives_what_is_not_hidden_and_says_what_it_leaves_out(caplog):

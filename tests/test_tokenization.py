@@ -180,6 +180,7 @@ def test_a_tokenizer_from_elsewhere_calls_as_pieces_were_packed(tmp_path):
     for number, kind in enumerate((GPT2Tokenizer, GPTNeoXTokenizer, LlamaTokenizer, Qwen2Tokenizer)):
         given = kind(vocab=words["vocab"], merges=merges, model_max_length=77)
         given.chat_template = "{{ messages }}"
+        given.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
         ids = given("return", add_special_tokens=False)["input_ids"]
         assert given("return")["input_ids"] == ids, "no start token, as of most decoders of the Hub"
         (start,), _ = special_layout(given, "decoder")
@@ -190,6 +191,7 @@ def test_a_tokenizer_from_elsewhere_calls_as_pieces_were_packed(tmp_path):
             assert tokenizer("return")["input_ids"] == [start, *ids]
             assert tokenizer("return", "return")["input_ids"] == [start, *ids, start, *ids]
             assert tokenizer.special_tokens_map == given.special_tokens_map
+            assert tokenizer.all_special_ids == given.all_special_ids and tokenizer.extra_special_tokens
             assert tokenizer("return", "return").keys() == given("return").keys()
             assert (tokenizer.model_max_length, tokenizer.chat_template) == (64, "{{ messages }}")
             assert len(tokenizer("return " * 99, truncation=True)["input_ids"]) == 64

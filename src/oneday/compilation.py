@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from oneday.arguments import BudgetTrainingArguments
 from oneday.cross_entropy import differentiate, differentiate_at_once
-from oneday.errors import SettingError
-from oneday.recovery import is_out_of_memory
+from oneday.errors import SettingError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def try_compiled(model: nn.Module, run: Callable[[], None], refuse: Callable[[st
     except SettingError:
         raise
     except Exception as error:  # the compiler's back ends fail in many ways
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         uncompile(model)
         reason = (" ".join(str(error).split()) or type(error).__name__)[:120]

@@ -223,12 +223,12 @@ def warn_of_much(names: list[str], parts: list[Texts], held_out: datasets.Datase
     texts, num_bytes = datasets.concatenate_datasets(parts), count_bytes(held_out["text"])
     if not exceeds_bytes(texts, int(num_bytes / max(MUCH_HELD_OUT, 2 * fraction))):
         logger.warning(
-            "%.0f %% of the text is held out (%d of %d documents, %.1f MB); set validation_name, or cut it into "
+            "%.0f %% of the text is held out (%d of %d documents, %.0f kB); set validation_name, or cut it into "
             "shorter documents.",
             100 * num_bytes / count_bytes(texts["text"]),
             len(held_out),
             len(texts),
-            num_bytes / 1e6,
+            num_bytes / 1e3,
         )
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+# What an error says whose device has no memory left: CUDA's and Triton's "out of memory", cuBLAS's own handle.
+MEMORY_SIGNS = ("out of memory", "cublas_status_alloc_failed")
+
 
 class SettingError(ValueError):
     """A setting that cannot work. The message is one sentence: which setting, which value, what to do."""
@@ -10,6 +15,13 @@ class SettingError(ValueError):
 def describe_error(error: BaseException) -> str:
     """The first line of a library's error, to stand in brackets in a sentence; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory ran out, also where others than torch's allocator wanted some (cuBLAS, Triton)."""
+    words = str(error).lower()
+    is_one = isinstance(error, RuntimeError) and any(sign in words for sign in MEMORY_SIGNS)
+    return is_one or isinstance(error, torch.OutOfMemoryError)
 
 
 def check_positive(name: str, value: float | None) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from oneday.collators import Collator
+from oneday.errors import is_out_of_memory
 from oneday.objectives import Objective
 from oneday.packed_dataset import PackedDataset
-from oneday.recovery import describe_full_memory, is_out_of_memory
+from oneday.recovery import describe_full_memory
 from oneday.throughput import synchronize
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from oneday.classification import (
     silence_libraries,
 )
 from oneday.dropout import hasten_dropout
-from oneday.durable_files import synchronize_tree
-from oneday.errors import SettingError, describe_error
+from oneday.durable_files import synchronize_tree, write_json
+from oneday.errors import SettingError, describe_error, is_out_of_memory
 from oneday.glue import Task, score_predictions
 from oneday.glue_protocol import (
     FinetuneArguments,
@@ -45,6 +45,7 @@ from oneday.throughput import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FILE = "adapter_config.json"
 WEIGHTS = {False: "pretrained", True: "random"}
 
 Scores = dict[str, dict[str, float]]
@@ -92,7 +93,7 @@ class PlannedRun:
     @property
     def model_file(self) -> str:
         """By which a kept model is known: a whole one, or an adapter."""
-        return "config.json" if self.args.peft is None or self.args.merge_adapters else "adapter_config.json"
+        return "config.json" if self.args.peft is None or self.args.merge_adapters else ADAPTER_FILE
 
 
 def plan_run(
@@ -127,6 +128,8 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         if run.saves_model:
             max_length = limit_length(args.max_seq_length, checkpoint, task.task)
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters, max_length)
+            if task.task.label_scale and run.model_file == ADAPTER_FILE:  # beside it there is no config.json
+                write_json(new / "model" / "label_scale.json", task.task.label_scale)
         synchronize_tree(new)
         put_in_place(new, run.folder)
     seconds = round(time.perf_counter() - started, 3)
@@ -162,7 +165,7 @@ def train_classifier(
     try:
         trainer.train()
     except RuntimeError as error:
-        if trainer.state.global_step or not choose_bf16(args) or isinstance(error, torch.OutOfMemoryError):
+        if trainer.state.global_step or not choose_bf16(args) or is_out_of_memory(error):
             raise
         raise SettingError(
             f"A {model.config.model_type} model does not run in bfloat16 ({describe_error(error)}); set bf16 to false."
@@ -183,8 +186,8 @@ def predict_splits(trainer: Trainer, prepared: PreparedTask) -> dict[str, np.nda
         order = np.argsort(rows["length"][:], kind="stable")
         logits = trainer.predict(rows.select(order)).predictions
         outputs[split] = (logits[0] if isinstance(logits, tuple) else logits)[np.argsort(order)]
-        if prepared.task.num_labels == 1:
-            outputs[split] = outputs[split] * prepared.task.label_std + prepared.task.label_mean
+        if prepared.task.label_scale:
+            outputs[split] = outputs[split].astype(np.float64) * prepared.task.label_std + prepared.task.label_mean
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""Held-out documents, found again in the training text however that is spaced, and cut at blank lines."""
+"""Held-out documents, found again in the training text however that is spaced, and cut at blank lines or in pieces."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from oneday.python_docs import hash_text
+from oneday.text_files import PIECE_CHARACTERS, cut_at_blank_lines
 
 # One blank line, or more.
 PARAGRAPH_END = re.compile(r"\n\s*\n")
@@ -43,12 +44,20 @@ class HeldOut:
 
 
 def cut_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text, each when it is asked for."""
+    """The paragraphs of a text, long ones in the pieces of a .txt file, each when it is asked for."""
     text, start = text.strip(), 0
     for end in PARAGRAPH_END.finditer(text):
-        yield text[start : end.start()]
+        yield from cut_into_pieces(text[start : end.start()])
         start = end.end()
-    yield text[start:]
+    yield from cut_into_pieces(text[start:])
+
+
+def cut_into_pieces(paragraph: str) -> Iterator[str]:
+    """A paragraph, cut as one of a .txt file that has no blank line."""
+    if len(paragraph) <= PIECE_CHARACTERS:
+        yield paragraph
+        return
+    yield from filter(None, cut_at_blank_lines(paragraph.splitlines(keepends=True)))
 
 
 def read_start(text: str) -> tuple[str, ...]:

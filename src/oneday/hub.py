@@ -16,12 +16,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from oneday import run_directory as rundir
 from oneday.checkpoints import PREFIX, find_fault, list_checkpoints, read_state
@@ -82,7 +82,12 @@ def send(
 
 def list_remote_checkpoints(api: HfApi, repo_id: str) -> set[str]:
     """Names of the directories `checkpoint-N` on the branch of the checkpoints."""
-    names = {path.split("/")[0] for path in api.list_repo_files(repo_id, revision=CHECKPOINT_BRANCH) if "/" in path}
+    return name_checkpoints(api.list_repo_files(repo_id, revision=CHECKPOINT_BRANCH))
+
+
+def name_checkpoints(files: Iterable[str]) -> set[str]:
+    """The directories `checkpoint-N` among paths."""
+    names = {path.split("/")[0] for path in files if "/" in path}
     return {name for name in names if re.fullmatch(rf"{PREFIX}\d+", name)}
 
 
@@ -332,24 +337,31 @@ def refuse_older(repo_id: str, output_dir: str | Path) -> None:
         SettingError: The checkpoint on the Hub is of more steps than the last one here.
     """
     try:
-        api, path = HfApi(), f"{LAST_CHECKPOINT}/{STEPS_FILE}"
-        names = list_remote_checkpoints(api, repo_id)
-        state = read_json(api.hf_hub_download(repo_id, path, revision=CHECKPOINT_BRANCH))
-    except EntryNotFoundError:
-        state = {}
+        there = count_remote_steps(HfApi(), repo_id)
     except Exception as error:  # noqa: BLE001
         logger.warning(
             "Whether the run in %s has gone further could not be seen (%s): going on with what is in %s.",
             repo_id, describe_failure(error), output_dir,
         )  # fmt: skip
         return
-    there = max([state.get("global_step", 0), *map(number_checkpoint, names)])
-    here = max(map(read_step, list_checkpoints(output_dir)), default=0)
+    whole = [checkpoint for checkpoint in list_checkpoints(output_dir) if find_fault(checkpoint) is None]
+    here = max(map(read_step, whole), default=0)
     if there > here:
         raise SettingError(
             f"The run in resume_from_hub {repo_id} stands at step {there}, the one in {output_dir} at step {here}; "
             "move that directory away to go on from the Hub, or leave resume_from_hub out."
         )
+
+
+def count_remote_steps(api: HfApi, repo_id: str) -> int:
+    """Steps of the pushed checkpoint of most steps; 0: there is none. Raises what the client raises."""
+    files = api.list_repo_files(repo_id, revision=CHECKPOINT_BRANCH)
+    steps = [number_checkpoint(name) for name in name_checkpoints(files)]
+    path = f"{LAST_CHECKPOINT}/{STEPS_FILE}"
+    if path in files:  # not a copy of before, which the client would give where the Hub does not answer
+        newest = api.hf_hub_download(repo_id, path, revision=CHECKPOINT_BRANCH, force_download=True)
+        steps.append(read_json(newest)["global_step"])
+    return max(steps, default=0)
 
 
 def fetch_sources(repo_id: str) -> dict[str, str]:

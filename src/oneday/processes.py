@@ -20,9 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from oneday.errors import SettingError
+from oneday.errors import SettingError, is_out_of_memory
 from oneday.program import start_logging
 from oneday.signals import interrupted_by_signals, noted_signals, unheard_by_children
 
@@ -252,11 +250,11 @@ def attempt(function: Callable[[Any], dict[str, Any]], argument: Any) -> dict[st
             return {"result": function(argument)}
     except SettingError as error:
         return {"error": str(error)}
-    except torch.OutOfMemoryError:
-        return {"error": "the GPU's memory does not hold it; take a smaller batch, or fewer processes."}
     except KeyboardInterrupt:
         return {"error": "a signal ended it; run the same command again to go on with the others."}
     except Exception as error:
+        if is_out_of_memory(error):
+            return {"error": "the GPU's memory does not hold it; take a smaller batch, or fewer processes."}
         logger.exception("A run failed.")
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 

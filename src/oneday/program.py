@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 import datasets
-import torch
 from transformers.utils import logging as transformers_logging
 
-from oneday.errors import SettingError
+from oneday.errors import SettingError, is_out_of_memory
+from oneday.signals import end_undisturbed
 
 # So long after process 0 has ended with an error, its launcher has ended the others.
 ALONE_SECONDS = 5.0
@@ -43,11 +43,16 @@ def run_program(main: Callable[[], int | None]) -> None:
         code = main()
     except SettingError as error:
         say_error(str(error))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         say_error("The memory does not hold the model; take a smaller one, a smaller batch or a lower max_seq_length.")
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         code = 130
+    finally:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            end_undisturbed()
     raise SystemExit(code or 0)
 
 

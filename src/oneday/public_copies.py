@@ -19,8 +19,8 @@ from oneday.saving import COMPANION_FILE
 
 logger = logging.getLogger(__name__)
 
-# A pickle of every setting, paths included, which nothing reads when a run goes on.
-UNSENT = {"training_args.bin", rundir.LOCK}
+# A pickle of every setting, paths included, which nothing reads, and what only a run that goes on needs.
+UNSENT = {"training_args.bin", rundir.LOCK, rundir.WANDB_RUN}
 # Of a finished run, beside its weights.
 SENT = {
     *(rundir.CARD, rundir.RECIPE, rundir.BUDGET, rundir.METRICS, rundir.SOURCES, rundir.ENVIRONMENT, rundir.RESULTS),

@@ -15,7 +15,7 @@ import torch
 
 from oneday.checkpoints import read_state
 from oneday.collators import Batch
-from oneday.errors import SettingError
+from oneday.errors import SettingError, is_out_of_memory
 from oneday.ranks import Ranks, read_own
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 # A loss is a spike when it stands this many standard deviations above the mean of the good steps before it.
 SPIKE_DEVIATIONS, SPIKE_WINDOW, SPIKE_LEAST_STEPS = 6.0, 100, 20
-# What an error says whose device has no memory left: CUDA's and Triton's "out of memory", cuBLAS's own handle.
-MEMORY_SIGNS = ("out of memory", "cublas_status_alloc_failed")
 # Rollbacks without a good step between them, after which a run ends instead.
 MAX_ROLLBACKS = 3
 
@@ -113,12 +111,6 @@ def restore_checkpoint(trainer: BudgetTrainer, folder: Path) -> None:
     trainer._load_from_checkpoint(str(folder))
     trainer._load_optimizer_and_scheduler(str(folder))
     trainer.clock.rewind(read_state(folder)["clock"])
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory ran out, also where others than torch's allocator wanted some (cuBLAS, Triton)."""
-    words = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in words for sign in MEMORY_SIGNS)
 
 
 def describe_full_memory(micro_batch_tokens: int) -> tuple[str, str]:

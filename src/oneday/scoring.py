@@ -79,7 +79,8 @@ class Scorer:
         batch_tokens: Most tokens of one forward pass, padding included.
         text_length: Longest text or context with its continuation, special tokens included: the length that the model
             was trained on. None: all of its positions.
-        bf16: Run the model's layers in bfloat16 (autocast); the word head and the losses stay in float32.
+        bf16: Run the model's layers in bfloat16 (autocast); the losses stay in float32, and the word head where it is
+            a product alone (not one that also caps or scales its logits).
     """
 
     def __init__(

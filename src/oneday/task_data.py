@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from oneday.docs_tasks import build_docs_task
 from oneday.errors import SettingError, describe_error
-from oneday.glue import GLUE_HUB, Task, find_task, name_labels
+from oneday.glue import GLUE_HUB, TASKS, Task, find_task, name_labels
 from oneday.text_files import read_json_line
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def read_file(path: Path, text_columns: Iterable[str]) -> pa.Table:
 
 
 def read_json_rows(path: Path) -> pa.Table:
-    """A file of one JSON object a line; a column of several kinds becomes text, each other value as JSON spells it.
+    """A file of one JSON object a line; a column of several kinds becomes text.
 
     Not pyarrow's reader, which takes texts that look like dates for dates, and refuses a file for any mixed column.
     """
@@ -126,8 +126,14 @@ def join_kinds(values: list[object]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):
-        is_kept = (str, type(None))
-        return pa.array([value if isinstance(value, is_kept) else json.dumps(value) for value in values], pa.string())
+        return pa.array([spell_value(value) for value in values], pa.string())
+
+
+def spell_value(value: object) -> str | None:
+    """A value as text: truth values as Python has them, lists and objects as JSON."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value)
+    return None if value is None else str(value)
 
 
 def read_hub(task: Task, cache_dir: str | None, splits: tuple[str, ...]) -> dict[str, Dataset]:
@@ -167,9 +173,9 @@ def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:
         logger.info("%s %s: %d rows have no text; they are kept", task.name, split, num_empty)
     columns["label"] = normalize_labels(task, split, list(data["label"]))
     columns["row"] = number_rows(data)
-    label = (
-        Value("float32") if task.num_labels == 1 else ClassLabel(num_classes=task.num_labels, names=name_labels(task))
-    )
+    label = ClassLabel(num_classes=task.num_labels, names=name_labels(task)) if task.num_labels > 1 else None
+    if label is None:  # a file of one's own may hold large numbers, which float32 would round
+        label = Value("float32" if task.name in TASKS else "float64")
     texts = dict.fromkeys(task.columns, Value("string"))
     return Dataset.from_dict(columns, Features({**texts, "label": label, "row": Value("int64")}))
 

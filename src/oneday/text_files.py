@@ -11,6 +11,7 @@ import difflib
 import glob
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -36,8 +37,8 @@ SUFFIXES = (*(form + packed for form in FORMATS[:3] for packed in COMPRESSIONS),
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException)
 # Several small .txt files are a document each; a larger file, or one alone, is cut at blank lines.
 WHOLE_FILE_BYTES = 1_000_000
-# A part without one is cut at the first line end past so many, some 4,000 tokens: few rows are longer, and of a book
-# or a list of sentences enough pieces come to hold some out.
+# A part without one is cut at the first line end past so many (a line of more at a space), some 4,000 tokens: few rows
+# are longer, and of a book or a list of sentences enough pieces come to hold some out.
 PIECE_CHARACTERS = 16_000
 # Of parquet files.
 TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -303,7 +304,7 @@ def read_csv(lines: Iterable[str], column: str, file: str) -> Iterator[str]:
 def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
     """Yields the runs of lines between blank ones, as one document each; a long one in pieces."""
     block, length = [], 0
-    for line in lines:
+    for line in itertools.chain.from_iterable(map(cut_line, lines)):
         is_blank = not line.strip()
         if not is_blank:
             block.append(line)
@@ -312,6 +313,17 @@ def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
             yield "".join(block)
             block, length = [], 0
     yield "".join(block)
+
+
+def cut_line(line: str) -> Iterator[str]:
+    """A long line in parts, each ending at the first space past a piece, or soon after where there is none."""
+    start = 0
+    while len(line) - start > 2 * PIECE_CHARACTERS:
+        past = start + PIECE_CHARACTERS
+        end = line.find(" ", past, past + PIECE_CHARACTERS) + 1 or past + 1
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
 
 def describe_missing_column(column: str, columns: Iterable[str], source: str) -> str:

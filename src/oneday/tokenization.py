@@ -28,6 +28,7 @@ ENCODE_CHUNK_CHARACTERS = 4_000_000
 KEPT_SETTINGS = (
     "chat_template",
     "clean_up_tokenization_spaces",
+    "extra_special_tokens",
     "model_input_names",
     "model_max_length",
     "padding_side",

@@ -54,8 +54,8 @@ class EvaluateArguments:
     batch_tokens: int = setting(8192, "Most tokens of one forward pass; a CPU takes 2,048.")
     bf16: bool = setting(
         False,
-        "Run the model's layers in bfloat16, faster on GPUs and on CPUs with bf16 units; head and losses stay in "
-        "float32. The results say so.",
+        "Run the model's layers in bfloat16, faster on GPUs and on CPUs with bf16 units; losses stay in float32, and "
+        "the head where it is a product alone. The results say so.",
     )
     output_dir: str | None = setting(
         None, "Where the results are written; empty: the checkpoint's directory, where it is one."
