@@ -224,14 +224,6 @@ class SlowDisk(TrainerCallback):
         self.trainer.checkpoint_seconds = 1e6 if state.global_step < 5 else 0.0
 
 
-def test_a_checkpoint_that_did_not_fit_at_the_plateaus_end_is_not_made_later(make_trainer):
-    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 7}
-    trainer = make_trainer("bert", budget_steps=8, **settings)
-    trainer.add_callback(SlowDisk(trainer))
-    folder = finish(trainer, settings | {"budget_steps": 8})
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-7"] and not list_kept(folder)
-
-
 class LatePlateau(TrainerCallback):
     """The end of the plateau is met when most of the cool-down is over, as after many bad steps."""
 
@@ -242,9 +234,11 @@ class LatePlateau(TrainerCallback):
         self.trainer.plateau_end = 2.0 if state.global_step < 5 else 0.5
 
 
-def test_a_checkpoint_of_a_rate_that_has_fallen_is_none_to_extend_from(make_trainer):
-    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": 6}
+@pytest.mark.parametrize(("callback", "save_steps"), [(SlowDisk, 7), (LatePlateau, 6)])
+def test_a_checkpoint_of_a_rate_that_has_fallen_is_none_to_extend_from(make_trainer, callback, save_steps):
+    """One that did not fit at the plateau's end is not made later."""
+    settings = {"lr_shape": "trapezoid", "decay_fraction": 0.5, "save_steps": save_steps}
     trainer = make_trainer("bert", budget_steps=8, **settings)
-    trainer.add_callback(LatePlateau(trainer))
+    trainer.add_callback(callback(trainer))
     folder = finish(trainer, settings | {"budget_steps": 8})
-    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6"] and not list_kept(folder)
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{save_steps}"] and not list_kept(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from classifiers import make_args
 from conftest import ROOT
@@ -59,3 +61,14 @@ def test_new_names_of_classes_are_another_run(bert, tmp_path):
         checkpoint = load_checkpoint(bert)
         keys.append(hash_run(checkpoint, prepare_task(str(args.task_file), args, checkpoint), args, 0, False))
     assert keys[0] != keys[1], "a kept model says what its classes are called"
+
+
+def test_labels_learnt_in_another_unit_are_another_run(bert, tmp_path):
+    """As those were that ran before labels were scaled."""
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"film {year},{year}\n" for year in range(1990, 2010)))
+    settings = {"task_file": str(tmp_path / "mine.csv"), "metric": "pearson"}
+    args, checkpoint = complete_arguments(make_args(bert, tmp_path, tmp_path, **settings)), load_checkpoint(bert)
+    scaled = prepare_task(str(args.task_file), args, checkpoint)
+    plain = dataclasses.replace(scaled, task=dataclasses.replace(scaled.task, label_mean=0.0, label_std=1.0))
+    assert scaled.task.label_scale and not plain.task.label_scale
+    assert len({hash_run(checkpoint, task, args, 0, False) for task in (scaled, plain)}) == 2

@@ -13,6 +13,7 @@ from corpus_parts import TEXTS, list_texts, load, stream_of, write_texts
 from oneday.arguments import DataArguments
 from oneday.corpus import count_bytes, drop_held_out, hold_out_of_stream, keep_bytes
 from oneday.errors import SettingError
+from oneday.held_out import HeldOut
 from oneday.python_docs import hash_text
 
 pytestmark = pytest.mark.usefixtures("stay_in_folder")
@@ -162,6 +163,16 @@ def test_one_large_document_does_not_end_what_is_held_out():
     kept = keep_bytes(texts, 2000)["text"]
     assert book not in kept and 1900 < count_bytes(kept) <= 2000
     assert len(keep_bytes(datasets.Dataset.from_dict({"text": ["a" * 50, "b" * 60]}), 10)) == 1
+
+
+def test_a_blank_text_is_not_held_out():
+    for by_paragraph in (False, True):
+        held_out = HeldOut(["one text\n\nof two parts"], by_paragraph)
+        assert (
+            "of two parts" not in HeldOut(["one text"], by_paragraph)
+            and "" not in held_out
+            and " \n\n" not in held_out
+        )
 
 
 def test_what_does_not_fit_ends_what_is_held_out():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,20 @@ def test_devices_are_looked_at_before_any_text(run_script, monkeypatch, tmp_path
     monkeypatch.setattr("oneday.assembly.check_strategy", refuse)
     code, _, said = run_script("pretrain", *flags(**SMALL, dataset_name=tmp_path / "none.txt", output_dir="runs/none"))
     assert code == 1 and "2 GPUs are visible." in said
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_processes_beside_the_first_close_undisturbed(run_script, monkeypatch, tmp_path, is_first):
+    """Their exit code is not changed by what ends them because the first has ended; that is still to be stopped."""
+    calls = []
+    ranks = SimpleNamespace(is_first=is_first, lead=lambda run: "new", close=lambda: calls.append("close"))
+    parts = SimpleNamespace(ranks=ranks, model_fingerprint=""), SimpleNamespace(fingerprint="")
+    monkeypatch.setattr("oneday.assembly.check_settings", lambda *given: None)
+    monkeypatch.setattr("oneday.assembly.assemble_trainer", lambda *given: parts)
+    monkeypatch.setattr("oneday.pretraining.perform_run", lambda *given: 75)
+    monkeypatch.setattr("oneday.signals.end_undisturbed", lambda: calls.append("undisturbed"))
+    assert run_script("pretrain", "--output_dir", tmp_path / "run")[0] == 75
+    assert calls == (["close"] if is_first else ["undisturbed", "close"])
 
 
 @pytest.mark.parametrize("at_start", [1e9, 9e9])

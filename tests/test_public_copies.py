@@ -65,7 +65,8 @@ def test_only_a_runs_own_files_are_sent(tmp_path, caplog):
     (run / "glue").mkdir(parents=True)
     sent.mkdir()
     ours = ["README.md", "config.json", "model-00001-of-00002.safetensors", "recipe.yaml", "tokenizer.json"]
-    for name in [*ours, "nohup.out", "train.log", "keys.json", ".lock", "training_args.bin", "glue/glue_results.json"]:
+    unsent = [".lock", "training_args.bin", "wandb_run.json"]
+    for name in [*ours, "nohup.out", "train.log", "keys.json", *unsent, "glue/glue_results.json"]:
         (run / name).write_text("{}")
     stage_model(run, sent)
     assert sorted(str(path.relative_to(sent)) for path in sent.rglob("*") if path.is_file()) == sorted(

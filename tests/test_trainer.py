@@ -314,7 +314,12 @@ def test_compiled_passes_are_of_one_size_while_the_batch_grows(micro, processes,
     assert shared == {within_memory}
 
 
-def test_passes_that_many_processes_make_small_are_said(caplog):
+def test_passes_that_many_processes_make_small_are_said(caplog, make_trainer, monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("oneday.steps.say_small_passes", lambda args, row_length: asked.append(row_length))
+        make_trainer("bert", budget_steps=1)
+    assert asked == [ROW_LENGTH]
     caplog.set_level("INFO")
     args = {"micro_batch_tokens": 65_536, "batch_size_tokens_start": 131_072, "process_index": 0}
     for processes, is_compiled in ((1, True), (8, False), (8, True)):

@@ -22,7 +22,6 @@ from oneday.classification import (
     Checkpoint,
     PreparedTask,
     build_classifier,
-    limit_length,
     pad_batch,
     silence_libraries,
 )
@@ -126,7 +125,7 @@ def measure_run(checkpoint: Checkpoint, run: PlannedRun) -> dict:
         shutil.rmtree(new, ignore_errors=True)
         write_predictions(new, task, logits)
         if run.saves_model:
-            max_length = limit_length(args.max_seq_length, checkpoint, task.task)
+            max_length = min(args.max_seq_length, checkpoint.num_positions or args.max_seq_length)
             save_classifier(trainer.model, checkpoint.tokenizer, new / "model", args.merge_adapters, max_length)
             if task.task.label_scale and run.model_file == ADAPTER_FILE:  # beside it there is no config.json
                 write_json(new / "model" / "label_scale.json", task.task.label_scale)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Each graph holds the gradients of all parameters: 4 bytes each.
 MAX_PARAMETERS = 150_000_000
 MAX_GRAPHS = 12
-# Free memory, in bytes of the gradients, without which no further graph is captured.
+# So many times the bytes of the gradients must be free for a further graph.
 ROOM = 3
 
 
@@ -60,8 +60,8 @@ class GraphedLoss:
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """The loss of a batch, with its gradient as autograd's."""
         shapes = tuple((name, tensor.dtype, *tensor.shape) for name, tensor in inputs.items())
-        is_known = shapes not in self.seen or shapes in self.graphs
-        if self.is_possible and not is_known and len(self.graphs) < MAX_GRAPHS and self.has_room():
+        is_due = shapes in self.seen and shapes not in self.graphs
+        if self.is_possible and is_due and len(self.graphs) < MAX_GRAPHS and self.has_room():
             self.capture(shapes, inputs)
         self.seen.add(shapes)
         graph = self.graphs.get(shapes)

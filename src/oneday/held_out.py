@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import io
 from collections.abc import Iterable, Iterator
 
 from oneday.python_docs import hash_text
-from oneday.text_files import PIECE_CHARACTERS, cut_at_blank_lines
+from oneday.text_files import cut_at_blank_lines
 
-# One blank line, or more.
-PARAGRAPH_END = re.compile(r"\n\s*\n")
 # Words that a text must begin with before it is read through.
 START_WORDS = 8
 
@@ -32,7 +30,7 @@ class HeldOut:
 
     def __contains__(self, text: str) -> bool:
         """Whether all of a document is held out: as one, or paragraph by paragraph."""
-        return self.knows(text) or all(map(self.knows, cut_paragraphs(text)))
+        return self.knows(text) or (bool(text.strip()) and all(map(self.knows, cut_paragraphs(text))))
 
     def holds_some(self, text: str) -> bool:
         """Whether a paragraph of a document is held out."""
@@ -44,20 +42,8 @@ class HeldOut:
 
 
 def cut_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text, long ones in the pieces of a .txt file, each when it is asked for."""
-    text, start = text.strip(), 0
-    for end in PARAGRAPH_END.finditer(text):
-        yield from cut_into_pieces(text[start : end.start()])
-        start = end.end()
-    yield from cut_into_pieces(text[start:])
-
-
-def cut_into_pieces(paragraph: str) -> Iterator[str]:
-    """A paragraph, cut as one of a .txt file that has no blank line."""
-    if len(paragraph) <= PIECE_CHARACTERS:
-        yield paragraph
-        return
-    yield from filter(None, cut_at_blank_lines(paragraph.splitlines(keepends=True)))
+    """The documents that a .txt file of this text would be cut into, each when it is asked for."""
+    return filter(None, cut_at_blank_lines(io.StringIO(text)))
 
 
 def read_start(text: str) -> tuple[str, ...]:

@@ -173,8 +173,9 @@ def normalize_split(task: Task, split: str, data: Dataset) -> Dataset:
         logger.info("%s %s: %d rows have no text; they are kept", task.name, split, num_empty)
     columns["label"] = normalize_labels(task, split, list(data["label"]))
     columns["row"] = number_rows(data)
-    label = ClassLabel(num_classes=task.num_labels, names=name_labels(task)) if task.num_labels > 1 else None
-    if label is None:  # a file of one's own may hold large numbers, which float32 would round
+    if task.num_labels > 1:
+        label = ClassLabel(num_classes=task.num_labels, names=name_labels(task))
+    else:  # a file of one's own may hold large numbers, which float32 would round
         label = Value("float32" if task.name in TASKS else "float64")
     texts = dict.fromkeys(task.columns, Value("string"))
     return Dataset.from_dict(columns, Features({**texts, "label": label, "row": Value("int64")}))
